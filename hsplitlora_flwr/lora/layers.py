@@ -1,0 +1,177 @@
+"""Adapters: put into a model part, read out, and many clients' adapters over one frozen base.
+
+A layer computes ``y = W x + s B A x`` with ``s = alpha / r``. ``W`` stays frozen and is shared by every part that was
+cut from the same model; only ``A`` and ``B`` belong to one client, so a server that serves many clients keeps one base.
+Adapters are known by the absolute name of their layer, on either side of the cut.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hsplitlora_flwr.lora.aggregation import Factors
+from hsplitlora_flwr.lora.delta import Change
+from hsplitlora_flwr.models.split import ModelPart
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """Rank, alpha and dropout of one adapter; its scale is ``alpha / rank``."""
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+
+    @property
+    def scale(self) -> float:
+        """The factor ``s`` in ``y = W x + s B A x``."""
+        return self.alpha / self.rank
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear layer with an adapter, or with the accumulated update, or with both.
+
+    ``A`` is ``(r, in)`` and ``B`` is ``(out, r)``, fp32 (fp64 over an fp64 base). ``A`` starts Kaiming-uniform from a
+    generator seeded by ``seed``, and ``B`` at zero, so a new adapter changes nothing.
+    """
+
+    is_adapted_linear = True
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.spec: AdapterSpec | None = None
+        self.change: Change | None = None
+        self.dropout = nn.Dropout(0.0)
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight, for code that looks at its dtype or device."""
+        weight = self.base.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def add_adapter(self, spec: AdapterSpec, seed: int) -> None:
+        """Give the layer a fresh adapter."""
+        out_features, in_features = shape_of(self.base)
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        bound = 1 / math.sqrt(in_features)  # kaiming_uniform_(a=sqrt(5)), as PEFT
+        a = torch.empty(spec.rank, in_features, dtype=torch.float64)
+        if not self.weight.is_meta:
+            a.uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))
+        self.spec = spec
+        self.dropout = nn.Dropout(spec.dropout)
+        self.lora_A = nn.Parameter(a.to(self.weight.device, dtype))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, spec.rank, dtype=dtype, device=self.weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        if self.change is not None:
+            y = y + self.change.apply(x.to(torch.float32)).to(y.dtype)
+        if self.spec is not None:
+            low = nn.functional.linear(self.dropout(x.to(self.lora_A.dtype)), self.lora_A)
+            y = y + (nn.functional.linear(low, self.lora_B) * self.spec.scale).to(y.dtype)
+        return y
+
+
+def inject(part: ModelPart, specs: Mapping[str, AdapterSpec], seed: str) -> list[nn.Parameter]:
+    """Give fresh adapters to those layers of ``part`` that ``specs`` names.
+
+    Parameters
+    ----------
+    part : ModelPart
+        Either side.
+    specs : Mapping[str, AdapterSpec]
+        By absolute layer name, for the whole model; layers of the other side are passed over.
+    seed : str
+        Any text; with the layer's name it fixes the adapter's start, on whichever side the layer is.
+
+    Returns
+    -------
+    list of nn.Parameter
+        ``A`` and ``B`` of every adapter, in the order of the layers.
+    """
+    parameters: list[nn.Parameter] = []
+    for name, module in list(part.linears()):
+        if name in specs:
+            layer = _adapted(part, name, module)
+            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            layer.add_adapter(specs[name], int.from_bytes(digest[:8], "big") >> 1)
+            parameters += [layer.lora_A, layer.lora_B]
+    return parameters
+
+
+def extract(part: ModelPart) -> dict[str, Factors]:
+    """The adapters of ``part`` as detached copies ``(B, s A)`` by absolute layer name: the scale is folded into ``A``."""
+    return {
+        name: (module.lora_B.detach().clone(), module.lora_A.detach() * module.spec.scale)
+        for name, module in part.linears()
+        if isinstance(module, AdaptedLinear) and module.spec is not None
+    }
+
+
+def merge_changes(part: ModelPart, changes: Mapping[str, Change], original: Callable[[str], Tensor]) -> None:
+    """Make the weights of ``part`` ``W_0 + change``, in place, for all parts that share them.
+
+    The sum starts from ``W_0`` every time, so rounding does not pile up over rounds. It is exact to fp32 rounding over
+    an fp32 base; over a base of lower precision use :func:`attach_changes`.
+
+    Parameters
+    ----------
+    part : ModelPart
+        Either side; layers of the other side are passed over.
+    changes : Mapping[str, Change]
+        The accumulated update by absolute layer name.
+    original : Callable[[str], Tensor]
+        Gives ``W_0`` of a layer, as the checkpoint stores it.
+    """
+    for name, module in part.linears():
+        if name in changes:
+            base = module.base if isinstance(module, AdaptedLinear) else module
+            assert isinstance(base, nn.Module)
+            weight = base.weight
+            assert isinstance(weight, Tensor)
+            dense = changes[name].dense().to(weight.device)
+            start = original(name).to(weight.device)
+            with torch.no_grad():
+                weight.copy_(start.to(torch.promote_types(weight.dtype, dense.dtype)) + _as_stored(base, dense))
+
+
+def attach_changes(part: ModelPart, changes: Mapping[str, Change]) -> None:
+    """Make the layers of ``part`` compute ``W_0 x + change x``, the second term in fp32 beside an untouched weight.
+
+    Parameters are those of :func:`merge_changes`. This stays exact over a bf16 or quantised base.
+    """
+    for name, module in list(part.linears()):
+        if name in changes:
+            layer = _adapted(part, name, module)
+            layer.change = changes[name].to(layer.weight.device)
+
+
+def _as_stored(linear: nn.Module, matrix: Tensor) -> Tensor:
+    """An ``(out, in)`` matrix in the orientation in which ``linear`` stores its weight."""
+    return matrix.T if isinstance(linear, Conv1D) else matrix
+
+
+def shape_of(linear: nn.Module) -> tuple[int, int]:
+    """``(out, in)`` of a linear layer; GPT-2's Conv1D stores its weight transposed."""
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    rows, columns = weight.shape
+    return (columns, rows) if isinstance(linear, Conv1D) else (rows, columns)
+
+
+def _adapted(part: ModelPart, name: str, module: nn.Module) -> AdaptedLinear:
+    if isinstance(module, AdaptedLinear):
+        return module
+    layer = AdaptedLinear(module)
+    layer.train(module.training)
+    part.replace(name, layer)
+    return layer

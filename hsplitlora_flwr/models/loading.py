@@ -1,0 +1,260 @@
+"""From files to a model, or to one part of it, without ever holding more than that part.
+
+A model is first built without memory for its weights. The part that this side needs is cut out, and only its tensors
+are read: safetensors files are memory-mapped, so bytes that belong to the other side never enter the process.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from hsplitlora_flwr.models.demo import demo_model, is_demo_model
+from hsplitlora_flwr.models.families import Family
+from hsplitlora_flwr.models.proof import find_family
+from hsplitlora_flwr.models.split import ClientModel, ServerModel, check_split, client_part, server_part
+
+
+class ModelFilesError(ValueError):
+    """A model's files are missing, incomplete or not in a format that is read."""
+
+
+def load_causal_lm(path: str, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
+    """A whole causal LM, frozen, in evaluation mode.
+
+    Parameters
+    ----------
+    path : str
+        A folder with ``config.json`` and safetensors, a hub name, or ``smollm2-135m``.
+    dtype : str
+        ``float32``, ``bfloat16`` or ``float64``.
+    device : str
+        Where the weights go, for instance ``cpu`` or ``cuda:0``.
+
+    Raises
+    ------
+    ModelFilesError
+        If there are no weights to read.
+    """
+    checkpoint = Checkpoint(path)
+    model = empty_model(checkpoint.config, dtype)
+    _materialise(model, "", checkpoint, dtype, device)
+    return model.requires_grad_(False).eval()
+
+
+def load_client_model(path: str, split: int, dtype: str = "float32", device: str = "cpu") -> ClientModel:
+    """Embeddings and blocks ``0 .. split - 1``; no other tensor is read.
+
+    Raises
+    ------
+    ModelFilesError, SplitError, UnsupportedModelError
+        If the files cannot be read, the split is out of range, or the model cannot be cut.
+    """
+    checkpoint = Checkpoint(path)
+    family = find_family(checkpoint.config)
+    check_split(checkpoint.config, split)
+    client = client_part(empty_model(checkpoint.config, dtype), family, split)
+    _materialise(client.decoder, f"{family.decoder}.", checkpoint, dtype, device)
+    return client.requires_grad_(False)
+
+
+def split_model(model: PreTrainedModel | str, split: int) -> tuple[ClientModel, ServerModel]:
+    """Cut a causal LM after ``split`` blocks.
+
+    ``server(client(input_ids, attention_mask), attention_mask, labels).loss`` equals the unsplit model's loss.
+
+    Parameters
+    ----------
+    model : PreTrainedModel or str
+        A Hugging Face causal LM, or what :func:`load_causal_lm` accepts. The parts share its tensors, which become
+        frozen.
+    split : int
+        Number of blocks of the client, ``1 <= split <= L - 1``.
+
+    Raises
+    ------
+    SplitError, UnsupportedModelError
+        If ``split`` is out of range, or the model cannot be cut.
+    """
+    if isinstance(model, str):
+        model = load_causal_lm(model)
+    family = find_family(model.config)
+    return client_part(model, family, split), server_part(model, family, split)
+
+
+@lru_cache(maxsize=1)
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer of a model; ``path`` as for :func:`load_causal_lm`.
+
+    Raises
+    ------
+    ModelFilesError
+        If there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(_local(path))
+    except (OSError, ValueError) as error:
+        raise ModelFilesError(f"model.path={path}: no tokenizer can be loaded from it: {error}") from error
+
+
+def pick_device(name: str) -> str:
+    """``auto`` becomes ``cuda`` where a GPU is, else ``cpu``; other names stay."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+def read_config(path: str) -> PretrainedConfig:
+    """The configuration of a model, without its weights.
+
+    Raises
+    ------
+    ModelFilesError
+        If ``path`` is neither a model folder nor a model of the hub that can be reached.
+    """
+    folder = _local(path)
+    if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
+        raise ModelFilesError(
+            f"model.path={path}: the folder holds no config.json; name a folder in Hugging Face format"
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ModelFilesError(
+            f"model.path={path}: no folder of that name, and not readable as a hub name: {error}"
+        ) from error
+    assert isinstance(config, PretrainedConfig)
+    return config
+
+
+def check_model(path: str, split_min: int = 1, split_max: int = 0) -> Family:
+    """Check, before anything is loaded, that a model has weights, can be cut, and allows the wanted splits.
+
+    Raises
+    ------
+    ModelFilesError, SplitError, UnsupportedModelError
+        With the value that is wrong and what to do.
+    """
+    checkpoint = Checkpoint(path)
+    check_split(checkpoint.config, split_min)
+    if split_max:
+        check_split(checkpoint.config, split_max)
+    return find_family(checkpoint.config)
+
+
+def empty_model(config: PretrainedConfig, dtype: str = "float32") -> PreTrainedModel:
+    """A causal LM whose parameters have shapes but no memory; its computed buffers (rotary tables) are real."""
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    model.tie_weights()
+    return model.requires_grad_(False).eval()
+
+
+class Checkpoint:
+    """Tensors of a model by name, read one at a time from safetensors files in a folder or on the hub.
+
+    Parameters
+    ----------
+    path : str
+        As for :func:`load_causal_lm`.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.config = read_config(path)
+        index = self._file("model.safetensors.index.json")
+        if index is not None:
+            self._shard_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        elif (single := self._file("model.safetensors")) is not None:
+            with safe_open(single, framework="pt") as tensors:
+                self._shard_of = dict.fromkeys(tensors.keys(), single.name)
+        else:
+            raise ModelFilesError(
+                f"model.path={path}: there are no weights (model.safetensors or model.safetensors.index.json); "
+                "pickled weights are not read: load them with transformers and save_pretrained them once"
+            )
+
+    def tensors(self, names: list[str], prefix: str) -> Iterator[tuple[str, Tensor]]:
+        """The tensors called ``names``, memory-mapped, shard by shard.
+
+        ``prefix`` is the name of the base model inside the causal LM (``transformer`` for GPT-2): a checkpoint may hold
+        names with it or without it.
+
+        Raises
+        ------
+        ModelFilesError
+            If a tensor is missing or its file damaged.
+        """
+        wanted: dict[str, list[tuple[str, str]]] = {}
+        for name in names:
+            stored = self._stored_name(name, prefix)
+            wanted.setdefault(self._shard_of[stored], []).append((name, stored))
+        for shard, pairs in wanted.items():
+            file = self._file(shard)
+            if file is None:
+                raise ModelFilesError(f"model.path={self.path}: the weight file {shard} is missing")
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    for name, stored in pairs:
+                        yield name, tensors.get_tensor(stored)
+            except SafetensorError as error:
+                raise ModelFilesError(f"model.path={self.path}: the weight file {shard} is damaged: {error}") from error
+
+    def tensor(self, name: str, prefix: str) -> Tensor:
+        """One tensor, memory-mapped; as for :meth:`tensors`."""
+        return next(self.tensors([name], prefix))[1]
+
+    def _stored_name(self, name: str, prefix: str) -> str:
+        bare = name.removeprefix(f"{prefix}.")
+        for candidate in (name, bare, f"{prefix}.{name}", f"model.{bare}"):
+            if candidate in self._shard_of:
+                return candidate
+        raise ModelFilesError(f"model.path={self.path}: the weights hold no tensor '{name}'")
+
+    def _file(self, name: str) -> Path | None:
+        folder = Path(_local(self.path))
+        if folder.is_dir():
+            return folder / name if (folder / name).is_file() else None
+        try:
+            return Path(hf_hub_download(self.path, name))
+        except (EntryNotFoundError, LocalEntryNotFoundError):
+            return None
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            raise ModelFilesError(f"model.path={self.path}: {name} cannot be fetched from the hub: {error}") from error
+
+
+def _local(path: str) -> str:
+    return str(demo_model()) if is_demo_model(path) else path
+
+
+def _materialise(module: nn.Module, prefix: str, checkpoint: Checkpoint, dtype: str, device: str) -> None:
+    """Give the parameters of ``module``, called ``prefix`` + their name in the whole model, their values."""
+    tied: dict[int, list[str]] = {}  # names of one and the same parameter
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        tied.setdefault(id(parameter), []).append(name)
+    by_first_name = {names[0]: names for names in tied.values()}
+    base = type(module).base_model_prefix if isinstance(module, PreTrainedModel) else ""
+    stored = checkpoint.tensors([prefix + name for name in by_first_name], base)
+    for full_name, tensor in stored:
+        first = full_name.removeprefix(prefix)
+        if tensor.shape != module.get_parameter(first).shape:
+            raise ModelFilesError(
+                f"model.path={checkpoint.path}: '{full_name}' has shape {tuple(tensor.shape)}, "
+                f"the configuration says {tuple(module.get_parameter(first).shape)}"
+            )
+        value = nn.Parameter(tensor.to(device=device, dtype=getattr(torch, dtype)), requires_grad=False)
+        for name in by_first_name[first]:
+            parent, _, attribute = name.rpartition(".")
+            setattr(module.get_submodule(parent), attribute, value)
+    module.to(device)  # the computed buffers

@@ -1,0 +1,180 @@
+"""The event log of a run: one JSON object a line, appended to ``events.jsonl`` in the run folder.
+
+The server writes it, everybody else reads it: the launcher's console follows the file while it grows, a report reads
+it afterwards. Every event has a ``kind`` and a ``time`` (unix seconds) beside its own fields:
+
+- ``status``: text
+- ``evaluated``: round (0 = before training), perplexity, tokens, seconds
+- ``planned``: round, clients (a list of: client, examples, budget_bytes, split, blocks, ranks (mean, min, max),
+  predicted_bytes, left_out ("" or the reason))
+- ``step``: round, rounds, client, step (from 1), steps, loss, tokens (label tokens), all_tokens (non-padding tokens)
+- ``client_finished``: round, client, seconds, loss_first, loss_last, measured_bytes, predicted_bytes
+- ``client_failed``: round, client, error
+- ``round_finished``: round, seconds, update_norm
+- ``finished``: folder, perplexity_before, perplexity_after
+- ``failed``: error
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+EVENTS_FILE = "events.jsonl"
+PLAN_COLUMNS = ("client", "examples", "budget", "split", "ranks", "predicted memory")
+STEP_LOG_SECONDS = 5.0
+
+Event = Mapping[str, Any]
+
+
+class EventLog:
+    """Appends events to the log of a run folder, and says them to the ``flwr`` logger as readable lines.
+
+    That logger is what ``flwr run --stream`` shows. Threads may share one log.
+
+    Parameters
+    ----------
+    folder : Path
+        The run folder; made if absent.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / EVENTS_FILE
+        self._lock = threading.Lock()
+        self._logger = logging.getLogger("flwr")
+        self._step_logged = float("-inf")
+
+    def emit(self, kind: str, **fields: Any) -> None:
+        """Append one event; it is on disk for readers when this returns.
+
+        Raises
+        ------
+        TypeError
+            If a field is not plain JSON: a tensor or a path in an event is a mistake of the caller.
+        """
+        event = {"kind": kind, "time": time.time(), **fields}
+        line = json.dumps(event) + "\n"
+        with self._lock:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line)
+            if kind == "step":  # many a second: a log wants to know that it goes on, not every step
+                if time.monotonic() - self._step_logged < STEP_LOG_SECONDS:
+                    return
+                self._step_logged = time.monotonic()
+        for text in (event_text(event) or "").splitlines():
+            self._logger.log(_LEVELS.get(kind, logging.INFO), "%s", text)
+
+
+_LEVELS = {"failed": logging.ERROR, "client_failed": logging.WARNING}
+
+
+def read_events(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """Read the events that were appended since ``offset``.
+
+    Parameters
+    ----------
+    path : Path
+        The log; one that does not exist yet has no events.
+    offset : int
+        Where the last call ended, in bytes; 0 reads from the start.
+
+    Returns
+    -------
+    tuple[list[dict[str, Any]], int]
+        The events, and the offset for the next call. A last line without its end is left for that call. A line that
+        is no JSON object, left behind by a writer that was killed, is passed over.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            data = file.read()
+    except FileNotFoundError:
+        return [], offset
+    whole = data[: data.rfind(b"\n") + 1]
+    events = [event for line in whole.splitlines() if (event := _parse(line)) is not None]
+    return events, offset + len(whole)
+
+
+def event_text(event: Event) -> str | None:
+    """An event as plain text, a plan as an aligned table; None for a kind that this version does not know."""
+    round_ = f"round {event.get('round')}"
+    match event["kind"]:
+        case "status":
+            return str(event["text"])
+        case "evaluated":
+            when = round_ if event["round"] else "before training"
+            measured = f"({event['tokens']} tokens in {event['seconds']:.1f} s)"
+            return f"{when}: perplexity {event['perplexity']:.2f} {measured}"
+        case "planned":
+            return f"plan of {round_}\n{_align([PLAN_COLUMNS, *plan_rows(event)])}"
+        case "step":
+            place = f"{round_} of {event['rounds']}, client {event['client']}"
+            return f"{place}: step {event['step']} of {event['steps']}, loss {event['loss']:.3f}"
+        case "client_finished":
+            losses = f"loss {event['loss_first']:.3f} → {event['loss_last']:.3f}"
+            return f"{round_}, client {event['client']}: {losses} in {event['seconds']:.1f} s{_memory(event)}"
+        case "client_failed":
+            return f"{round_}, client {event['client']} failed: {event['error']}"
+        case "round_finished":
+            return f"{round_} finished in {event['seconds']:.1f} s, update norm {event['update_norm']:.4g}"
+        case "finished":
+            change = f"{event['perplexity_before']:.2f} → {event['perplexity_after']:.2f}"
+            return f"finished: perplexity {change}, results in {event['folder']}"
+        case "failed":
+            return f"failed: {event['error']}"
+    return None
+
+
+def plan_rows(event: Event) -> list[tuple[str, ...]]:
+    """The cells of a ``planned`` event under ``PLAN_COLUMNS``, a row a client.
+
+    A client that is left out has the reason where its split would stand, and nothing after it.
+    """
+    rows: list[tuple[str, ...]] = []
+    for client in event["clients"]:
+        row = (str(client["client"]), str(client["examples"]), format_bytes(client["budget_bytes"]))
+        if client["left_out"]:
+            rows.append((*row, f"left out: {client['left_out']}", "", ""))
+            continue
+        split = f"blocks 0-{client['split'] - 1} of {client['blocks']}"
+        ranks = client["ranks"]
+        spread = str(ranks["min"]) if ranks["min"] == ranks["max"] else f"{ranks['min']}-{ranks['max']}"
+        mean = f" (mean {ranks['mean']:.1f})"
+        rows.append((*row, split, spread + mean, format_bytes(client["predicted_bytes"])))
+    return rows
+
+
+def format_bytes(count: float) -> str:
+    """Bytes as GB (1e9 bytes, as budgets are given) or, below a tenth of it, as MB."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def _memory(event: Event) -> str:
+    if not event["measured_bytes"]:
+        return ""
+    return f", memory {format_bytes(event['measured_bytes'])} (predicted {format_bytes(event['predicted_bytes'])})"
+
+
+def _align(rows: list[tuple[str, ...]]) -> str:
+    """Columns as wide as their widest cell, numbers to the right."""
+    # The reason for leaving a client out is free text: it does not widen the column that it starts in.
+    sized = [["" if cell.startswith("left out") else cell for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*sized, strict=True)]
+    aligned = [
+        [cell.rjust(widths[i]) if i in (1, 2) else cell.ljust(widths[i]) for i, cell in enumerate(row)] for row in rows
+    ]
+    return "\n".join("  ".join(cells).rstrip() for cells in aligned)
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and "kind" in event else None

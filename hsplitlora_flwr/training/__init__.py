@@ -1,0 +1,1 @@
+"""Split fine-tuning: the client's half of a step, the server's half, and evaluation."""

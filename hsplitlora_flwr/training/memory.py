@@ -1,0 +1,73 @@
+"""Peak memory of this process, from one point in time on.
+
+A worker process of a simulation serves several clients in turn, so its lifetime peak would show the largest of them for
+all. The kernel's high-water mark is therefore reset before each client.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+import threading
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+import torch
+
+
+def resting_bytes() -> int:
+    """Resident memory of this process after giving back what is free."""
+    gc.collect()
+    if sys.platform == "linux":
+        try:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        except (OSError, AttributeError):  # another C library keeps its free memory; then it counts as resident
+            pass
+    return int(psutil.Process().memory_info().rss)
+
+
+class PeakMemory:
+    """Context manager; ``bytes`` holds the peak of resident memory inside the block, plus that of the GPU if one is used."""
+
+    def __enter__(self) -> PeakMemory:
+        self.bytes = resting_bytes()
+        self._kernel = _reset_high_water()
+        if not self._kernel:
+            self._done = threading.Event()
+            self._thread = threading.Thread(target=self._sample, daemon=True)
+            self._thread.start()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._kernel:
+            self.bytes = _high_water()
+        else:
+            self._done.set()
+            self._thread.join()
+        if torch.cuda.is_available():
+            self.bytes += torch.cuda.max_memory_allocated()
+
+    def _sample(self) -> None:
+        process = psutil.Process()
+        while not self._done.wait(0.005):
+            self.bytes = max(self.bytes, int(process.memory_info().rss))
+
+
+def _reset_high_water() -> bool:
+    """Reset the kernel's high-water mark of this process; False where that cannot be done."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return _high_water() > 0
+    except (OSError, StopIteration):
+        return False
+
+
+def _high_water() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))

@@ -1,0 +1,69 @@
+"""Learning rate, clipping and optimizer: the same on both sides of the cut.
+
+Both sides compute the rate from the global step, so neither can run ahead of the other, and both clip by the norm of
+both sides' gradients together, as one optimizer over the whole model would.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from hsplitlora_flwr.config import TrainConfig
+
+
+def learning_rate(train: TrainConfig, step: int) -> float:
+    """Learning rate of a global step, counted from 0 over all rounds: warm-up, then constant or decay to 0."""
+    if step < train.warmup_steps:
+        return train.lr * (step + 1) / train.warmup_steps
+    total = train.rounds * train.steps
+    done = min((step - train.warmup_steps) / max(total - train.warmup_steps, 1), 1.0)
+    if train.schedule == "linear":
+        return train.lr * (1 - done)
+    if train.schedule == "cosine":
+        return train.lr * 0.5 * (1 + math.cos(math.pi * done))
+    return train.lr
+
+
+class AdapterOptimizer:
+    """AdamW over the adapters of one side; its moments live as long as the adapters, one round.
+
+    Parameters
+    ----------
+    parameters : Sequence[nn.Parameter]
+        The adapters; there may be none.
+    train : TrainConfig
+        Learning rate, schedule, weight decay and clipping.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], train: TrainConfig) -> None:
+        self._parameters = list(parameters)
+        self._train = train
+        # torch refuses an optimizer over nothing; a placeholder without gradient is never moved
+        over = self._parameters or [nn.Parameter(torch.zeros(0))]
+        self._adamw = torch.optim.AdamW(over, lr=train.lr, weight_decay=train.weight_decay)
+
+    def square(self) -> float:
+        """Squared norm of this side's gradient."""
+        return sum((float(p.grad.double().square().sum()) for p in self._parameters if p.grad is not None), 0.0)
+
+    def step(self, step: int, other_square: float) -> None:
+        """Take a global step and clear the gradients.
+
+        Parameters
+        ----------
+        step : int
+            Global step, from 0.
+        other_square : float
+            Squared norm of the other side's gradient in this step.
+        """
+        if self._train.clip:
+            norm = torch.tensor(math.sqrt(self.square() + other_square), dtype=torch.float64)
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._train.clip, norm)
+        for group in self._adamw.param_groups:
+            group["lr"] = learning_rate(self._train, step)
+        self._adamw.step()
+        self._adamw.zero_grad(set_to_none=True)

@@ -1,0 +1,1 @@
+"""The data plane: cut activations up, their gradients down."""

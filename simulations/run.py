@@ -1,0 +1,289 @@
+"""One federated run on this machine: ``python -m simulations.run [overrides]``.
+
+Composes the settings from ``conf/``, checks everything that can be checked before anything starts, starts a SuperLink,
+runs the app on it, shows the run while it goes on, and judges at the end whether it really finished. The exit status
+is 0 if it did, 1 if the run failed, 2 if the settings or the data are wrong.
+
+::
+
+    python -m simulations.run                                    # three clients, the model that is fetched
+    python -m simulations.run experiment=e2e data.path=e2e/      # the reference run
+    python -m simulations.run -m train.lr=1e-3,3e-4              # a sweep: every job in a folder of its own
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from hsplitlora_flwr.config import Config, ConfigError
+from hsplitlora_flwr.reporting import EVENTS_FILE, RunConsole, read_events
+from simulations.superlink import RunStatus, SuperLink, SuperLinkError, open_superlink, started_run
+
+PROJECT = Path(__file__).resolve().parent.parent
+RESULTS = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json")
+
+_LOG = "flwr.log"
+_SUPERLINK_LOG = "superlink.log"
+_SILENCE_SECONDS = 20.0  # then ask Flower whether the run still lives; asking costs 1.5 s of CPU
+_UNANSWERED = 3  # questions in a row, before the SuperLink counts as gone
+_statuses: list[int] = []
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """How a run is started; the section ``launcher`` of ``conf/config.yaml``.
+
+    Parameters
+    ----------
+    superlink : str
+        A connection of the user's Flower configuration; "" starts a SuperLink for this run and stops it after.
+    client_cpus : float
+        CPUs of one simulated client.
+    """
+
+    superlink: str = ""
+    client_cpus: float = 1
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Launcher:
+        """Build from the composed section.
+
+        Raises
+        ------
+        ConfigError
+            If a key is unknown or a value has the wrong type or is out of range.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                raise ConfigError(f"unknown key 'launcher.{key}'; known keys: {', '.join(known)}")
+        launcher = cls(**values)
+        if not isinstance(launcher.superlink, str):
+            raise ConfigError(f"launcher.superlink={launcher.superlink!r} must be a name, or '' for one of our own")
+        cpus = launcher.client_cpus
+        if type(cpus) not in (int, float) or not 0 < cpus <= (os.cpu_count() or 1):
+            raise ConfigError(
+                f"launcher.client_cpus={cpus!r} must be a number above 0 and at most the {os.cpu_count()} CPUs here"
+            )
+        return launcher
+
+
+def launch(config: Config, app: Path, launcher: Launcher, console: RunConsole) -> int:
+    """Run a Flower app in simulation and show it.
+
+    Parameters
+    ----------
+    config : Config
+        The settings, with ``run.dir`` absolute. The app is expected to write its events, ``summary.json`` and
+        ``adapter/`` there.
+    app : Path
+        The folder with the app's ``pyproject.toml``.
+    launcher : Launcher
+        How to start it.
+    console : RunConsole
+        Where to show it.
+
+    Returns
+    -------
+    int
+        0 if Flower and the app both say that the run finished and every result is there, else 1. What the console
+        shows last is where the results are, or why there are none.
+    """
+    folder = Path(config.run.dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    run_config = folder / "run_config.toml"
+    run_config.write_text(run_config_toml(config), encoding="utf-8")
+    federation = f"num-supernodes={config.clients.count} client-resources-num-cpus={launcher.client_cpus}"
+    final: dict[str, Any] | None = None
+    try:
+        _say(console, "starting Flower")
+        with open_superlink(launcher.superlink, app, folder / _SUPERLINK_LOG) as superlink:
+            with superlink.stream(app, run_config, federation, folder / _LOG) as stream:
+                status, final = _follow(superlink, stream, folder, console)
+            if superlink.own:
+                _say(console, "stopping Flower")
+        cause = failure_cause(folder, status, final)
+    except SuperLinkError as error:
+        cause = str(error)
+    if cause or final is None:
+        _say(console, f"logs: {folder / _LOG}, {_SUPERLINK_LOG} beside it")
+        console.handle({"kind": "failed", "error": cause})
+        return 1
+    console.handle(final)
+    return 0
+
+
+def _follow(
+    superlink: SuperLink, stream: subprocess.Popen[bytes], folder: Path, console: RunConsole
+) -> tuple[RunStatus, dict[str, Any] | None]:
+    """Show events until the run is over; returns Flower's verdict and the app's own last word."""
+    log, events_file = folder / _LOG, folder / EVENTS_FILE
+    final: dict[str, Any] | None = None
+    status = RunStatus("not started", "")
+    offset, size, unanswered, heard = 0, 0, 0, time.monotonic()
+    run_id: str | None = None
+    try:
+        while not status.over:
+            ended = stream.poll() is not None
+            run_id = run_id or started_run(log)
+            if ended and run_id is None:
+                break
+            if run_id and (ended or time.monotonic() - heard > _SILENCE_SECONDS):
+                heard = time.monotonic()
+                try:
+                    status, unanswered = superlink.status(run_id), 0
+                except SuperLinkError:
+                    unanswered += 1
+                    if unanswered == _UNANSWERED:
+                        raise
+            events, offset = read_events(events_file, offset)
+            for event in events:
+                if event["kind"] in ("finished", "failed"):
+                    final = event  # said at the very end, when it is clear whether it is true
+                else:
+                    console.handle(event)
+            if events or log.stat().st_size != size:
+                size, heard = log.stat().st_size, time.monotonic()
+            time.sleep(2.0 if ended and not status.over else 0.2)
+    except BaseException:
+        if run_id and not superlink.own:
+            superlink.stop(run_id)
+        raise
+    return status, final
+
+
+def failure_cause(folder: Path, status: RunStatus, final: Mapping[str, Any] | None) -> str:
+    """Why a run that is over counts as failed; "" if it does not."""
+    if final and final["kind"] == "failed":
+        return str(final["error"])
+    if "heartbeat" in status.details:
+        return "the process of the run ended without a word; most often the system killed it for lack of memory"
+    if status.text != "finished:completed":
+        return f"Flower says {status.text}\n{_last_words(folder / _LOG)}"
+    try:
+        said = json.loads((folder / "summary.json").read_text(encoding="utf-8")).get("status")
+    except (OSError, ValueError) as error:
+        return f"{_last_words(folder / _LOG)}\nno readable summary.json: {error}"
+    if said != "finished":
+        return f"{_last_words(folder / _LOG)}\nsummary.json says {said!r}"
+    if not final:
+        return f"the run ended with no 'finished' event in {EVENTS_FILE}"
+    missing = [name for name in RESULTS if not (folder / name).is_file()]
+    return f"the run finished without writing {', '.join(missing)}" if missing else ""
+
+
+def _last_words(log: Path) -> str:
+    """The end of the last traceback in a log of Flower, else its last lines."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(encoding="utf-8", errors="replace"))
+    lines = [line.strip("│╭╮╰╯─").rstrip() for line in text.splitlines()]  # `flwr` frames its own errors
+    lines = [line for line in lines if line.strip(" ^")]
+    starts = [i for i, line in enumerate(lines) if "Traceback (most recent call last)" in line]
+    if not starts:
+        return "\n".join(lines[-10:])
+    block = lines[starts[-1] + 1 :]
+    # Frames are indented, the exception is not, and the next record of the log ends its text.
+    first = next((i for i, line in enumerate(block) if not line.startswith(" ")), 0)
+    after = (
+        i for i, line in enumerate(block) if i > first and re.match(r"(DEBUG|INFO|WARNING|ERROR) *:|\(\w+ pid=", line)
+    )
+    return "\n".join(block[max(0, first - 2) : min(next(after, len(block)), first + 10)])
+
+
+def run_config_toml(config: Config) -> str:
+    """The run config as TOML; JSON's numbers, booleans and strings are TOML's too."""
+    items = config.to_run_config().items()
+    return "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in items)
+
+
+def _say(console: RunConsole, text: str) -> None:
+    console.handle({"kind": "status", "text": text})
+
+
+def _read(composed: DictConfig) -> tuple[Config, Launcher]:
+    """The checked settings, with every path absolute: the run works in another folder than the user."""
+    values: Any = OmegaConf.to_container(composed, resolve=True)
+    launcher = Launcher.from_mapping(values.pop("launcher"))
+    config = Config.from_mapping(values)
+    hydra_config = HydraConfig.get()
+    sweep = hydra_config.mode == RunMode.MULTIRUN
+    folder = _absolute(hydra_config.runtime.output_dir if sweep else config.run.dir)
+    if not folder:
+        raise ConfigError("run.dir is empty; name a folder")
+    if any((Path(folder) / name).exists() for name in (EVENTS_FILE, "summary.json", "adapter")):
+        raise ConfigError(f"run.dir={folder} already holds a run; choose another folder or remove it")
+    model = _absolute(config.model.path) if Path(config.model.path).expanduser().is_dir() else config.model.path
+    path, eval_path = _absolute(config.data.path), _absolute(config.data.eval_path)
+    return dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, dir=folder),
+        data=dataclasses.replace(config.data, path=path, eval_path=eval_path),
+        model=dataclasses.replace(config.model, path=model),
+    ), launcher
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().resolve()) if path else ""
+
+
+def _prepare(config: Config, console: RunConsole) -> None:
+    """Fail on bad data or an unusable model before anything starts; fetch the model that comes without one's own."""
+    from hsplitlora_flwr.data.sources import load_text
+    from hsplitlora_flwr.models.demo import DemoModelError, demo_model, is_demo_model
+    from hsplitlora_flwr.models.loading import check_model
+
+    load_text(config.data, config.run.seed)
+    model = config.model.path
+    if is_demo_model(model):
+        _say(console, f"fetching the model {model}, unless it is here already")
+        try:
+            model = str(demo_model())
+        except DemoModelError as error:
+            raise ConfigError(str(error)) from error
+    check_model(model, config.split.min, config.split.max)
+
+
+def _run(composed: DictConfig) -> int:
+    """Read, check, launch; returns the exit status."""
+    with RunConsole() as console:
+        try:
+            config, launcher = _read(composed)
+            _prepare(config, console)
+        except (ValueError, OmegaConfBaseException) as error:  # all errors of settings, data and models are these
+            console.close()
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        return launch(config, PROJECT, launcher, console)
+
+
+@hydra.main(version_base="1.3", config_path=str(PROJECT / "conf"), config_name="config")
+def main(composed: DictConfig) -> None:
+    """Hydra's entry point: one job. A sweep goes on after a job that failed."""
+    try:
+        _statuses.append(_run(composed))
+    except KeyboardInterrupt:
+        print("interrupted; everything that was started is stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGHUP, lambda number, frame: sys.exit(128 + number))
+    main()
+    sys.exit(max(_statuses, default=0))

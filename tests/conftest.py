@@ -1,0 +1,18 @@
+"""Fixtures that several test folders share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def e2e_folder() -> Path:
+    """The folder of the E2E NLG challenge: ``HSPLITLORA_E2E``, else ``shared/data/e2e`` beside the checkout."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data" / "e2e"
+    folder = Path(os.environ.get("HSPLITLORA_E2E", beside))
+    if not (folder / "devset.csv").is_file():
+        pytest.fail(f"no E2E data in {folder}; put trainset.csv and devset.csv there or set HSPLITLORA_E2E")
+    return folder

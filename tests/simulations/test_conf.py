@@ -1,0 +1,87 @@
+"""What ``conf/`` composes is what the schema says."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from hsplitlora_flwr.config import Config, ConfigError
+from simulations.run import Launcher
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+
+def composed(*overrides: str) -> dict[str, Any]:
+    """The settings of a run, without those of the launcher."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        values: Any = OmegaConf.to_container(compose("config", list(overrides)), resolve=True)
+    del values["launcher"]
+    return values
+
+
+def test_no_override_gives_the_defaults_of_the_schema():
+    values = composed()
+    values["run"]["dir"] = ""
+    assert Config.from_mapping(values) == Config()
+
+
+def test_conf_names_every_setting_of_the_schema():
+    keys = {f"{section}.{name}" for section, table in composed().items() for name in table}
+    assert keys == set(Config().to_run_config())
+
+
+def test_the_launcher_has_the_defaults_of_its_class():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        values: Any = OmegaConf.to_container(compose("config").launcher)
+    assert values == {"superlink": "", "client_cpus": 1}
+    assert Launcher.from_mapping(values) == Launcher()
+
+
+def options(group: str) -> list[str]:
+    return [f"{group}={file.stem}" for file in sorted((CONF / group).glob("*.yaml"))]
+
+
+@pytest.mark.parametrize(
+    "option", [option for folder in CONF.iterdir() if folder.is_dir() for option in options(folder.name)]
+)
+def test_every_option_of_every_group_is_valid(option):
+    values = composed(option, "data.path=somewhere")
+    assert Config.from_mapping(values).data.path == "somewhere"
+
+
+def test_a_data_group_sets_every_setting_of_its_section():
+    """Otherwise what a group leaves out depends on which group was chosen before it."""
+    for option in options("data"):
+        assert set(composed(option)["data"]) == set(composed()["data"])
+
+
+def test_the_reference_experiment():
+    config = Config.from_mapping(composed("experiment=e2e", "data.path=folder"))
+    assert (config.data.source, config.data.partition, config.data.alpha) == ("e2e", "dirichlet", 1.0)
+    assert (config.train.rounds, config.train.steps, config.train.batch_size, config.train.lr) == (3, 16, 8, 1e-3)
+
+
+def test_an_override_beats_the_experiment():
+    config = Config.from_mapping(composed("experiment=e2e", "data.path=folder", "train.rounds=1", "data=dialogues"))
+    assert config.train.rounds == 1
+    assert config.data.source == "dialogues"
+
+
+@pytest.mark.parametrize("option", ["data=e2e", "data=jsonl"])
+def test_data_that_need_a_path_say_so(option):
+    with pytest.raises(ConfigError, match=r"data\.path is empty"):
+        Config.from_mapping(composed(option))
+
+
+def test_lists_may_be_written_as_lists():
+    config = Config.from_mapping(composed("clients.memory_gb=[1,2.5]", "lora.ranks=[0,4]"))
+    assert config.memory_bytes == (1_000_000_000, 2_500_000_000)
+    assert config.ranks == (0, 4)
+
+
+@pytest.mark.parametrize("wrong", [{"superlink": 3}, {"client_cpus": "many"}, {"client_cpus": 0}, {"cpus": 1}])
+def test_wrong_launcher_settings_are_refused(wrong):
+    with pytest.raises(ConfigError, match=f"launcher.{next(iter(wrong))}"):
+        Launcher.from_mapping(wrong)

@@ -1,0 +1,298 @@
+"""The launcher with real Flower and real Ray, on an app that does next to nothing."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import psutil
+import pytest
+from rich.console import Console
+
+from hsplitlora_flwr.config import Config, render_pyproject_block
+from hsplitlora_flwr.reporting import RunConsole
+from simulations.run import PROJECT, RESULTS, Launcher, failure_cause, launch, run_config_toml
+from simulations.superlink import RunStatus, SuperLinkError, open_superlink
+
+PYPROJECT = """
+[project]
+name = "tiny"
+version = "0.1.0"
+description = "an app for the launcher's tests"
+license = { text = "Apache-2.0" }
+dependencies = ["flwr>=1.41"]
+
+[tool.flwr.app]
+publisher = "tests"
+
+[tool.flwr.app.components]
+serverapp = "tiny.app:server"
+clientapp = "tiny.app:client"
+
+"""
+
+# What it does is said in data.group_field, which the launcher carries and does not read.
+APP = """
+import json, os, time
+from pathlib import Path
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+
+server = ServerApp()
+client = ClientApp()
+
+
+@server.main()
+def main(grid, context):
+    config = context.run_config
+    folder, task = Path(config["run.dir"]), config["data.group_field"]
+
+    def emit(kind, **fields):
+        with open(folder / "events.jsonl", "a") as file:
+            file.write(json.dumps({"kind": kind, "time": time.time(), **fields}) + "\\n")
+
+    emit("status", text="the tiny app runs")
+    while len(nodes := list(grid.get_node_ids())) < config["clients.count"]:
+        time.sleep(0.1)
+    emit("status", text=f"{len(nodes)} nodes are here")
+    if task == "crash":
+        raise RuntimeError("the server has no more ideas")
+    if task == "hang":
+        time.sleep(600)
+    messages = [Message(RecordDict(), dst_node_id=node, message_type="train") for node in nodes]
+    for reply in grid.send_and_receive(messages):
+        if reply.has_error():
+            emit("failed", error=f"a client failed: {reply.error.reason.strip().splitlines()[-1]}")
+            raise SystemExit(1)
+        emit("status", text=f"the client works in {reply.content['answer']['cwd']}")
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text("{}")
+    (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"")
+    (folder / "summary.json").write_text(json.dumps({"status": "finished"}))
+    emit("finished", folder=str(folder), perplexity_before=9.0, perplexity_after=3.0)
+
+
+@client.train()
+def train(message, context):
+    if context.run_config["data.group_field"] == "client-crash":
+        raise ValueError("the client has no such block")
+    return Message(RecordDict({"answer": ConfigRecord({"cwd": os.getcwd()})}), reply_to=message)
+"""
+
+
+@pytest.fixture
+def app(tmp_path: Path) -> Path:
+    folder = tmp_path / "app"
+    (folder / "tiny").mkdir(parents=True)
+    (folder / "pyproject.toml").write_text(PYPROJECT + render_pyproject_block())
+    (folder / "tiny" / "__init__.py").touch()
+    (folder / "tiny" / "app.py").write_text(APP)
+    return folder
+
+
+def settings(folder: Path, task: str) -> Config:
+    """One client; ``task`` tells the tiny app what to do."""
+    config = Config()
+    return dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, dir=str(folder)),
+        data=dataclasses.replace(config.data, group_field=task),
+        clients=dataclasses.replace(config.clients, count=1),
+    )
+
+
+def run(app: Path, folder: Path, task: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:
+    """Launch; returns the exit status and the lines on the console."""
+    with RunConsole(Console(force_terminal=False)) as console:
+        status = launch(settings(folder, task), app, Launcher(client_cpus=os.cpu_count() or 1), console)
+    return status, capsys.readouterr().out.splitlines()
+
+
+def processes_of(folder: Path) -> list[str]:
+    """Command lines of the living processes of Flower and Ray that were started with ``folder`` in their command,
+    their working directory or their open files: the SuperLink's, SuperExec's, the run's, Ray's."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            places = [*process.cmdline(), process.cwd(), *(file.path for file in process.open_files())]
+        except psutil.Error:
+            continue
+        if process.pid != os.getpid() and any(str(folder) in place for place in places):
+            found.append(" ".join(process.cmdline()))
+    return found
+
+
+def test_a_run_that_finished_has_status_0_and_leaves_nothing_running(app, tmp_path, capsys):
+    status, lines = run(app, tmp_path / "run", "succeed", capsys)
+
+    assert status == 0, lines
+    assert "the tiny app runs" in lines
+    assert f"the client works in {app}" in lines  # the code that the client imports is the project's
+    assert "finished  perplexity 9.00 → 3.00" in lines
+    assert f"results in {tmp_path / 'run'}" in lines
+    assert processes_of(tmp_path) == []
+
+
+def test_a_crash_of_the_server_has_status_1_and_the_cause_last(app, tmp_path, capsys):
+    status, lines = run(app, tmp_path / "run", "crash", capsys)
+
+    assert status == 1
+    assert lines[-1] == "RuntimeError: the server has no more ideas"
+    assert any("in main" in line for line in lines[-4:])
+    assert processes_of(tmp_path) == []
+
+
+def test_a_failure_that_the_app_reports_is_the_last_line(app, tmp_path, capsys):
+    status, lines = run(app, tmp_path / "run", "client-crash", capsys)
+
+    assert status == 1
+    assert lines[-1].startswith("failed: a client failed: ")
+    assert "the client has no such block" in lines[-1]
+    assert processes_of(tmp_path) == []
+
+
+COMPLETED = RunStatus("finished:completed", "N/A")
+FINISHED = {"kind": "finished"}
+LOG = """\x1b[92mINFO \x1b[0m:      Starting
+Traceback (most recent call last):
+  File "first.py", line 1, in first
+ValueError: an earlier one
+\x1b[91mERROR \x1b[0m:     Simulation raised an exception
+Traceback (most recent call last):
+  File "app.py", line 176, in __call__
+    self._main(grid, context)
+  File "tiny.py", line 13, in main
+    raise RuntimeError("boom")
+    ^^^^^^^^^^^^^^^^^^^^^^^^^^
+RuntimeError: boom
+and why
+\x1b[91mERROR \x1b[0m:     Exit Code: 700
+"""
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """A run folder with everything that a finished run leaves."""
+    (tmp_path / "adapter").mkdir()
+    for name in RESULTS:
+        (tmp_path / name).touch()
+    (tmp_path / "summary.json").write_text('{"status": "finished"}')
+    (tmp_path / "flwr.log").write_text(LOG)
+    return tmp_path
+
+
+def test_a_run_with_all_its_results_has_no_cause_of_failure(finished):
+    assert failure_cause(finished, COMPLETED, FINISHED) == ""
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_a_run_without_a_result_has_failed(finished, name):
+    (finished / name).unlink()
+    assert failure_cause(finished, COMPLETED, FINISHED) == f"the run finished without writing {name}"
+
+
+def test_a_run_without_a_good_summary_has_failed(finished):
+    (finished / "summary.json").write_text('{"status": "running"}')
+    assert failure_cause(finished, COMPLETED, FINISHED).endswith("summary.json says 'running'")
+    (finished / "summary.json").write_text('{"status": ')
+    assert "no readable summary.json" in failure_cause(finished, COMPLETED, FINISHED)
+    (finished / "summary.json").unlink()
+    assert "no readable summary.json" in failure_cause(finished, COMPLETED, FINISHED)
+
+
+def test_a_run_that_says_nothing_at_the_end_has_failed(finished):
+    assert "no 'finished' event" in failure_cause(finished, COMPLETED, None)
+
+
+def test_the_cause_is_the_end_of_the_last_traceback(finished):
+    cause = failure_cause(finished, RunStatus("finished:failed", "N/A"), None).splitlines()
+    assert cause[0] == "Flower says finished:failed"
+    assert cause[1].strip() == 'File "tiny.py", line 13, in main'
+    assert cause[-2:] == ["RuntimeError: boom", "and why"]
+
+
+def test_the_cause_is_the_end_of_the_log_where_no_traceback_is(finished):
+    (finished / "flwr.log").write_text("one\n╭─ Error ───╮\n│ no such app │\n╰───────────╯\n")
+    assert failure_cause(finished, RunStatus("not started", ""), None).splitlines()[-1].strip() == "no such app"
+
+
+def test_what_the_app_says_about_its_failure_counts_most(finished):
+    said = {"kind": "failed", "error": "no client has memory for a block"}
+    assert failure_cause(finished, RunStatus("finished:failed", "N/A"), said) == "no client has memory for a block"
+    assert failure_cause(finished, COMPLETED, said) == "no client has memory for a block"
+
+
+def test_a_run_that_was_killed_says_so(finished):
+    status = RunStatus("finished:failed", "No heartbeat received from the task")
+    assert "killed it for lack of memory" in failure_cause(finished, status, None)
+
+
+def test_the_run_config_survives_toml(tmp_path):
+    config = settings(tmp_path / 'a "quoted" - folder', "back\\slash")
+    assert Config.from_run_config(flatten(tomllib.loads(run_config_toml(config)))) == config
+
+
+def flatten(tables: dict[str, dict[str, object]]) -> dict[str, object]:
+    return {f"{section}.{name}": value for section, table in tables.items() for name, value in table.items()}
+
+
+def test_sigterm_stops_everything(app, tmp_path):
+    script = tmp_path / "launcher.py"
+    script.write_text(
+        "import signal, sys\nfrom pathlib import Path\n"
+        "from hsplitlora_flwr.reporting import RunConsole\n"
+        "from simulations.run import Launcher, launch\nfrom tests.simulations.test_run import settings\n"
+        "signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))\n"
+        f"launch(settings(Path({str(tmp_path / 'run')!r}), 'hang'), Path({str(app)!r}), Launcher(), RunConsole())\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    with subprocess.Popen([sys.executable, str(script)], env=env, stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None
+        while "nodes are here" not in (line := launcher.stdout.readline()):
+            assert line, "the launcher ended early"
+        assert len(processes_of(app)) > 3  # or the search at the end would prove nothing
+        launcher.send_signal(signal.SIGTERM)
+        assert launcher.wait(timeout=30) == 143
+    assert processes_of(tmp_path) == []
+
+
+def test_a_superlink_that_cannot_start_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr("simulations.superlink._free_port", lambda: 70000)  # no such port
+    started = time.monotonic()
+
+    opening = open_superlink("", tmp_path, tmp_path / "superlink.log")
+    with pytest.raises(SuperLinkError, match=r"did not start \(ended with status"), opening:
+        pass
+    assert time.monotonic() - started < 20
+
+
+def test_bad_settings_have_status_2_and_one_line(tmp_path):
+    for override, text in {
+        "train.rounds=0": "error: train.rounds=0 is out of range; it must be finite and at least 1",
+        "data=e2e": "error: data.path is empty; data.source=e2e needs the path of its files",
+        "launcher.client_cpus=0": "error: launcher.client_cpus=0 must be a number above 0",
+    }.items():
+        done = subprocess.run(
+            [sys.executable, "-m", "simulations.run", override, f"run.dir={tmp_path / 'run'}"],
+            cwd=PROJECT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 2
+        assert done.stderr.startswith(text) and len(done.stderr.splitlines()) == 1
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_is_used_once(tmp_path):
+    (tmp_path / "summary.json").write_text(json.dumps({"status": "finished"}))
+    command = [sys.executable, "-m", "simulations.run", f"run.dir={tmp_path}"]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "already holds a run" in done.stderr
