@@ -15,6 +15,7 @@ Source: HSplitLoRA, arXiv 2505.02795.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -302,6 +303,7 @@ class HSplitLoRA(Strategy):
         """Load the base and open the stream's port."""
         model, transport = self.config.model, self.config.transport
         self._process_bytes = resting_bytes()
+        self._threads = max((os.cpu_count() or 1) // self.config.clients.count, 1)
         self.events.emit("status", text=f"loading {model.path}")
         self.base = SharedBase(model.path, model.dtype, pick_device(model.device))
         tokenizer = load_tokenizer(model.path)
@@ -376,7 +378,7 @@ class HSplitLoRA(Strategy):
             changes=pack(self.delta.below(held)),
         )
         optimizer = AdapterOptimizer(inject(model, specs, task.seed), self.config.train)
-        trainer = ServerTrainer(model.train(), optimizer, lambda step: self._report_step(task, step))
+        trainer = ServerTrainer(model.train(), optimizer, lambda step: self._report_step(task, step), self._threads)
         token = self.shard.admit(trainer)
         self._participants[node] = _Participant(task, trainer, description)
         return Message(task.with_token(token).to_records(), node, kind)

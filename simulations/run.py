@@ -42,6 +42,7 @@ RESULTS = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json")
 _LOG = "flwr.log"
 _SUPERLINK_LOG = "superlink.log"
 _SILENCE_SECONDS = 20.0  # then ask Flower whether the run still lives; asking costs 1.5 s of CPU
+_NOT_STARTED = RunStatus("not started", "")
 _UNANSWERED = 3  # questions in a row, before the SuperLink counts as gone
 _statuses: list[int] = []
 
@@ -123,7 +124,8 @@ def launch(config: Config, app: Path, launcher: Launcher, console: RunConsole) -
     except SuperLinkError as error:
         cause = str(error)
     if cause or final is None:
-        _say(console, f"logs: {folder / _LOG}, {_SUPERLINK_LOG} beside it")
+        logs = [str(folder / name) for name in (_LOG, _SUPERLINK_LOG) if (folder / name).exists()]
+        _say(console, f"logs: {', '.join(logs)}")
         console.handle({"kind": "failed", "error": cause})
         return 1
     console.handle(final)
@@ -136,7 +138,7 @@ def _follow(
     """Show events until the run is over; returns Flower's verdict and the app's own last word."""
     log, events_file = folder / _LOG, folder / EVENTS_FILE
     final: dict[str, Any] | None = None
-    status = RunStatus("not started", "")
+    status = _NOT_STARTED
     offset, size, unanswered, heard = 0, 0, 0, time.monotonic()
     run_id: str | None = None
     try:
@@ -163,6 +165,7 @@ def _follow(
                 size, heard = log.stat().st_size, time.monotonic()
             time.sleep(2.0 if ended and not status.over else 0.2)
     except BaseException:
+        _say(console, "stopping")
         if run_id and not superlink.own:
             superlink.stop(run_id)
         raise
@@ -173,6 +176,8 @@ def failure_cause(folder: Path, status: RunStatus, final: Mapping[str, Any] | No
     """Why a run that is over counts as failed; "" if it does not."""
     if final and final["kind"] == "failed":
         return str(final["error"])
+    if status == _NOT_STARTED:
+        return f"'flwr run' could not start the run\n{_last_words(folder / _LOG)}"
     if "heartbeat" in status.details:
         return "the process of the run ended without a word; most often the system killed it for lack of memory"
     if status.text != "finished:completed":

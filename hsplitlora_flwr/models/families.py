@@ -69,7 +69,7 @@ def tiny_config(config: PretrainedConfig, blocks: int = 8) -> PretrainedConfig:
     tiny = copy.deepcopy(config)
     sizes: dict[str, Any] = {"hidden_size": 32, "vocab_size": 97, "num_attention_heads": 4, "head_dim": 8}
     sizes |= {"intermediate_size": 48, "ffn_dim": 48, "n_inner": 48, "max_position_embeddings": 64}
-    sizes |= {"sliding_window": 4, "query_pre_attn_scalar": 8}
+    sizes |= {"sliding_window": 8, "query_pre_attn_scalar": 8}
     sizes |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     if getattr(config, "num_key_value_heads", None) not in (None, config.num_attention_heads):
         sizes["num_key_value_heads"] = 2

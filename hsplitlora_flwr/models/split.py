@@ -1,8 +1,7 @@
 """A causal LM cut in two.
 
-    input_ids -> [ embeddings | block 0 .. block l-1 ] -> cut activation -> [ block l .. block L-1 | norm | head ] ->
-    loss
-                 \____________ ClientModel __________/                      \____________ ServerModel ___________/
+    input_ids -> [ embeddings | blocks 0 .. l-1 ] -> cut activation -> [ blocks l .. L-1 | norm | head ] -> loss
+                            ClientModel                                             ServerModel
 
 Each part is the model's own decoder with a shorter list of blocks, so masks, rotary positions and attention come from
 the model's code and not from a copy of it. Two things happen on one side only:

@@ -19,7 +19,7 @@ from rich.spinner import Spinner
 from rich.table import Column, Table
 from rich.text import Text
 
-from hsplitlora_flwr.reporting.events import PLAN_COLUMNS, STEP_LOG_SECONDS, Event, event_text, plan_rows
+from hsplitlora_flwr.reporting.events import PLAN_COLUMNS, STEP_LOG_SECONDS, Event, client_order, event_text, plan_rows
 
 
 class RunConsole:
@@ -50,7 +50,7 @@ class RunConsole:
         """Show one event. Events of an unknown kind are passed over."""
         if self._live:
             self._live.start()
-            self._live.wait_for(event["text"] if event["kind"] == "status" else "")
+            self._live.wait_for({"status": event.get("text", ""), "step": ""}.get(event["kind"], "working"))
         match event["kind"]:
             case "status":
                 self._line(event["text"])
@@ -157,18 +157,24 @@ class _RunProgress:
     def __init__(self) -> None:
         self.clients: dict[str, _Client] = {}
         self.round, self.rounds = 0, 0
-        self._members = 0
+        self.members: list[str] = []
         self._done_before = 0  # steps of the rounds before this one
         self._first: tuple[float, int] | None = None
         self._last_time = 0.0
+        self._round_time, self._round_tokens = 0.0, 0  # since the first step of this round
 
     def planned(self, event: Event) -> None:
-        self._members = sum(not client["left_out"] for client in event["clients"])
+        names = [client["client"] for client in event["clients"] if not client["left_out"]]
+        self.members = sorted(names, key=client_order)
 
     def step(self, event: Event) -> None:
         if event["round"] != self.round and self.clients:
             self.round_finished()
         self.round, self.rounds, self._last_time = event["round"], event["rounds"], event["time"]
+        if self.clients:
+            self._round_tokens += event["all_tokens"]
+        else:
+            self._round_time, self._round_tokens = event["time"], 0
         client = self.clients.get(event["client"])
         if client is None:
             now, step = event["time"], event["step"]
@@ -208,8 +214,9 @@ class _RunProgress:
 
     @property
     def rate(self) -> float:
-        """Tokens a second of all clients together."""
-        return sum(client.rate for client in self.clients.values())
+        """Tokens a second of all clients together in this round; 0 while unknown."""
+        elapsed = self._last_time - self._round_time
+        return self._round_tokens / elapsed if elapsed > 0 else 0.0
 
     def line(self) -> str:
         """Progress of the round and of the run in one line."""
@@ -224,7 +231,7 @@ class _RunProgress:
     @property
     def _round_total(self) -> int:
         steps = max((client.steps for client in self.clients.values()), default=0)
-        return steps * max(self._members, len(self.clients))
+        return steps * max(len(self.members), len(self.clients))
 
 
 class _LiveView:
@@ -260,17 +267,22 @@ class _LiveView:
             return
         text = f"round {progress.round} of {progress.rounds}"
         self._bar("", text, progress.done, progress.total, "", progress.rate, progress.left)
-        for name, client in progress.clients.items():
-            loss = f"loss {client.loss:.3f}"
-            self._bar(name, f"client {name}", client.step, client.steps, loss, client.rate, client.left)
-        for name in set(self._tasks) - {"", *progress.clients}:
+        names = sorted({*progress.members, *progress.clients}, key=client_order) if progress.clients else []
+        steps = max((client.steps for client in progress.clients.values()), default=0)
+        for name in names:
+            if client := progress.clients.get(name):
+                loss = f"loss {client.loss:.3f}"
+                self._bar(name, f"client {name}", client.step, client.steps, loss, client.rate, client.left)
+            else:  # on a small machine clients take turns
+                self._bar(name, f"client {name}", 0, steps, "waiting", 0.0, None)
+        for name in set(self._tasks) - {"", *names}:
             self._bars.remove_task(self._tasks.pop(name))
 
     def _bar(self, key: str, text: str, done: int, total: int, loss: str, rate: float, left: float | None) -> None:
         fields: dict[str, Any] = {
             "loss": loss,
             "rate": f"{rate:.0f} tokens/s" if rate else "",
-            "left": f"{_clock(left)} left",
+            "left": "done" if done == total else f"{_clock(left)} left",
         }
         if key not in self._tasks:
             self._tasks[key] = self._bars.add_task(text, **fields)

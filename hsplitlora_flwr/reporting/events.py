@@ -132,22 +132,28 @@ def event_text(event: Event) -> str | None:
 
 
 def plan_rows(event: Event) -> list[tuple[str, ...]]:
-    """The cells of a ``planned`` event under ``PLAN_COLUMNS``, a row a client.
+    """The cells of a ``planned`` event under ``PLAN_COLUMNS``, a row a client, by name.
 
     A client that is left out has the reason where its split would stand, and nothing after it.
     """
     rows: list[tuple[str, ...]] = []
-    for client in event["clients"]:
+    for client in sorted(event["clients"], key=lambda client: client_order(client["client"])):
         row = (str(client["client"]), str(client["examples"]), format_bytes(client["budget_bytes"]))
         if client["left_out"]:
             rows.append((*row, f"left out: {client['left_out']}", "", ""))
             continue
-        split = f"blocks 0-{client['split'] - 1} of {client['blocks']}"
+        which = "block 0" if client["split"] == 1 else f"blocks 0-{client['split'] - 1}"
+        split = f"{which} of {client['blocks']}"
         ranks = client["ranks"]
         spread = str(ranks["min"]) if ranks["min"] == ranks["max"] else f"{ranks['min']}-{ranks['max']}"
         mean = f" (mean {ranks['mean']:.1f})"
         rows.append((*row, split, spread + mean, format_bytes(client["predicted_bytes"])))
     return rows
+
+
+def client_order(name: str) -> tuple[int, str]:
+    """Sorts clients as people count them: 2 before 10."""
+    return len(name), name
 
 
 def format_bytes(count: float) -> str:

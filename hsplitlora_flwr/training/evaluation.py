@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -29,6 +30,7 @@ class Evaluation:
 def evaluate(client: ClientModel, server: ServerModel, batches: Iterable[Batch]) -> Evaluation:
     """Evaluate both parts in evaluation mode, one after another, on the same machine."""
     client.eval(), server.eval()
+    torch.set_num_threads(os.cpu_count() or 1)
     device = next(client.parameters()).device
     nll, tokens = 0.0, 0
     for batch in batches:

@@ -81,11 +81,10 @@ def test_dirichlet_is_uneven_for_small_alpha_and_even_for_large() -> None:
     assert unevenness(0.1) > 0.7
 
 
-def test_natural_deals_large_groups_first_to_the_least_loaded() -> None:
-    groups = list("aaaaabbbbcccdd")
+def test_natural_deals_groups_in_turn() -> None:
+    groups = list("ddaaaaabbbbccc")
     parts = partition(examples_of(groups), DataConfig(partition="natural"), 2, seed=0)
-    # 5 and 4, then 3 to the one with 4, then 2 to the one with 5.
-    assert [{groups[row] for row in part} for part in parts] == [{"a", "d"}, {"b", "c"}]
+    assert [{groups[row] for row in part} for part in parts] == [{"a", "c"}, {"b", "d"}]
 
 
 def test_natural_serves_up_to_one_client_a_topic_of_the_dialogues() -> None:

@@ -85,8 +85,8 @@ def test_a_file_gets_progress_every_five_seconds(plain):
         console.handle(step(1000.0 + i, i + 1, "0"))
         console.handle(step(1000.0 + i, i + 1, "1"))
     lines = output.getvalue().splitlines()[before:]
-    # At 5 s the first client has 6 steps, the second 5: 5 steps and 4 steps of 100 tokens in 5 and 4 seconds, and
-    # 10 of the 40 steps of the run after the first took 5 s.
+    # At 5 s the first client has 6 steps, the second 5: after the first step of all, 10 steps of 100 tokens in 5 s,
+    # and 29 of the 40 steps of the run to go.
     assert lines == ["round 1/2  steps 11/20  loss 2.950 (mean of 2 clients)  200 tokens/s  0:00:14 left"]
 
 
@@ -152,9 +152,19 @@ def test_a_terminal_shows_a_bar_for_every_client_and_one_for_the_run(terminal):
             console.handle(step(1000.0 + i, i + 1, "1"))
         console._live._live.refresh()  # the frame that a tick of the clock would draw
         lines = [" ".join(re.sub("[━╸╺]", "", line).split()) for line in bars(output)]
-    assert "round 1 of 2 8/40 200 tokens/s 0:00:14 left" in lines
+    assert "round 1 of 2 8/40 233 tokens/s 0:00:14 left" in lines
     assert "client 0 4/10 loss 2.600 100 tokens/s 0:00:06 left" in lines
     assert "client 1 4/10 loss 3.600 100 tokens/s 0:00:06 left" in lines
+
+
+def test_a_client_that_has_not_started_has_its_bar_too(terminal):
+    console, output = terminal
+    with console:
+        console.handle(planned(1))
+        console.handle(step(1000.0, 1, "1"))
+        console._live._live.refresh()
+        lines = [" ".join(re.sub("[━╸╺]", "", line).split()) for line in bars(output)]
+    assert "client 0 0/10 waiting -:--:-- left" in lines
 
 
 def test_a_terminal_shows_the_plan_as_a_table(terminal):

@@ -135,6 +135,15 @@ def test_a_plan_reads_as_an_aligned_table():
     )
 
 
+def test_a_plan_is_ordered_as_people_count():
+    clients = [CLIENT | {"client": name} for name in ("10", "2", "1")]
+    assert [row[0] for row in plan_rows({"clients": clients})] == ["1", "2", "10"]
+
+
+def test_one_block_is_not_a_range():
+    assert plan_rows({"clients": [CLIENT | {"split": 1}]})[0][3] == "block 0 of 30"
+
+
 def test_one_rank_everywhere_is_not_a_range():
     rows = plan_rows({"clients": [CLIENT | {"ranks": {"mean": 8.0, "min": 8, "max": 8}}]})
     assert rows[0][4] == "8 (mean 8.0)"

@@ -1,0 +1,100 @@
+"""Adapters in a model part, and the accumulated update on weights of any precision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hsplitlora_flwr.lora import AdapterSpec, Delta, attach_changes, extract, inject, merge_changes
+from hsplitlora_flwr.models import split_model
+from tests.tiny import random_batches, tiny_model
+
+
+def changes_for(names: list[str], shapes: dict[str, tuple[int, int]]) -> Delta:
+    delta, generator = Delta(), torch.Generator().manual_seed(1)
+    delta.add(
+        {
+            name: (
+                0.1 * torch.randn(shapes[name][0], 2, generator=generator),
+                0.1 * torch.randn(2, shapes[name][1], generator=generator),
+            )
+            for name in names
+        }
+    )
+    return delta
+
+
+def test_a_fresh_adapter_changes_nothing_and_its_start_depends_on_name_and_seed_alone() -> None:
+    model, batch = tiny_model("gpt2"), next(random_batches())
+    client, server = split_model(model, 2)
+    before = client(batch.input_ids, batch.attention_mask)
+    specs = {name: AdapterSpec(4, 8.0) for part in (client, server) for name, _ in part.linears()}
+    assert len(inject(client, specs, "s")) == 2 * 2 * 4  # A and B, two blocks, four linears
+    assert torch.equal(client(batch.input_ids, batch.attention_mask), before)
+
+    deeper, _ = split_model(model, 3)
+    inject(deeper, specs, "s")
+    for name, (_, a) in extract(client).items():
+        assert torch.equal(a, extract(deeper)[name][1])
+    other, _ = split_model(model, 2)
+    inject(other, specs, "t")
+    assert all(not torch.equal(a, extract(other)[name][1]) for name, (_, a) in extract(client).items())
+
+
+def test_extract_folds_the_scale_into_a() -> None:
+    client, _ = split_model(tiny_model("llama"), 1)
+    name = "model.layers.0.mlp.up_proj"
+    parameters = inject(client, {name: AdapterSpec(4, 10.0)}, "s")
+    a = parameters[0].detach()
+    assert torch.equal(extract(client)[name][1], 2.5 * a)
+    assert a.abs().max() <= 1 / 32**0.5
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_merging_starts_from_the_original_every_time(name: str) -> None:
+    model = tiny_model(name, dtype=torch.float32)
+    originals = {key: value.clone() for key, value in model.named_parameters()}
+    client, _ = split_model(model, 2)
+    names = [layer for layer, _ in client.linears()]
+    shapes = {
+        layer: tuple(originals[f"{layer}.weight"].shape)[:: -1 if name == "gpt2" else 1] for layer in names
+    }
+    delta = changes_for(names, shapes)  # type: ignore[arg-type]
+    for _ in range(3):  # again and again: the change is added to W_0, not to what is there
+        merge_changes(client, delta.changes(), lambda layer: originals[f"{layer}.weight"])
+    for layer, module in client.linears():
+        dense = delta.changes()[layer].dense()
+        expected = originals[f"{layer}.weight"] + (dense.T if name == "gpt2" else dense)
+        assert torch.equal(module.weight, expected)
+
+
+def test_over_a_bf16_base_the_update_stays_fp32() -> None:
+    """An update far below bf16's resolution still acts, beside an untouched weight."""
+    model, batch = tiny_model("llama", dtype=torch.bfloat16), next(random_batches())
+    client, _ = split_model(model, 1)
+    name = "model.layers.0.mlp.down_proj"
+    weight = model.get_submodule(name).weight.clone()
+    x = torch.randn(3, 48, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    tiny = torch.full((32, 1), 1e-6), torch.full((1, 48), 1.0)
+    delta = Delta()
+    delta.add({name: tiny})
+    attach_changes(client, delta.changes())
+    layer = dict(client.linears())[name]
+    y = layer(x.to(torch.bfloat16)).float()
+    exact = x.to(torch.bfloat16).float() @ (weight.float() + delta.changes()[name].dense()).T
+    assert torch.equal(model.get_submodule(name).weight, weight)
+    assert (y - exact).abs().max() <= 0.01 * exact.abs().max()
+    # Added to the bf16 weight instead, the same update would vanish.
+    rounded = (weight.float() + delta.changes()[name].dense()).to(torch.bfloat16)
+    assert (rounded == weight).float().mean() > 0.9
+    client(batch.input_ids, batch.attention_mask)
+
+
+def test_dropout_acts_in_training_only() -> None:
+    client, _ = split_model(tiny_model("llama"), 1)
+    name = "model.layers.0.self_attn.q_proj"
+    b = inject(client, {name: AdapterSpec(4, 8.0, dropout=0.5)}, "s")[1]
+    b.data.fill_(1.0)
+    layer, x = dict(client.linears())[name], torch.ones(64, 32, dtype=torch.float64)
+    assert torch.equal(layer.eval()(x), layer(x))
+    assert not torch.equal(layer.train()(x), layer(x))

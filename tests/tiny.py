@@ -1,0 +1,62 @@
+"""Small random models of every family, and batches for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from hsplitlora_flwr.data.collate import Batch
+from hsplitlora_flwr.models.families import tiny_config
+
+CONFIGS: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(),
+    "llama-tied-grouped": LlamaConfig(num_key_value_heads=8, tie_word_embeddings=True),
+    "mistral": MistralConfig(),
+    "qwen2": Qwen2Config(),
+    "qwen3": Qwen3Config(),
+    "gpt2": GPT2Config(),
+    "gpt_neox": GPTNeoXConfig(),
+    "opt": OPTConfig(),
+    "opt-350m-like": OPTConfig(word_embed_proj_dim=512, do_layer_norm_before=False),
+    "gemma2": Gemma2Config(),
+    "gemma3_text": Gemma3TextConfig(layer_types=["sliding_attention", "full_attention"] * 13),
+}
+BLOCKS = 4
+
+
+def tiny_model(name: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    """A random model of a family with 4 blocks, hidden size 32 and a vocabulary of 97, without dropout."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(CONFIGS[name], BLOCKS))
+    for parameter in model.parameters():  # norms start at one and biases at zero, which would hide mistakes
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+    return model.to(dtype).eval()
+
+
+def random_batches(seed: int = 0, rows: int = 4, length: int = 11) -> Iterator[Batch]:
+    """Right-padded batches with a masked prompt; rows hold different numbers of labelled tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        input_ids = torch.randint(3, 97, (rows, length), generator=generator)
+        ends = torch.randint(5, length + 1, (rows, 1), generator=generator)
+        prompts = torch.randint(0, 4, (rows, 1), generator=generator)
+        positions = torch.arange(length)[None]
+        attention_mask = (positions < ends).long()
+        labels = input_ids.masked_fill((positions < prompts) | (attention_mask == 0), -100)
+        yield Batch(input_ids, attention_mask, labels)
