@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -174,7 +175,7 @@ class Config:
         ConfigError
             If a key is unknown, or a value has the wrong type or is out of range.
         """
-        sections = {section.name: section.default_factory for section in dataclasses.fields(cls)}
+        sections: dict[str, Any] = {section.name: section.default_factory for section in dataclasses.fields(cls)}
         values: dict[str, dict[str, Any]] = {name: {} for name in sections}
         known = {key for key, _, _ in _walk(cls())}
         for key, value in flat.items():
@@ -182,7 +183,7 @@ class Config:
                 raise ConfigError(f"unknown key '{key}'; known keys: {', '.join(sorted(known))}")
             section, name = key.split(".")
             values[section][name] = value
-        return cls(**{name: factory(**_coerce(name, factory, values[name])) for name, factory in sections.items()})  # type: ignore[operator,arg-type,misc]
+        return cls(**{name: factory(**_coerce(name, factory, values[name])) for name, factory in sections.items()})
 
     def to_run_config(self) -> dict[str, Scalar]:
         """The settings as dotted keys, in the order of the schema."""
@@ -265,7 +266,8 @@ def _check_value(key: str, spec: dataclasses.Field[Any], value: Any) -> None:
     choices, low = spec.metadata["choices"], spec.metadata["low"]
     if choices and value not in choices:
         raise ConfigError(f"{key}={value!r} is not allowed; choose one of {', '.join(choices)}")
-    if low is not None and not low <= value < float("inf"):
+    number: Any = value
+    if low is not None and not float(low) <= number < math.inf:
         raise ConfigError(f"{key}={value!r} is out of range; it must be finite and at least {low:g}")
 
 

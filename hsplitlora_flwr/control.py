@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -55,7 +56,8 @@ class Description:
     @classmethod
     def from_records(cls, records: RecordDict) -> Description:
         """Read from the content of a reply."""
-        return cls(**dict(records.config_records["description"]))  # type: ignore[arg-type]
+        values: dict[str, Any] = dict(records.config_records["description"])
+        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -124,17 +126,17 @@ class Task:
     @classmethod
     def from_records(cls, records: RecordDict) -> Task:
         """Read from the content of a message, whose arrays are taken out of it."""
-        task = records.config_records["task"]
+        task: dict[str, Any] = dict(records.config_records["task"])
         config = read_settings(records)
-        triples = zip(task["layers"], task["ranks"], task["alphas"], strict=True)  # type: ignore[arg-type]
+        triples = zip(task["layers"], task["ranks"], task["alphas"], strict=True)
         return cls(
             config=config,
             client=str(task["client"]),
-            round=int(task["round"]),  # type: ignore[arg-type]
-            split=int(task["split"]),  # type: ignore[arg-type]
+            round=int(task["round"]),
+            split=int(task["split"]),
             specs={str(name): AdapterSpec(int(r), float(a), config.lora.dropout) for name, r, a in triples},
-            first_step=int(task["first-step"]),  # type: ignore[arg-type]
-            steps=int(task["steps"]),  # type: ignore[arg-type]
+            first_step=int(task["first-step"]),
+            steps=int(task["steps"]),
             address=str(task["address"]),
             token=str(task["token"]),
             changes=take_tensors(records.array_records["update"]),
@@ -181,12 +183,13 @@ class Outcome:
     def from_records(cls, records: RecordDict) -> Outcome:
         """Read from the content of a reply, whose arrays are taken out of it."""
         tensors = take_tensors(records.array_records["adapters"])
+        numbers: dict[str, dict[str, Any]] = {kind: dict(record) for kind, record in records.metric_records.items()}
         names = [key.removesuffix(":B") for key in tensors if key.endswith(":B")]
         return cls(
             adapters={name: (tensors[f"{name}:B"], tensors[f"{name}:A"]) for name in names},
-            importance={name: float(value) for name, value in records.metric_records["importance"].items()},  # type: ignore[arg-type]
-            losses=[float(loss) for loss in records.metric_records["losses"]["losses"]],  # type: ignore[union-attr]
-            metrics={name: float(value) for name, value in records.metric_records["metrics"].items()},  # type: ignore[arg-type]
+            importance={name: float(value) for name, value in numbers["importance"].items()},
+            losses=[float(loss) for loss in numbers["losses"]["losses"]],
+            metrics={name: float(value) for name, value in numbers["metrics"].items()},
         )
 
 

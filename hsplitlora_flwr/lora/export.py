@@ -8,7 +8,6 @@ rank that its update has, through ``rank_pattern`` and ``alpha_pattern``, with `
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,7 +47,7 @@ def save_peft_adapter(
     if not factors:  # an update of zero: PEFT needs one layer, and a zero adapter on it says the same
         name = next(name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D))
         module = model.get_submodule(name)
-        rows, columns = module.weight.shape  # type: ignore[union-attr,misc]
+        rows, columns = module.weight.shape  # type: ignore[misc]
         rows, columns = (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
         factors = {name: (torch.zeros(rows, 1), torch.zeros(1, columns))}
     ranks = {name: b.shape[1] for name, (b, _) in factors.items()}
@@ -95,7 +94,7 @@ def save_delta(delta: Delta, folder: Path) -> None:
     draft = folder / "delta.safetensors.part"
     tensors = {name: tensor.contiguous() for name, tensor in pack(delta.changes()).items()}
     save_file(tensors, draft, metadata={"version": str(delta.version)})
-    os.replace(draft, folder / "delta.safetensors")
+    draft.replace(folder / "delta.safetensors")
 
 
 def save_merged_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:

@@ -50,7 +50,8 @@ def load_causal_lm(path: str, dtype: str = "float32", device: str = "cpu") -> Pr
     checkpoint = Checkpoint(path)
     model = empty_model(checkpoint.config, dtype)
     _materialise(model, "", checkpoint, dtype, device)
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
+    return model
 
 
 def load_client_model(path: str, split: int, dtype: str = "float32", device: str = "cpu") -> ClientModel:
@@ -158,7 +159,8 @@ def empty_model(config: PretrainedConfig, dtype: str = "float32") -> PreTrainedM
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     model.tie_weights()
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
+    return model
 
 
 class Checkpoint:

@@ -211,6 +211,7 @@ def client_part(model: PreTrainedModel, family: Family, split: int) -> ClientMod
     for name in family.final:
         if getattr(decoder, name, None) is not None:
             setattr(decoder, name, nn.Identity())
+    assert isinstance(decoder, PreTrainedModel)
     return ClientModel(decoder, family, split)
 
 

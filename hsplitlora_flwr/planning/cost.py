@@ -118,7 +118,7 @@ class CostModel:
 
     def client_parameters(self, split: int) -> int:
         """Base parameters of a client: embeddings and its blocks."""
-        return self.embedding_parameters + sum(self.block_parameters[:split])
+        return int(self.embedding_parameters) + sum(self.block_parameters[:split])
 
     def client_bytes(self, split: int, ranks: Mapping[str, int], process_bytes: int = 0) -> int:
         """Predicted peak memory of a client process.

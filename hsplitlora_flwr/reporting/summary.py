@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -42,7 +41,7 @@ class Summary:
         self.content.update(changes, seconds=time.time() - self.content["started"])
         draft = self._path.with_suffix(".json.part")
         draft.write_text(json.dumps(self.content, indent=2) + "\n", encoding="utf-8")
-        os.replace(draft, self._path)
+        draft.replace(self._path)
 
 
 def _version(package: str) -> str:

@@ -126,7 +126,7 @@ def encode(frame: Frame) -> bytes:
         header,
     ]
     for tensor in tensors:
-        body = memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else b""
+        body = tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b""
         parts += [body, b"\0" * (-len(body) % 8)]
     return b"".join(parts)
 

@@ -143,8 +143,10 @@ class StreamLink:
                 "check transport.address, transport.port and the firewall between"
             ) from None
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        call = self._channel.stream_stream(f"/{_SERVICE}/{_METHOD}")
-        self._answers = call(iter(self._outbox.get, None), metadata=((_TOKEN_KEY, self._token),))
+        call = self._channel.stream_stream(
+            f"/{_SERVICE}/{_METHOD}", request_serializer=None, response_deserializer=None
+        )
+        self._answers = iter(call(iter(self._outbox.get, None), metadata=((_TOKEN_KEY, self._token),)))
         return self
 
     def exchange(self, frame: Frame) -> Frame:
