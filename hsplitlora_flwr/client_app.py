@@ -20,7 +20,7 @@ from hsplitlora_flwr.lora.layers import extract, inject
 from hsplitlora_flwr.models.loading import load_tokenizer, pick_device
 from hsplitlora_flwr.planning.importance import scoring
 from hsplitlora_flwr.training.client import load_client, train_client
-from hsplitlora_flwr.training.memory import PeakMemory, resting_bytes
+from hsplitlora_flwr.training.memory import PeakMemory, resting_bytes, return_freed_memory
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.transport.stream import StreamLink
 
@@ -100,6 +100,7 @@ def _take_part(message: Message, context: Context, load_data: LoadData, *, score
     rows = _rows(context, config, load_data)
     batches = training_batches(rows, train.batch_size, _data_seed(config, task.client), task.first_step)
 
+    return_freed_memory()
     with PeakMemory() as memory:
         device = pick_device(config.model.device)
         model = load_client(config.model.path, task.split, config.model.dtype, device, dict(unpack(task.changes)))

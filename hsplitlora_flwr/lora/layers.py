@@ -49,7 +49,7 @@ class AdaptedLinear(nn.Module):
         self.base = base
         self.spec: AdapterSpec | None = None
         self.change: Change | None = None
-        self.dropout = nn.Dropout(0.0)
+        self.dropout: nn.Module = nn.Identity()
 
     @property
     def weight(self) -> Tensor:
@@ -67,7 +67,8 @@ class AdaptedLinear(nn.Module):
         if not self.weight.is_meta:
             a.uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))
         self.spec = spec
-        self.dropout = nn.Dropout(spec.dropout)
+        # a dropout of 0 would still copy its input, and the copy would be kept for backward
+        self.dropout = nn.Dropout(spec.dropout) if spec.dropout else nn.Identity()
         self.lora_A = nn.Parameter(a.to(self.weight.device, dtype))
         self.lora_B = nn.Parameter(torch.zeros(out_features, spec.rank, dtype=dtype, device=self.weight.device))
 

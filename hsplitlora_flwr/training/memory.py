@@ -6,6 +6,7 @@ all. The kernel's high-water mark is therefore reset before each client.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import sys
@@ -16,20 +17,34 @@ from types import TracebackType
 import psutil
 import torch
 
+_M_MMAP_THRESHOLD = -3  # of mallopt(3)
+
+
+def return_freed_memory() -> None:
+    """Make the C library give freed activations back to the system at once, from now on.
+
+    By default glibc keeps freed blocks of up to 32 MB in a heap that fragments: a training process then takes nearly twice
+    what it uses, and no plan can tell how much. Blocks above 1 MB get mappings of their own instead. That costs some page
+    faults (about 10 % of a step on two cores) and makes the peak what the cost model says. Elsewhere nothing changes.
+    """
+    _glibc("mallopt", _M_MMAP_THRESHOLD, 1_000_000)
+
 
 def resting_bytes() -> int:
-    """Resident memory of this process after giving back what is free."""
+    """Resident memory of this process, in bytes, after giving back what is free."""
     gc.collect()
-    if sys.platform == "linux":
-        try:
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-        except (OSError, AttributeError):  # another C library keeps its free memory; then it counts as resident
-            pass
+    _glibc("malloc_trim", 0)
     return int(psutil.Process().memory_info().rss)
 
 
+def _glibc(function: str, *arguments: int) -> None:
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            getattr(ctypes.CDLL("libc.so.6"), function)(*arguments)
+
+
 class PeakMemory:
-    """Context manager; ``bytes`` holds the peak of resident memory inside the block, plus that of the GPU if one is used."""
+    """Context manager; ``bytes`` holds the peak of resident memory inside the block, and of the GPU if one is used."""
 
     def __enter__(self) -> PeakMemory:
         self.bytes = resting_bytes()
