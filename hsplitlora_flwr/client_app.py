@@ -76,7 +76,7 @@ def split_client_app(load_data: LoadData = load_partition, load_budget: LoadBudg
             examples=len(rows),
             memory_bytes=load_budget(context, config),
             process_bytes=resting_bytes(),
-            longest=max(len(row.input_ids) for row in rows),
+            longest=max(map(len, rows)),
             version=0,
         )
         return Message(description.to_records(), reply_to=message)

@@ -61,7 +61,7 @@ class ClientsConfig:
 
     count: int = _setting(3, "clients that the run waits for before it starts", low=1)
     wait: int = _setting(120, "seconds to wait for them", low=1)
-    memory_gb: str = _setting("0.95,1.15,1.6", "budget in GB (1e9 bytes) of client 0, 1, ... ; repeats when shorter")
+    memory_gb: str = _setting("1.0,1.3,1.8", "budget in GB (1e9 bytes) of client 0, 1, ... ; repeats when shorter")
 
 
 @dataclass(frozen=True)

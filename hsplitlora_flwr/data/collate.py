@@ -11,6 +11,7 @@ mask and never by its id, because many models pad with EOS.
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,10 +28,31 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Tokens:
-    """One example: token ids and, of the same length, labels, which are the same ids or -100."""
+    """One example in four bytes a token, since a client holds all of its examples.
 
-    input_ids: tuple[int, ...]
-    labels: tuple[int, ...]
+    Parameters
+    ----------
+    ids : array of int32
+        Token ids.
+    masked : int
+        How many of the first tokens carry no loss.
+    """
+
+    ids: array[int]
+    masked: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def input_ids(self) -> list[int]:
+        """The token ids."""
+        return self.ids.tolist()
+
+    @property
+    def labels(self) -> list[int]:
+        """The token ids where they are to be predicted, -100 elsewhere."""
+        return [IGNORED] * self.masked + self.ids[self.masked :].tolist()
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,21 +107,20 @@ def tokenize(examples: Sequence[Example], tokenizer: Any, max_length: int) -> li
             prompt = start + prompt
         ids = (*prompt, *completion)[:max_length]
         masked = len(prompt) if example.prompt else 0
-        labels = (IGNORED,) * masked + ids[masked:]
-        if not any(label != IGNORED for label in labels[1:]):
+        if max(masked, 1) >= len(ids):
             raise ValueError(f"example {index} ({example.completion[:40]!r}) has no token that can be predicted")
-        rows.append(Tokens(ids, labels))
+        rows.append(Tokens(array("i", ids), masked))
     return rows
 
 
 def collate(rows: Sequence[Tokens], pad_id: int = 0) -> Batch:
     """One batch as long as its longest row, padded on the right with ``pad_id``, label -100 and mask 0."""
-    length = max(len(row.input_ids) for row in rows)
-    pads = [length - len(row.input_ids) for row in rows]
+    length = max(map(len, rows))
+    pads = [length - len(row) for row in rows]
     return Batch(
-        input_ids=torch.tensor([row.input_ids + (pad_id,) * pad for row, pad in zip(rows, pads, strict=True)]),
+        input_ids=torch.tensor([row.input_ids + [pad_id] * pad for row, pad in zip(rows, pads, strict=True)]),
         attention_mask=torch.tensor([(1,) * (length - pad) + (0,) * pad for pad in pads]),
-        labels=torch.tensor([row.labels + (IGNORED,) * pad for row, pad in zip(rows, pads, strict=True)]),
+        labels=torch.tensor([row.labels + [IGNORED] * pad for row, pad in zip(rows, pads, strict=True)]),
     )
 
 
@@ -129,7 +150,7 @@ def training_batches(
         drawn: list[int] = torch.randperm(len(rows), generator=generator).tolist()
         line: list[int] = []
         for at in range(0, len(drawn), 16 * batch_size):
-            pool = sorted(drawn[at : at + 16 * batch_size], key=lambda row: len(rows[row].input_ids))
+            pool = sorted(drawn[at : at + 16 * batch_size], key=lambda row: len(rows[row]))
             batches = [pool[start : start + batch_size] for start in range(0, len(pool), batch_size)]
             for index in torch.randperm(len(batches), generator=generator).tolist():
                 line += batches[index]
@@ -144,7 +165,7 @@ def training_batches(
 
 def evaluation_batches(rows: Sequence[Tokens], batch_size: int, pad_id: int = 0) -> Iterator[Batch]:
     """Every row once, rows of like length together; the longest first, so that too large a batch fails at once."""
-    ordered = sorted(rows, key=lambda row: -len(row.input_ids))
+    ordered = sorted(rows, key=lambda row: -len(row))
     return (collate(ordered[at : at + batch_size], pad_id) for at in range(0, len(ordered), batch_size))
 
 

@@ -82,5 +82,6 @@ RULES: dict[str, Callable[[Sequence[Update], Sequence[float]], dict[str, Factors
 def _check_shapes(name: str, b: Tensor, a: Tensor) -> None:
     if b.ndim != 2 or a.ndim != 2 or b.shape[1] != a.shape[0]:
         raise AggregationError(
-            f"layer '{name}': B {tuple(b.shape)} and A {tuple(a.shape)} do not share a rank; (out, r) and (r, in) are needed"
+            f"layer '{name}': B {tuple(b.shape)} and A {tuple(a.shape)} do not share a rank; "
+            "(out, r) and (r, in) are needed"
         )

@@ -110,7 +110,7 @@ def inject(part: ModelPart, specs: Mapping[str, AdapterSpec], seed: str) -> list
 
 
 def extract(part: ModelPart) -> dict[str, Factors]:
-    """The adapters of ``part`` as detached copies ``(B, s A)`` by absolute layer name: the scale is folded into ``A``."""
+    """The adapters of ``part`` as detached copies ``(B, s A)`` by absolute layer name: the scale is folded in."""
     return {
         name: (module.lora_B.detach().clone(), module.lora_A.detach() * module.spec.scale)
         for name, module in part.linears()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from hsplitlora_flwr.models.demo import demo_model, is_demo_model
-from hsplitlora_flwr.models.families import Family
+from hsplitlora_flwr.models.families import FAMILIES, Family
 from hsplitlora_flwr.models.proof import find_family
 from hsplitlora_flwr.models.split import ClientModel, ServerModel, check_split, client_part, server_part
 
@@ -179,7 +179,7 @@ class Checkpoint:
         if index is not None:
             self._shard_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
         elif (single := self._file("model.safetensors")) is not None:
-            with safe_open(single, framework="pt") as tensors:
+            with self._open(single) as tensors:
                 self._shard_of = dict.fromkeys(tensors.keys(), single.name)
         else:
             raise ModelFilesError(
@@ -206,20 +206,24 @@ class Checkpoint:
             file = self._file(shard)
             if file is None:
                 raise ModelFilesError(f"model.path={self.path}: the weight file {shard} is missing")
-            try:
-                with safe_open(file, framework="pt") as tensors:
-                    for name, stored in pairs:
-                        yield name, tensors.get_tensor(stored)
-            except SafetensorError as error:
-                raise ModelFilesError(f"model.path={self.path}: the weight file {shard} is damaged: {error}") from error
+            with self._open(file) as tensors:
+                for name, stored in pairs:
+                    yield name, tensors.get_tensor(stored)
 
     def tensor(self, name: str, prefix: str) -> Tensor:
         """One tensor, memory-mapped; as for :meth:`tensors`."""
         return next(self.tensors([name], prefix))[1]
 
+    def _open(self, file: Path) -> Any:
+        try:
+            return safe_open(file, framework="pt")
+        except SafetensorError as error:
+            raise ModelFilesError(f"model.path={self.path}: the weight file {file.name} is damaged: {error}") from error
+
     def _stored_name(self, name: str, prefix: str) -> str:
         bare = name.removeprefix(f"{prefix}.")
-        for candidate in (name, bare, f"{prefix}.{name}", f"model.{bare}"):
+        renamed = dict(renaming for family in FAMILIES for renaming in family.stored_as).get(name, name)
+        for candidate in (name, renamed, bare, f"{prefix}.{name}"):
             if candidate in self._shard_of:
                 return candidate
         raise ModelFilesError(f"model.path={self.path}: the weights hold no tensor '{name}'")

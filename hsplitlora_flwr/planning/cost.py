@@ -142,7 +142,7 @@ class CostModel:
         )
 
     def server_bytes(self, clients: Mapping[str, tuple[int, Mapping[str, int]]], process_bytes: int = 0) -> int:
-        """Predicted peak memory of the server process: one base, and for each client ``(split, ranks)`` its own part."""
+        """Predicted peak memory of the server: one base, and for each client ``(split, ranks)`` its own part."""
         whole = self.total_parameters * self._item
         return process_bytes + whole + sum(self.server_share(split, ranks) for split, ranks in clients.values())
 

@@ -198,7 +198,7 @@ def _fill_server(
     by_importance: Sequence[Layer],
     ranks: Sequence[int],
 ) -> None:
-    """Add the ranks of the weights above every client's split: by importance, for all clients alike, what still fits."""
+    """Add the ranks of the weights above every split: by importance, for all clients alike, what still fits."""
     free = math.inf
     if server is not None:
         free = server.memory_bytes - cost.server_bytes(
@@ -206,8 +206,8 @@ def _fill_server(
         )
         if free < 0:
             raise PlanError(
-                f"the server has {server.memory_bytes:,} bytes and misses {-free:,} to serve {len(chosen)} client(s) even "
-                "without adapters. Raise plan.server_memory_gb, or lower train.batch_size, data.max_length or the clients"
+                f"the server has {server.memory_bytes:,} bytes and misses {-free:,} to serve {len(chosen)} client(s) "
+                "even without adapters. Raise plan.server_memory_gb, or lower train.batch_size or data.max_length"
             )
     inputs: set[tuple[str, int, int]] = set()  # activations that an adapter already makes a client's pass keep
     for layer in by_importance:

@@ -23,9 +23,9 @@ _M_MMAP_THRESHOLD = -3  # of mallopt(3)
 def return_freed_memory() -> None:
     """Make the C library give freed activations back to the system at once, from now on.
 
-    By default glibc keeps freed blocks of up to 32 MB in a heap that fragments: a training process then takes nearly twice
-    what it uses, and no plan can tell how much. Blocks above 1 MB get mappings of their own instead. That costs some page
-    faults (about 10 % of a step on two cores) and makes the peak what the cost model says. Elsewhere nothing changes.
+    By default glibc keeps freed blocks of up to 32 MB in a heap that fragments: a training process then takes nearly
+    twice what it uses, and no plan can tell how much. Blocks above 1 MB get mappings of their own instead. That costs
+    page faults, and makes the peak what the cost model says. Where the C library is another one nothing changes.
     """
     _glibc("mallopt", _M_MMAP_THRESHOLD, 1_000_000)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from array import array
 from collections import Counter
 from typing import Any
 
@@ -46,7 +47,7 @@ def words(first: int, count: int) -> str:
 
 def tokens_of(lengths: list[int]) -> list[Tokens]:
     """Rows whose ids name the row, so that a batch shows which rows it holds."""
-    return [Tokens((row,) * length, (-100,) + (row,) * (length - 1)) for row, length in enumerate(lengths, start=100)]
+    return [Tokens(array("i", [row] * length), 1) for row, length in enumerate(lengths, start=100)]
 
 
 def rows_in(batch: Batch) -> list[int]:
@@ -68,13 +69,13 @@ def rows_in(batch: Batch) -> list[int]:
 def test_loss_is_on_the_completion_and_one_eos(template: str, bos: str, start: list[int]) -> None:
     tokenizer = word_tokenizer(template, bos)
     [row] = tokenize([Example("w10 w11\n", "w12 w13 w14", "")], tokenizer, 16)
-    assert row.input_ids == (*start, 10, 11, 12, 13, 14, EOS)
-    assert row.labels == (*[-100] * len(start), -100, -100, 12, 13, 14, EOS)
+    assert row.input_ids == [*start, 10, 11, 12, 13, 14, EOS]
+    assert row.labels == [*[-100] * len(start), -100, -100, 12, 13, 14, EOS]
 
 
 def test_without_a_prompt_everything_is_label() -> None:
     [row] = tokenize([Example("", "w12 w13", "")], word_tokenizer("<s> $A"), 16)
-    assert row.input_ids == row.labels == (BOS, 12, 13, EOS)
+    assert row.input_ids == row.labels == [BOS, 12, 13, EOS]
     assert collate([row]).label_tokens == 3
 
 
@@ -127,7 +128,7 @@ def test_a_tokenizer_without_eos_or_a_text_without_tokens_is_an_error() -> None:
 
 def test_collate_pads_right_and_masks_by_length() -> None:
     # The id of EOS is also the padding id here, and is masked only where it pads.
-    batch = collate([Tokens((5, EOS), (-100, EOS)), Tokens((6, 7, 8, EOS), (6, 7, 8, EOS))], pad_id=EOS)
+    batch = collate([Tokens(array("i", [5, EOS]), 1), Tokens(array("i", [6, 7, 8, EOS]), 0)], pad_id=EOS)
     assert batch.input_ids.tolist() == [[5, EOS, EOS, EOS], [6, 7, 8, EOS]]
     assert batch.attention_mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
     assert batch.labels.tolist() == [[-100, EOS, -100, -100], [6, 7, 8, EOS]]

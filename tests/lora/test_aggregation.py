@@ -71,7 +71,11 @@ def test_mean_of_factors_is_another_thing() -> None:
         ([{"w": (torch.ones(2, 1), torch.ones(1, 2))}], [-1], "not negative"),
         ([{"w": (torch.ones(2, 1), torch.ones(1, 2))}], [0], "not all zero"),
         ([{"w": (torch.ones(2, 1), torch.ones(2, 2))}], [1], "do not share a rank"),
-        ([{"w": (torch.ones(2, 1), torch.ones(1, 2))}, {"w": (torch.ones(3, 1), torch.ones(1, 2))}], [1, 1], r"\(3, 2\)"),
+        (
+            [{"w": (torch.ones(2, 1), torch.ones(1, 2))}, {"w": (torch.ones(3, 1), torch.ones(1, 2))}],
+            [1, 1],
+            r"\(3, 2\)",
+        ),
     ],
 )
 def test_refuses_what_cannot_be_summed(updates: list[dict[str, Factors]], weights: list[float], says: str) -> None:

@@ -56,9 +56,7 @@ def test_merging_starts_from_the_original_every_time(name: str) -> None:
     originals = {key: value.clone() for key, value in model.named_parameters()}
     client, _ = split_model(model, 2)
     names = [layer for layer, _ in client.linears()]
-    shapes = {
-        layer: tuple(originals[f"{layer}.weight"].shape)[:: -1 if name == "gpt2" else 1] for layer in names
-    }
+    shapes = {layer: tuple(originals[f"{layer}.weight"].shape)[:: -1 if name == "gpt2" else 1] for layer in names}
     delta = changes_for(names, shapes)  # type: ignore[arg-type]
     for _ in range(3):  # again and again: the change is added to W_0, not to what is there
         merge_changes(client, delta.changes(), lambda layer: originals[f"{layer}.weight"])
