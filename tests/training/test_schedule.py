@@ -1,0 +1,56 @@
+"""One learning-rate schedule, one clipping norm, for both sides."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from hsplitlora_flwr.config import TrainConfig
+from hsplitlora_flwr.training.schedule import AdapterOptimizer, learning_rate
+
+
+def rates(schedule: str, warmup: int = 0) -> list[float]:
+    train = TrainConfig(rounds=2, steps=5, lr=1.0, schedule=schedule, warmup_steps=warmup)
+    return [learning_rate(train, step) for step in range(10)]
+
+
+def test_constant_linear_and_cosine() -> None:
+    assert rates("constant") == [1.0] * 10
+    assert rates("linear") == pytest.approx([1 - k / 10 for k in range(10)])
+    assert rates("cosine") == pytest.approx([(1 + math.cos(math.pi * k / 10)) / 2 for k in range(10)])
+
+
+def test_warm_up_rises_to_the_peak_and_then_the_schedule_begins() -> None:
+    assert rates("constant", 4) == pytest.approx([0.25, 0.5, 0.75, 1.0] + [1.0] * 6)
+    assert rates("linear", 5) == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2])
+
+
+def test_both_sides_clip_by_one_norm() -> None:
+    """Two optimizers that know each other's norm move like one over all parameters."""
+    train = TrainConfig(lr=0.1, clip=0.5, weight_decay=0.0)
+    gradients = torch.tensor([3.0, 4.0, 12.0], dtype=torch.float64)
+    one = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    one.grad = gradients.clone()
+    torch.nn.utils.clip_grad_norm_([one], 0.5)
+    expected = one.grad.clone()
+
+    sides = [torch.nn.Parameter(torch.zeros(n, dtype=torch.float64)) for n in (2, 1)]
+    sides[0].grad, sides[1].grad = gradients[:2].clone(), gradients[2:].clone()
+    optimizers = [AdapterOptimizer([side], train) for side in sides]
+    squares = [optimizer.square() for optimizer in optimizers]
+    assert squares == [25.0, 144.0]
+    seen: list[torch.Tensor] = []
+    for side, optimizer, other in zip(sides, optimizers, reversed(squares), strict=True):
+        hook = optimizer._adamw.register_step_pre_hook(lambda *_, side=side: seen.append(side.grad.clone()))
+        optimizer.step(0, other)
+        hook.remove()
+        assert side.grad is None
+    torch.testing.assert_close(torch.cat(seen), expected, rtol=1e-6, atol=0)
+
+
+def test_a_side_without_adapters_is_no_special_case() -> None:
+    optimizer = AdapterOptimizer([], TrainConfig())
+    assert optimizer.square() == 0.0
+    optimizer.step(0, 4.0)
