@@ -1,7 +1,8 @@
 """HSplitLoRA for Flower: language models fine-tuned on private data that cannot leave weak, uneven machines.
 
-A causal LM is cut in two. Each client holds the embeddings and the first blocks and keeps its data; the server holds the
-rest inside a Flower strategy. Only cut activations and their gradients travel, and both sides train LoRA adapters only.
+A causal LM is cut in two. Each client holds the embeddings and the first blocks and keeps its data; the server holds
+the rest inside a Flower strategy. Only cut activations and their gradients travel, and both sides train LoRA adapters
+only.
 
 Source: HSplitLoRA, https://arxiv.org/abs/2505.02795.
 """

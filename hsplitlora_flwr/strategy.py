@@ -15,11 +15,9 @@ Source: HSplitLoRA, arXiv 2505.02795.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,31 +33,21 @@ from hsplitlora_flwr.data.sources import Example
 from hsplitlora_flwr.lora.aggregation import Factors, aggregate
 from hsplitlora_flwr.lora.delta import Delta, pack
 from hsplitlora_flwr.lora.export import TOLERANCE, save_delta, save_merged_model, save_peft_adapter
-from hsplitlora_flwr.lora.layers import AdapterSpec, extract, inject
-from hsplitlora_flwr.models.loading import load_tokenizer, pick_device
+from hsplitlora_flwr.lora.layers import AdapterSpec, extract
+from hsplitlora_flwr.models.loading import load_tokenizer, read_config
+from hsplitlora_flwr.models.proof import find_family
 from hsplitlora_flwr.planning.cost import CostModel, Workload
 from hsplitlora_flwr.planning.importance import combine, scoring
 from hsplitlora_flwr.planning.planner import Budget, ClientPlan, Plan, make_plan, probe_split
 from hsplitlora_flwr.reporting.events import EventLog
 from hsplitlora_flwr.reporting.summary import Summary
-from hsplitlora_flwr.training.evaluation import evaluate
+from hsplitlora_flwr.shard import Shard
 from hsplitlora_flwr.training.memory import resting_bytes
-from hsplitlora_flwr.training.schedule import AdapterOptimizer
-from hsplitlora_flwr.training.server import ServerTrainer, SharedBase, StepReport
-from hsplitlora_flwr.transport.stream import StreamServer
+from hsplitlora_flwr.training.server import ServerTrainer, StepReport
 
 
 class ClientFailedError(RuntimeError):
     """A client could not do its part of a round; the text holds what it reported."""
-
-
-@dataclass
-class _Participant:
-    """A client in one exchange: its task, the server's half of its training, and the token of its stream."""
-
-    task: Task
-    trainer: ServerTrainer
-    description: Description
 
 
 class HSplitLoRA(Strategy):
@@ -88,8 +76,9 @@ class HSplitLoRA(Strategy):
         self.importance: dict[str, float] = {}
         self.plans: dict[int, ClientPlan] = {}
         self._held_out = held_out
-        self._budgets: dict[int, Budget] = {}
-        self._participants: dict[int, _Participant] = {}
+        self._descriptions: dict[int, Description] = {}
+        self._planned_for: dict[int, int] = {}
+        self._trainers: dict[int, ServerTrainer] = {}
 
     # ------------------------------------------------------------------ the run
 
@@ -129,15 +118,19 @@ class HSplitLoRA(Strategy):
         self._timeout = timeout or self.config.run.timeout
         result = Result()
         try:
+            self._process_bytes = resting_bytes()
             self.record.save()
             self.summary()
-            self._open()
             nodes = self._wait_for_clients(grid)
+            self.describe(grid, nodes)
+            self._check_budgets()
+            self._open()
             result.evaluate_metrics_serverapp[0] = self.evaluate(0)
             for server_round in range(1, (num_rounds or self.config.train.rounds) + 1):
                 started = time.time()
-                descriptions = self.describe(grid, nodes)
-                self.make_plans(grid, server_round, descriptions)
+                if server_round > 1:
+                    self.describe(grid, nodes)
+                self.make_plans(grid, server_round)
                 replies = grid.send_and_receive(
                     self.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid), timeout=self._timeout
                 )
@@ -161,39 +154,25 @@ class HSplitLoRA(Strategy):
             self._close()
         return result
 
-    def describe(self, grid: Grid, nodes: Iterable[int]) -> dict[int, Description]:
+    def describe(self, grid: Grid, nodes: Iterable[int]) -> None:
         """Ask every node for its budget and amount of data."""
         replies = grid.send_and_receive(
             [Message(settings_records(self.config), node, DESCRIBE) for node in nodes], timeout=self._timeout
         )
-        return {
+        self._descriptions = {
             reply.metadata.src_node_id: Description.from_records(reply.content)
-            for reply in self._checked(replies, dict.fromkeys(nodes, "?"), 0)
+            for reply in self._checked(replies, {node: str(node) for node in nodes}, 0)
         }
 
-    def make_plans(self, grid: Grid, server_round: int, descriptions: Mapping[int, Description]) -> None:
-        """Give every client that has none a split point and ranks; the importance is measured before the first plan."""
-        self._descriptions = dict(descriptions)
-        budgets = {node: Budget(d.memory_bytes, d.process_bytes) for node, d in descriptions.items()}
-        # The process size is a measurement and wobbles; only a stated budget that changed asks for a new plan.
-        stated = {node: budget.memory_bytes for node, budget in budgets.items()}
-        if self.plans and stated == {node: budget.memory_bytes for node, budget in self._budgets.items()}:
+    def make_plans(self, grid: Grid, server_round: int) -> None:
+        """Give every client a split point and ranks, once; a budget that changed asks for a new plan."""
+        budgets = {node: d.memory_bytes for node, d in self._descriptions.items()}
+        if self.plans and budgets == self._planned_for:
             return
-        self._budgets = budgets
-        self._cost = self._cost_model(max(d.longest for d in descriptions.values()))
+        self._planned_for = budgets
         if not self.importance:
-            self.importance = self._probe(grid, descriptions)
-        split = self.config.split
-        plan = make_plan(
-            {str(node): budget for node, budget in budgets.items()},
-            self.importance,
-            self._cost,
-            ranks=self.config.ranks,
-            server=self._server_budget(),
-            min_split=split.min,
-            max_split=split.max or None,
-            important_share=self.config.plan.important_share,
-        )
+            self.importance = self._probe(grid)
+        plan = self._plan(self.importance, self._server_budget())
         self.plans = {int(node): client for node, client in plan.clients.items()}
         self._report_plan(server_round, plan)
 
@@ -216,19 +195,19 @@ class HSplitLoRA(Strategy):
         updates: list[Mapping[str, Factors]] = []
         weights: list[float] = []
         clients: list[dict[str, Any]] = []
-        names = {node: participant.task.client for node, participant in self._participants.items()}
+        names = {node: self._descriptions[node].name for node in self._trainers}
         for reply in self._checked(replies, names, server_round):
             node = reply.metadata.src_node_id
-            participant, outcome = self._participants[node], Outcome.from_records(reply.content)
-            if not participant.trainer.finished:
+            trainer, outcome = self._trainers[node], Outcome.from_records(reply.content)
+            if not trainer.finished:
                 raise ClientFailedError(f"client {names[node]} replied before its last step was taken")
-            updates.append({**outcome.adapters, **extract(participant.trainer.model)})
-            weights.append(participant.description.examples)
+            updates.append({**outcome.adapters, **extract(trainer.model)})
+            weights.append(self._descriptions[node].examples)
             clients.append(self._report_client(server_round, node, outcome))
         self._dismiss()
         update = aggregate(updates, weights, rule="noise_free")
         self.delta.add(update)
-        self.base.update(self.delta.changes())
+        self.shard.base.update(self.delta.changes())
         norm = math.sqrt(sum(float(((b.T @ b) * (a @ a.T)).sum()) for b, a in update.values()))
         self.record.content["rounds"].append({"round": server_round, "update_norm": norm, "clients": clients})
         loss = sum(w * c["losses"][-1] for w, c in zip(weights, clients, strict=True)) / sum(weights)
@@ -237,9 +216,7 @@ class HSplitLoRA(Strategy):
     def evaluate(self, server_round: int) -> MetricRecord:
         """Perplexity of the held-out text under the global model; round 0 is before training."""
         started = time.time()
-        split = self.config.split.min
-        batches = evaluation_batches(self._held_out_tokens, self.config.evaluation.batch_size)
-        found = evaluate(self.base.client_part(split), self.base.server_part(split), batches)
+        found = self.shard.evaluate(evaluation_batches(self._held_out_tokens, self.config.evaluation.batch_size))
         if not math.isfinite(found.nll):
             raise FloatingPointError(
                 f"the held-out loss after round {server_round} is {found.nll}; lower train.lr or set train.clip"
@@ -265,9 +242,9 @@ class HSplitLoRA(Strategy):
         """Write the PEFT adapter and, on request, the merged model; then the run is finished."""
         changes, path = self.delta.changes(), self.config.model.path
         self.events.emit("status", text="writing the adapter")
-        save_peft_adapter(changes, self.folder / "adapter", self.base.model, path)
+        save_peft_adapter(changes, self.folder / "adapter", self.shard.base.model, path)
         if self.config.run.merged:
-            save_merged_model(self.base.merged(), load_tokenizer(path), self.folder / "merged")
+            save_merged_model(self.shard.base.merged(), load_tokenizer(path), self.folder / "merged")
         self.record.save(status="finished", adapter={"folder": "adapter", "relative_error": TOLERANCE})
         self.events.emit(
             "finished",
@@ -300,15 +277,11 @@ class HSplitLoRA(Strategy):
     # ------------------------------------------------------------------ parts of the above
 
     def _open(self) -> None:
-        """Load the base and open the stream's port."""
-        model, transport = self.config.model, self.config.transport
-        self._process_bytes = resting_bytes()
-        self._threads = max((os.cpu_count() or 1) // self.config.clients.count, 1)
-        self.events.emit("status", text=f"loading {model.path}")
-        self.base = SharedBase(model.path, model.dtype, pick_device(model.device))
-        tokenizer = load_tokenizer(model.path)
+        """Open the stream's port and load the base."""
+        self.events.emit("status", text=f"loading {self.config.model.path}")
+        self.shard = Shard(self.config)
+        tokenizer = load_tokenizer(self.config.model.path)
         self._held_out_tokens = tokenize(self._held_out, tokenizer, self.config.data.max_length)
-        self.shard = StreamServer(transport.address, transport.port)
 
     def _close(self) -> None:
         if hasattr(self, "shard"):
@@ -327,43 +300,61 @@ class HSplitLoRA(Strategy):
             time.sleep(0.2)
         return nodes
 
-    def _probe(self, grid: Grid, descriptions: Mapping[int, Description]) -> dict[str, float]:
+    def _check_budgets(self) -> None:
+        """Raise ``PlanError`` before anything is loaded when no plan fits; the model's configuration tells."""
+        config, train = read_config(self.config.model.path), self.config.train
+        rows = min(train.micro_batch_size or train.batch_size, train.batch_size)
+        longest = max(description.longest for description in self._descriptions.values())
+        workload = Workload(rows, longest, self.config.model.dtype)
+        self._cost = CostModel(config, find_family(config), workload, self.config.targets)
+        self._plan({}, None)
+
+    def _plan(self, importance: Mapping[str, float], server: Budget | None) -> Plan:
+        split = self.config.split
+        return make_plan(
+            {str(node): budget for node, budget in self._budgets().items()},
+            importance,
+            self._cost,
+            ranks=self.config.ranks,
+            server=server,
+            min_split=split.min,
+            max_split=split.max or None,
+            important_share=self.config.plan.important_share,
+        )
+
+    def _budgets(self) -> dict[int, Budget]:
+        return {node: Budget(d.memory_bytes, d.process_bytes) for node, d in self._descriptions.items()}
+
+    def _probe(self, grid: Grid) -> dict[str, float]:
         """Measure the importance: every client scores the weights below a provisional split, the server those above."""
         self.events.emit("status", text="measuring which weights matter")
         config, messages = self.config, []
         above: dict[int, dict[str, float]] = {}
         with ExitStack() as stack:
-            for node, budget in self._budgets.items():
+            for node, budget in self._budgets().items():
                 split = probe_split(self._cost, budget, config.ranks, config.split.min, config.split.max or None)
                 if split is None:  # it cannot take part at all; the planner says by how many bytes
                     continue
                 messages.append(self._admit(node, PROBE, 0, split, {}, config.plan.probe_batches))
-                above[node] = stack.enter_context(scoring(self._participants[node].trainer.model))
-            names = {node: descriptions[node].name for node in above}
+                above[node] = stack.enter_context(scoring(self._trainers[node].model))
+            names = {node: self._descriptions[node].name for node in above}
             replies = self._checked(grid.send_and_receive(messages, timeout=self._timeout), names, 0)
         self._dismiss()
-        total = sum(descriptions[node].examples for node in above)
+        total = sum(self._descriptions[node].examples for node in above)
         measured = []
         for reply in replies:
             node = reply.metadata.src_node_id
             scores = {**Outcome.from_records(reply.content).importance, **above[node]}
-            measured.append((descriptions[node].examples / total, scores))
+            measured.append((self._descriptions[node].examples / total, scores))
         importance = combine(measured)
         self.record.save(importance=importance)
         return importance
 
     def _admit(
-        self,
-        node: int,
-        kind: str,
-        server_round: int,
-        split: int,
-        specs: Mapping[str, AdapterSpec],
-        steps: int,
+        self, node: int, kind: str, server_round: int, split: int, specs: Mapping[str, AdapterSpec], steps: int
     ) -> Message:
         """Set the server's half of one client up and write the message that starts the client's half."""
         description = self._descriptions[node]
-        model = self.base.server_part(split)
         held = {layer.name for layer in self._cost.all_layers if layer.block < split}
         task = Task(
             config=self.config,
@@ -377,15 +368,13 @@ class HSplitLoRA(Strategy):
             token="",
             changes=pack(self.delta.below(held)),
         )
-        optimizer = AdapterOptimizer(inject(model, specs, task.seed), self.config.train)
-        trainer = ServerTrainer(model.train(), optimizer, lambda step: self._report_step(task, step), self._threads)
-        token = self.shard.admit(trainer)
-        self._participants[node] = _Participant(task, trainer, description)
+        token, trainer = self.shard.admit(split, specs, task.seed, lambda step: self._report_step(task, step))
+        self._trainers[node] = trainer
         return Message(task.with_token(token).to_records(), node, kind)
 
     def _dismiss(self) -> None:
         """Forget the round's adapters, optimizers and tokens."""
-        self._participants.clear()
+        self._trainers.clear()
         self.shard.dismiss_all()
 
     def _checked(self, replies: Iterable[Message], names: Mapping[int, str], server_round: int) -> list[Message]:
@@ -411,12 +400,6 @@ class HSplitLoRA(Strategy):
                 f"no reply within {self._timeout:.0f} s (run.timeout) from {len(silent)} of {len(names)} clients"
             )
         return replies
-
-    def _cost_model(self, longest: int) -> CostModel:
-        train = self.config.train
-        rows = min(train.micro_batch_size or train.batch_size, train.batch_size)
-        workload = Workload(rows, longest, self.config.model.dtype)
-        return CostModel(self.base.model.config, self.base.family, workload, self.config.targets)
 
     def _server_budget(self) -> Budget:
         stated = self.config.plan.server_memory_gb

@@ -9,9 +9,10 @@ import pytest
 
 
 def test_public_names() -> None:
-    import hsplitlora_flwr
     from flwr.clientapp import ClientApp
     from flwr.serverapp.strategy import Strategy
+
+    import hsplitlora_flwr
 
     assert issubclass(hsplitlora_flwr.HSplitLoRA, Strategy)
     assert isinstance(hsplitlora_flwr.split_client_app(), ClientApp)

@@ -86,12 +86,12 @@ def test_dtype_of_the_base(tmp_path: Path, dtype: str, size: int) -> None:
 
 def test_a_folder_without_weights(tmp_path: Path) -> None:
     tiny_model("llama").config.save_pretrained(tmp_path)
-    with pytest.raises(ModelFilesError, match="there are no weights.*save_pretrained"):
+    with pytest.raises(ModelFilesError, match=r"there are no weights.*save_pretrained"):
         check_model(str(tmp_path))
 
 
 def test_a_folder_without_a_configuration(tmp_path: Path) -> None:
-    with pytest.raises(ModelFilesError, match="holds no config.json"):
+    with pytest.raises(ModelFilesError, match=r"holds no config.json"):
         check_model(str(tmp_path))
 
 
@@ -125,8 +125,8 @@ def test_a_split_that_the_model_does_not_allow(tmp_path: Path) -> None:
 def test_a_family_that_cannot_be_cut(tmp_path: Path) -> None:
     from transformers import MambaConfig, MambaForCausalLM
 
-    MambaForCausalLM(
-        MambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=97, state_size=4)
-    ).save_pretrained(tmp_path)
+    MambaForCausalLM(MambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=97, state_size=4)).save_pretrained(
+        tmp_path
+    )
     with pytest.raises(UnsupportedModelError, match="mamba"):
         check_model(str(tmp_path))

@@ -72,7 +72,9 @@ def test_parts_share_tensors_and_hold_only_their_own() -> None:
 
 @pytest.mark.parametrize("split", [0, -1, BLOCKS, 99])
 def test_split_out_of_range(split: int) -> None:
-    with pytest.raises(SplitError, match=f"split={split} is not possible: a llama with 4 blocks can be cut after 1 to 3"):
+    with pytest.raises(
+        SplitError, match=f"split={split} is not possible: a llama with 4 blocks can be cut after 1 to 3"
+    ):
         split_model(tiny_model("llama"), split)
 
 

@@ -122,9 +122,10 @@ def test_a_run_ends_in_an_adapter_that_stock_peft_loads(
 
     if rounds == 1:  # the same round, unsplit and without Flower, gives the same update
         for name, expected in unsplit_round(config, summary["plan"]["clients"]).items():
-            got = merged.get_submodule(name).weight.double() - AutoModelForCausalLM.from_pretrained(
-                tiny_folder
-            ).get_submodule(name).weight.double()
+            got = (
+                merged.get_submodule(name).weight.double()
+                - AutoModelForCausalLM.from_pretrained(tiny_folder).get_submodule(name).weight.double()
+            )
             assert torch.linalg.norm(got - expected) <= 1e-3 * torch.linalg.norm(expected), name
     token_words = ("token'", '"token"')
     assert not any(word in (folder / name).read_text() for name in ("summary.json", "flwr.log") for word in token_words)
@@ -148,7 +149,9 @@ def test_a_client_that_is_killed_ends_the_run_and_says_why(start_run: Run, tmp_p
     while not (events.exists() and '"kind": "step"' in events.read_text()):
         assert time.monotonic() < deadline and process.poll() is None, "training did not start"
         time.sleep(0.2)
-    workers = [p for p in psutil.process_iter(["cmdline"]) if any("ClientAppActor" in c for c in p.info["cmdline"] or [])]
+    workers = [
+        p for p in psutil.process_iter(["cmdline"]) if any("ClientAppActor" in c for c in p.info["cmdline"] or [])
+    ]
     assert workers
     workers[0].kill()
     output, _ = process.communicate(timeout=300)

@@ -20,7 +20,7 @@ from hsplitlora_flwr.models import split_model
 from hsplitlora_flwr.training.client import train_client
 from hsplitlora_flwr.training.schedule import AdapterOptimizer, learning_rate
 from hsplitlora_flwr.training.server import ServerTrainer
-from hsplitlora_flwr.transport.frames import Frame, decode, encode
+from hsplitlora_flwr.transport.frames import Activation, Finished, Frame, decode, encode
 from tests.tiny import BLOCKS, CONFIGS, random_batches, tiny_model
 
 STEPS = 5
@@ -155,3 +155,54 @@ def test_clients_on_one_base_do_not_touch_each_other() -> None:
         assert_same(together[split], alone[split])
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]), f"the base weight {name} moved"
+
+
+def test_a_bf16_wire_halves_the_bytes_and_stays_close() -> None:
+    specs = specs_of(tiny_model("llama", dtype=torch.float32))
+    _, exact = train_split(tiny_model("llama", dtype=torch.float32), specs, 2)
+    sizes: dict[torch.dtype, int] = {}
+    for wire in (torch.float32, torch.bfloat16):
+        client, server = split_model(tiny_model("llama", dtype=torch.float32), 2)
+        trainer = ServerTrainer(server.train(), AdapterOptimizer(inject(server, specs, "seed"), TRAIN))
+        sent: list[int] = []
+
+        class Counting(Loopback):
+            def exchange(self, frame: Frame, sent: list[int] = sent) -> Frame:
+                answer = super().exchange(frame)
+                sent.extend(t.nbytes for f in (frame, answer) for t in (getattr(f, "cut", None),) if t is not None)
+                return answer
+
+        optimizer = AdapterOptimizer(inject(client, specs, "seed"), TRAIN)
+        record = train_client(
+            client.train(), optimizer, random_batches(), Counting(trainer), first_step=0, steps=STEPS, wire=wire
+        )
+        sizes[wire] = sum(sent)
+        assert record.losses == pytest.approx(exact, rel=1e-6 if wire == torch.float32 else 1e-2)
+    assert record.losses != exact
+    assert sizes[torch.bfloat16] * 2 == sizes[torch.float32]
+
+
+def test_a_bf16_base_trains_fp32_adapters() -> None:
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    specs = specs_of(model)
+    adapters, losses = train_split(model, specs, 2)
+    _, exact = train_split(tiny_model("llama", dtype=torch.float32), specs, 2)
+    assert losses == pytest.approx(exact, rel=2e-2)
+    assert {factor.dtype for pair in adapters.values() for factor in pair} == {torch.float32}
+    assert all(b.abs().max() > 0 for b, _ in adapters.values())
+
+
+def test_frames_that_do_not_belong_are_refused() -> None:
+    model = tiny_model("llama")
+    _, server = split_model(model, 2)
+    trainer = ServerTrainer(server, AdapterOptimizer([], TRAIN))
+    ids, cut = torch.ones(2, 3, dtype=torch.long), torch.ones(2, 3, 32, dtype=torch.float64)
+    for frame, says in [
+        (Activation(0, cut[:, :2], ids, ids, 4, True, 0.0), r"cut activation \(2, 2, 32\) must be \(2, 3, 32\)"),
+        (Activation(0, cut, ids[:1], ids, 4, True, 0.0), r"attention mask \(1, 3\)"),
+        (Activation(0, cut, ids, ids, 0, True, 0.0), "without labelled tokens"),
+        (Finished(), "does not send frames of kind Finished"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            trainer(frame)
+    assert not trainer.finished
