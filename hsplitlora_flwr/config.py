@@ -99,7 +99,7 @@ class TrainConfig:
     """Local training, the same on both sides of the cut."""
 
     rounds: int = _setting(2, "federated rounds", low=1)
-    steps: int = _setting(12, "local steps of every client in a round", low=1)
+    steps: int = _setting(10, "local steps of every client in a round", low=1)
     batch_size: int = _setting(8, "examples of one step", low=1)
     micro_batch_size: int = _setting(0, "examples that travel at once; gradients accumulate; 0 = the batch", low=0)
     lr: float = _setting(1e-3, "peak learning rate", low=0.0)

@@ -31,7 +31,6 @@ class Shard:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._threads = max((os.cpu_count() or 1) // config.clients.count, 1)
         self._stream = StreamServer(config.transport.address, config.transport.port)
         self.base = SharedBase(config.model.path, config.model.dtype, pick_device(config.model.device))
 
@@ -73,6 +72,10 @@ class Shard:
     def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
         """The global model on held-out text."""
         return evaluate(self.base.client_part(1), self.base.server_part(1), batches)
+
+    def _threads(self) -> int:
+        """Threads for each of the clients that train now."""
+        return max((os.cpu_count() or 1) // max(self._stream.open_streams, 1), 1)
 
     def stop(self) -> None:
         """Close the port."""

@@ -18,6 +18,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,8 @@ class HSplitLoRA(Strategy):
         """
         if initial_arrays or train_config or evaluate_config or evaluate_fn:
             raise ValueError("HSplitLoRA takes its model, settings and evaluation from the config; pass grid alone")
+        if num_rounds is not None:  # the learning-rate schedule spans them
+            self.config = replace(self.config, train=replace(self.config.train, rounds=num_rounds))
         self._timeout = timeout or self.config.run.timeout
         result = Result()
         try:
@@ -126,25 +129,17 @@ class HSplitLoRA(Strategy):
             self._check_budgets()
             self._open()
             result.evaluate_metrics_serverapp[0] = self.evaluate(0)
-            for server_round in range(1, (num_rounds or self.config.train.rounds) + 1):
-                started = time.time()
+            for server_round in range(1, self.config.train.rounds + 1):
+                self._round_started = time.time()
                 if server_round > 1:
                     self.describe(grid, nodes)
                 self.make_plans(grid, server_round)
-                replies = grid.send_and_receive(
-                    self.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid), timeout=self._timeout
-                )
+                messages = self.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid)
+                replies = grid.send_and_receive(messages, timeout=self._timeout)
                 _, metrics = self.aggregate_train(server_round, replies)
-                assert metrics is not None
-                self.events.emit(
-                    "round_finished",
-                    round=server_round,
-                    seconds=time.time() - started,
-                    update_norm=float(metrics["update-norm"]),  # type: ignore[arg-type]
-                )
-                result.train_metrics_clientapp[server_round] = metrics
-                result.evaluate_metrics_serverapp[server_round] = self.evaluate(server_round)
                 self.checkpoint()
+                result.train_metrics_clientapp[server_round] = metrics or MetricRecord()
+                result.evaluate_metrics_serverapp[server_round] = self.evaluate(server_round)
             self.export()
         except BaseException as error:
             self.record.save(status="failed", error=_cause(error))
@@ -210,6 +205,9 @@ class HSplitLoRA(Strategy):
         self.shard.base.update(self.delta.changes())
         norm = math.sqrt(sum(float(((b.T @ b) * (a @ a.T)).sum()) for b, a in update.values()))
         self.record.content["rounds"].append({"round": server_round, "update_norm": norm, "clients": clients})
+        self.events.emit(
+            "round_finished", round=server_round, seconds=time.time() - self._round_started, update_norm=norm
+        )
         loss = sum(w * c["losses"][-1] for w, c in zip(weights, clients, strict=True)) / sum(weights)
         return None, MetricRecord({"loss": loss, "update-norm": norm, "clients": len(clients)})
 

@@ -31,10 +31,10 @@ def return_freed_memory() -> None:
 
 
 def resting_bytes() -> int:
-    """Resident memory of this process, in bytes, after giving back what is free."""
+    """Resident memory of this process, in bytes, after giving back what is free; without memory shared with others."""
     gc.collect()
     _glibc("malloc_trim", 0)
-    return int(psutil.Process().memory_info().rss)
+    return _resident()
 
 
 def _glibc(function: str, *arguments: int) -> None:
@@ -61,7 +61,7 @@ class PeakMemory:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._kernel:
-            self.bytes = _high_water()
+            self.bytes = _status("VmHWM") - _status("RssShmem")
         else:
             self._done.set()
             self._thread.join()
@@ -69,20 +69,25 @@ class PeakMemory:
             self.bytes += torch.cuda.max_memory_allocated()
 
     def _sample(self) -> None:
-        process = psutil.Process()
         while not self._done.wait(0.005):
-            self.bytes = max(self.bytes, int(process.memory_info().rss))
+            self.bytes = max(self.bytes, _resident())
 
 
 def _reset_high_water() -> bool:
     """Reset the kernel's high-water mark of this process; False where that cannot be done."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
-        return _high_water() > 0
-    except (OSError, StopIteration):
+        return _status("VmHWM") > 0
+    except OSError:
         return False
 
 
-def _high_water() -> int:
+def _resident() -> int:
+    """Resident bytes, without shared memory: that is the object store of a simulation, which belongs to no client."""
+    return int(psutil.Process().memory_info().rss) - (_status("RssShmem") if sys.platform == "linux" else 0)
+
+
+def _status(field: str) -> int:
+    """A field of ``/proc/self/status`` in bytes; 0 where the kernel does not say it."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), 0)

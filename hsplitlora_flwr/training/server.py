@@ -90,9 +90,9 @@ class ServerTrainer:
         Over those adapters.
     report : Callable[[StepReport], None], optional
         Called after every step.
-    threads : int
-        CPU threads of one operation. Clients train at the same time; together they should not ask for more threads than
-        there are cores, since oversubscribed cores are many times slower than busy ones.
+    threads : Callable[[], int], optional
+        CPU threads of one operation, asked for at every frame. Clients train at the same time; together they should not
+        take more threads than there are cores, since oversubscribed cores are many times slower than busy ones.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class ServerTrainer:
         model: ServerModel,
         optimizer: AdapterOptimizer,
         report: Callable[[StepReport], None] = lambda _: None,
-        threads: int = 1,
+        threads: Callable[[], int] = torch.get_num_threads,
     ) -> None:
         self.model = model
         self.finished = False
@@ -118,7 +118,7 @@ class ServerTrainer:
         ValueError
             If the frame does not belong here, or its tensors do not fit together.
         """
-        torch.set_num_threads(self._threads)  # of the calling thread
+        torch.set_num_threads(self._threads())  # of the calling thread
         if isinstance(frame, Activation):
             self._take_pending(frame.step, frame.previous_square)
             return self._train(frame)

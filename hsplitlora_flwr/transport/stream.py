@@ -50,6 +50,13 @@ class StreamServer:
     port : int
         Port; 0 takes any free one.
 
+    Attributes
+    ----------
+    address : str
+        ``host:port`` that clients connect to.
+    open_streams : int
+        Streams that are open now.
+
     Raises
     ------
     StreamError
@@ -59,6 +66,7 @@ class StreamServer:
     def __init__(self, address: str, port: int) -> None:
         self._handlers: dict[str, Handler] = {}
         self._lock = Lock()
+        self.open_streams = 0
         # A stream holds its thread for a whole round; threads are made only as streams come.
         self._server = grpc.server(ThreadPoolExecutor(max_workers=1024), options=_OPTIONS)
         method = grpc.stream_stream_rpc_method_handler(self._serve)
@@ -91,6 +99,8 @@ class StreamServer:
 
     def _serve(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         handler = self._claim(context)
+        with self._lock:
+            self.open_streams += 1
         try:
             for data in requests:
                 try:
@@ -102,6 +112,9 @@ class StreamServer:
                 yield encode(answer)
         except grpc.RpcError:
             log.warning("a client's stream broke off")
+        finally:
+            with self._lock:
+                self.open_streams -= 1
 
     def _claim(self, context: grpc.ServicerContext) -> Handler:
         """The handler of a stream's token, which no second stream can use."""
