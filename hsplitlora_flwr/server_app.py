@@ -8,9 +8,8 @@ import platformdirs
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from hsplitlora_flwr.checks import check_settings
 from hsplitlora_flwr.config import Config
-from hsplitlora_flwr.data.sources import load_text
-from hsplitlora_flwr.models.loading import check_model
 from hsplitlora_flwr.reporting.events import EventLog
 from hsplitlora_flwr.strategy import HSplitLoRA
 
@@ -23,8 +22,7 @@ def main(grid: Grid, context: Context) -> None:
     folder = run_folder(str(context.run_config.get("run.dir", "")), context.run_id)
     try:
         config = Config.from_run_config(context.run_config)
-        held_out = load_text(config.data, config.run.seed).held_out
-        check_model(config.model.path, config.split.min, config.split.max)
+        held_out = check_settings(config).held_out
     except Exception as error:
         EventLog(folder).emit("failed", error=f"{type(error).__name__}: {error}")
         raise

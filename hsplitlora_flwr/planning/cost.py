@@ -24,6 +24,9 @@ from hsplitlora_flwr.models.split import ClientModel, client_part
 ADAPTER_BYTES = 16
 """Per adapter parameter: the fp32 value, its gradient and Adam's two moments."""
 
+ADDED_TO_WEIGHTS = ("float32", "float64")
+"""Dtypes of a base to whose weights the fp32 update is added; over others it stays a term of its own."""
+
 
 class PlanError(ValueError):
     """No plan is possible; the text says for whom, and by how many bytes."""
@@ -136,7 +139,7 @@ class CostModel:
             process_bytes
             + self.client_parameters(split) * self._item
             + self.adapter_bytes(ranks, 0, split)
-            + max(self.kept_bytes(ranks, 0, split), self.update_bytes(split))
+            + self._kept_and_update(self.kept_bytes(ranks, 0, split), self.update_bytes(split))
             + self.temporary_bytes
             + 4 * self.cut_bytes  # the activation and its gradient, each as a tensor and as a frame
         )
@@ -184,6 +187,10 @@ class CostModel:
         rows = self.workload.batch_size * self.workload.sequence_length
         return layer.adapter_parameters(rank) * ADAPTER_BYTES + rank * rows * max(self._item, 4)
 
+    def _kept_and_update(self, kept: int, update: int) -> int:
+        """An update that goes into the weights is gone before training starts; one beside them stays."""
+        return max(kept, update) if self.workload.dtype in ADDED_TO_WEIGHTS else kept + update
+
     def update_bytes(self, split: int) -> int:
         """The accumulated update of the client's blocks at its largest: the dense fp32 matrices, in a message."""
         return split * self.linear_parameters * 4
@@ -225,7 +232,10 @@ def _trace_block(client: ClientModel, workload: Workload, head_size: int) -> _Bl
     client.decoder.enable_input_require_grads()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         client.decoder(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=False)
-    new = {name: (_storage(x), 0 if _storage(x) in kept else x.nbytes) for name, x in inputs.items()}
+    if workload.dtype in ADDED_TO_WEIGHTS:
+        new = {name: (_storage(x), 0 if _storage(x) in kept else x.nbytes) for name, x in inputs.items()}
+    else:  # every fp32 adapter over a base of lower precision keeps an fp32 copy of its input
+        new = {name: (number, x.numel() * 4) for number, (name, x) in enumerate(inputs.items())}
     return _BlockTrace(sum(_fused_bytes(t, length, head_size) for t in kept.values()), largest, shapes, new)
 
 

@@ -15,6 +15,7 @@ from hsplitlora_flwr.lora.delta import Change
 from hsplitlora_flwr.lora.layers import attach_changes, merge_changes
 from hsplitlora_flwr.models.loading import load_client_model
 from hsplitlora_flwr.models.split import ClientModel
+from hsplitlora_flwr.training.memory import trim_heap
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.transport.frames import Activation, Finish, Frame, Gradient
 
@@ -90,9 +91,12 @@ def train_client(
     record = TrainingRecord()
     started = time.perf_counter()
     device = next(model.parameters()).device
-    square = 0.0
+    square, largest = 0.0, 0
     for step in range(first_step, first_step + steps):
         batch = next(batches)
+        if batch.input_ids.numel() > largest:  # about to set a new peak: without the leftovers of smaller batches
+            largest = batch.input_ids.numel()
+            trim_heap()
         micro_batches = batch.micro_batches(micro_batch_size) if micro_batch_size else [batch]
         loss, server_square = 0.0, 0.0
         for index, micro in enumerate(micro_batches):

@@ -30,10 +30,15 @@ def return_freed_memory() -> None:
     _glibc("mallopt", _M_MMAP_THRESHOLD, 1_000_000)
 
 
+def trim_heap() -> None:
+    """Give back what smaller tensors left free in the heap, which larger ones cannot use."""
+    _glibc("malloc_trim", 0)
+
+
 def resting_bytes() -> int:
     """Resident memory of this process, in bytes, after giving back what is free; without memory shared with others."""
     gc.collect()
-    _glibc("malloc_trim", 0)
+    trim_heap()
     return _resident()
 
 

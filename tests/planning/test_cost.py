@@ -15,9 +15,9 @@ from tests.tiny import CONFIGS, tiny_model
 ROWS, LENGTH = 4, 24
 
 
-def cost_of(name: str, targets: tuple[str, ...] | None = None) -> CostModel:
+def cost_of(name: str, targets: tuple[str, ...] | None = None, dtype: str = "float32") -> CostModel:
     config = tiny_model(name).config
-    return CostModel(config, find_family(config), Workload(ROWS, LENGTH), targets)
+    return CostModel(config, find_family(config), Workload(ROWS, LENGTH, dtype), targets)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -31,9 +31,9 @@ def test_parameters_of_every_split(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("rank", [0, 8])
-def test_kept_activations_are_what_autograd_keeps(name: str, rank: int) -> None:
-    cost, model = cost_of(name), tiny_model(name, dtype=torch.float32)
+@pytest.mark.parametrize(("rank", "dtype"), [(0, "float32"), (8, "float32"), (8, "bfloat16")])
+def test_kept_activations_are_what_autograd_keeps(name: str, rank: int, dtype: str) -> None:
+    cost, model = cost_of(name, dtype=dtype), tiny_model(name, dtype=getattr(torch, dtype))
     client, _ = split_model(model, 3)
     ranks = {layer.name: rank for layer in cost.layers if rank and 1 <= layer.block < 3}
     inject(client.train(), {layer: AdapterSpec(r, 2.0 * r) for layer, r in ranks.items()}, "s")
