@@ -12,6 +12,7 @@ import queue
 import secrets
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from threading import Lock
 from types import TracebackType
 
@@ -191,4 +192,8 @@ class StreamLink:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._outbox.put(None)
+        if kind is None:  # let the server end its side: a channel that just closes looks like a client that died
+            with suppress(grpc.RpcError):
+                for _ in self._answers:
+                    pass
         self._channel.close()
