@@ -110,9 +110,9 @@ def inject(part: ModelPart, specs: Mapping[str, AdapterSpec], seed: str) -> list
 
 
 def extract(part: ModelPart) -> dict[str, Factors]:
-    """The adapters of ``part`` as detached copies ``(B, s A)`` by absolute layer name: the scale is folded in."""
+    """The adapters of ``part`` by absolute layer name: detached copies ``(B, s A)`` on the CPU, the scale folded in."""
     return {
-        name: (module.lora_B.detach().clone(), module.lora_A.detach() * module.spec.scale)
+        name: (module.lora_B.detach().cpu().clone(), module.lora_A.detach().cpu() * module.spec.scale)
         for name, module in part.linears()
         if isinstance(module, AdaptedLinear) and module.spec is not None
     }

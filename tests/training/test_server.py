@@ -1,0 +1,87 @@
+"""One base for all: updates reach every part, exactly, whatever the precision of the base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from hsplitlora_flwr.lora import Delta
+from hsplitlora_flwr.training.evaluation import evaluate
+from hsplitlora_flwr.training.server import SharedBase
+from tests.tiny import random_batches, tiny_model
+
+
+def random_delta(model: PreTrainedModel, rounds: int) -> Delta:
+    delta, generator = Delta(), torch.Generator().manual_seed(0)
+    names = [name for name, _ in model.named_modules() if name.endswith(("q_proj", "down_proj"))]
+    for _ in range(rounds):
+        update = {}
+        for name in names:
+            rows, columns = model.get_submodule(name).weight.shape
+            b = 0.1 * torch.randn(rows, 3, generator=generator)
+            update[name] = b, 0.1 * torch.randn(3, columns, generator=generator)
+        delta.add(update)
+    return delta
+
+
+def expected_nll(model: PreTrainedModel, delta: Delta) -> tuple[float, int]:
+    """The unsplit model in fp64 with the dense update in its weights."""
+    for name, change in delta.changes().items():
+        model.get_submodule(name).weight.data += change.dense()
+    model = model.double()
+    batch = next(random_batches())
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    targets = batch.labels[:, 1:].flatten()
+    return float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets, reduction="sum")), int(
+        (targets != -100).sum()
+    )
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-6), ("bfloat16", 2e-3)])
+def test_updates_reach_parts_and_start_from_the_original_weights(tmp_path: Path, dtype: str, tolerance: float) -> None:
+    stored = tiny_model("llama", dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    stored.save_pretrained(tmp_path)
+    base = SharedBase(str(tmp_path), dtype)
+    before = base.server_part(2)
+    for rounds in (1, 2, 3):
+        delta = random_delta(stored, rounds)
+        base.update(delta.changes())
+        nll, tokens = expected_nll(
+            tiny_model("llama", dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32).float(), delta
+        )
+        batches = [next(random_batches())]
+        found = evaluate(base.client_part(2), base.server_part(2), batches)
+        assert found.tokens == tokens
+        assert found.nll == pytest.approx(nll, rel=tolerance)
+        if dtype != "bfloat16":  # parts made earlier share the weights that were updated
+            assert evaluate(base.client_part(2), before, batches).nll == found.nll
+
+
+def test_the_merged_model_is_the_base_with_the_update(tmp_path: Path) -> None:
+    stored = tiny_model("llama", dtype=torch.bfloat16)
+    stored.save_pretrained(tmp_path)
+    base, delta = SharedBase(str(tmp_path), "bfloat16"), random_delta(stored, 2)
+    base.update(delta.changes())
+    merged = base.merged()
+    for name, change in delta.changes().items():
+        exact = stored.get_submodule(name).weight.float() + change.dense()
+        assert torch.equal(merged.get_submodule(name).weight, exact.to(torch.bfloat16))
+    assert merged.get_submodule("model.layers.0.self_attn.k_proj").weight.equal(
+        stored.get_submodule("model.layers.0.self_attn.k_proj").weight
+    )
+
+
+def test_perplexity_is_pooled_over_tokens(tmp_path: Path) -> None:
+    """Batches of very different size: the mean is over tokens, not over batches."""
+    tiny_model("llama", dtype=torch.float32).save_pretrained(tmp_path)
+    base = SharedBase(str(tmp_path))
+    small, large = next(random_batches(1, rows=1)), next(random_batches(2, rows=12))
+    parts = base.client_part(1), base.server_part(1)
+    one, other, both = evaluate(*parts, [small]), evaluate(*parts, [large]), evaluate(*parts, [small, large])
+    assert both.tokens == one.tokens + other.tokens == small.label_tokens + large.label_tokens
+    assert both.nll == pytest.approx(one.nll + other.nll)
+    mean_of_batches = (one.perplexity + other.perplexity) / 2
+    assert abs(both.perplexity - mean_of_batches) > 1e-3
