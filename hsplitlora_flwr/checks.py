@@ -1,34 +1,22 @@
-"""Everything about a run that can be wrong and can be known before anything is loaded or started."""
+"""What can be wrong with the model, the split, the adapters and the budgets, known before anything is loaded."""
 
 from __future__ import annotations
 
 from hsplitlora_flwr.config import Config
-from hsplitlora_flwr.data.sources import TextData, load_text
 from hsplitlora_flwr.models.loading import check_model, read_config
 from hsplitlora_flwr.models.proof import find_family
 from hsplitlora_flwr.planning.cost import CostModel, PlanError, Workload
 
 
-def check_settings(config: Config) -> TextData:
-    """Read the data and the model's configuration, and see that the settings fit them.
-
-    Parameters
-    ----------
-    config : Config
-        The settings of a run.
-
-    Returns
-    -------
-    TextData
-        The data, which had to be read to be checked.
+def check_model_settings(config: Config) -> None:
+    """See that the settings of a run fit its model, from the model's configuration alone.
 
     Raises
     ------
     ValueError
-        ``DataError``, ``ModelFilesError``, ``SplitError``, ``UnsupportedModelError`` or ``PlanError``, each with the
-        value that is wrong and what to do.
+        ``ModelFilesError``, ``SplitError``, ``UnsupportedModelError`` or ``PlanError``, each with the value that is
+        wrong and what to do.
     """
-    text = load_text(config.data, config.run.seed)
     check_model(config.model.path, config.split.min, config.split.max)
     model = read_config(config.model.path)
     cost = CostModel(model, find_family(model), Workload(1, 2, config.model.dtype), config.targets)
@@ -39,4 +27,3 @@ def check_settings(config: Config) -> TextData:
             f"clients.memory_gb={config.clients.memory_gb}: even the largest budget misses {missing:,} bytes for the "
             f"embeddings and {config.split.min} block(s) of {config.model.path}; raise it or choose a smaller model"
         )
-    return text

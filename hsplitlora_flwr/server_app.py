@@ -8,8 +8,9 @@ import platformdirs
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from hsplitlora_flwr.checks import check_settings
+from hsplitlora_flwr.checks import check_model_settings
 from hsplitlora_flwr.config import Config
+from hsplitlora_flwr.data.sources import load_text
 from hsplitlora_flwr.reporting.events import EventLog
 from hsplitlora_flwr.strategy import HSplitLoRA
 
@@ -22,7 +23,8 @@ def main(grid: Grid, context: Context) -> None:
     folder = run_folder(str(context.run_config.get("run.dir", "")), context.run_id)
     try:
         config = Config.from_run_config(context.run_config)
-        held_out = check_settings(config).held_out
+        held_out = load_text(config.data, config.run.seed).held_out
+        check_model_settings(config)
     except Exception as error:
         EventLog(folder).emit("failed", error=f"{type(error).__name__}: {error}")
         raise

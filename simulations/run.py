@@ -249,16 +249,18 @@ def _absolute(path: str) -> str:
 
 def _prepare(config: Config, console: RunConsole) -> None:
     """Fail on bad data or an unusable model before anything starts; fetch the model that comes without one's own."""
-    from hsplitlora_flwr.checks import check_settings
+    from hsplitlora_flwr.checks import check_model_settings
+    from hsplitlora_flwr.data.sources import load_text
     from hsplitlora_flwr.models.demo import DemoModelError, demo_model, is_demo_model
 
+    load_text(config.data, config.run.seed)
     if is_demo_model(config.model.path):
         _say(console, f"fetching the model {config.model.path}, unless it is here already")
         try:
             demo_model()
         except DemoModelError as error:
             raise ConfigError(str(error)) from error
-    check_settings(config)
+    check_model_settings(config)
 
 
 def _run(composed: DictConfig) -> int:
