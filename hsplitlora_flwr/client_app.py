@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any
 
 import torch
 from flwr.app import Context, Message
@@ -107,20 +108,19 @@ def _take_part(message: Message, context: Context, load_data: LoadData, *, score
         task.changes.clear()
         optimizer = AdapterOptimizer(inject(model, task.specs, task.seed), train)
         model.train()
-        importance: dict[str, float] = {}
-        with StreamLink(task.address, task.token) as link:
-            settings: dict[str, Any] = {
-                "first_step": task.first_step,
-                "steps": task.steps,
-                "wire": getattr(torch, config.transport.wire),
-            }
-            if scores_weights:  # |W * gradient| is not additive over parts of a batch: no micro-batches
-                with scoring(model) as importance:
-                    record = train_client(model, optimizer, batches, link, **settings)
-            else:
-                record = train_client(
-                    model, optimizer, batches, link, micro_batch_size=train.micro_batch_size, **settings
-                )
+        probing: AbstractContextManager[dict[str, float]] = scoring(model) if scores_weights else nullcontext({})
+        with StreamLink(task.address, task.token) as link, probing as importance:
+            record = train_client(
+                model,
+                optimizer,
+                batches,
+                link,
+                first_step=task.first_step,
+                steps=task.steps,
+                # |W * gradient| is not additive over parts of a batch, so a probe takes the batch whole
+                micro_batch_size=0 if scores_weights else train.micro_batch_size,
+                wire=getattr(torch, config.transport.wire),
+            )
 
     outcome = Outcome(
         adapters=extract(model),
@@ -151,7 +151,8 @@ def _name_of(context: Context) -> str:
 
 
 def _data_seed(config: Config, client: str) -> int:
-    return config.run.seed * 1_000_003 + int(client) % 1_000_003
+    number = int(client) if client.isdigit() else zlib.crc32(client.encode())
+    return config.run.seed * 1_000_003 + number % 1_000_003
 
 
 def _partition_of(context: Context) -> tuple[int, int]:

@@ -158,6 +158,11 @@ class HSplitLoRA(Strategy):
             reply.metadata.src_node_id: Description.from_records(reply.content)
             for reply in self._checked(replies, {node: str(node) for node in nodes}, 0)
         }
+        names = [description.name for description in self._descriptions.values()]
+        if twins := {name for name in names if names.count(name) > 1}:
+            raise ClientFailedError(
+                f"several nodes call themselves client {', '.join(sorted(twins))}; give each a partition-id of its own"
+            )
 
     def make_plans(self, grid: Grid, server_round: int) -> None:
         """Give every client a split point and ranks, once; a budget that changed asks for a new plan."""
@@ -168,7 +173,8 @@ class HSplitLoRA(Strategy):
         if not self.importance:
             self.importance = self._probe(grid)
         plan = self._plan(self.importance, self._server_budget())
-        self.plans = {int(node): client for node, client in plan.clients.items()}
+        nodes = {description.name: node for node, description in self._descriptions.items()}
+        self.plans = {nodes[name]: client for name, client in plan.clients.items()}
         self._report_plan(server_round, plan)
 
     def configure_train(
@@ -310,7 +316,7 @@ class HSplitLoRA(Strategy):
     def _plan(self, importance: Mapping[str, float], server: Budget | None) -> Plan:
         split = self.config.split
         return make_plan(
-            {str(node): budget for node, budget in self._budgets().items()},
+            {self._descriptions[node].name: budget for node, budget in self._budgets().items()},
             importance,
             self._cost,
             ranks=self.config.ranks,
@@ -406,7 +412,7 @@ class HSplitLoRA(Strategy):
 
     def _report_plan(self, server_round: int, plan: Plan) -> None:
         rows = []
-        for node, description in self._descriptions.items():
+        for description in self._descriptions.values():
             row: dict[str, Any] = {
                 "client": description.name,
                 "examples": description.examples,
@@ -414,12 +420,12 @@ class HSplitLoRA(Strategy):
                 "blocks": self._cost.num_blocks,
                 "left_out": "",
             }
-            if client := plan.clients.get(str(node)):
+            if client := plan.clients.get(description.name):
                 ranks = list(client.ranks.values()) or [0]
                 spread = {"min": min(ranks), "max": max(ranks), "mean": sum(ranks) / len(ranks)}
                 row |= {"split": client.split, "ranks": spread, "predicted_bytes": client.predicted_bytes}
             else:
-                row["left_out"] = f"misses {plan.left_out[str(node)]:,} bytes of memory"
+                row["left_out"] = f"misses {plan.left_out[description.name]:,} bytes of memory"
             rows.append(row)
         self.events.emit("planned", round=server_round, clients=rows)
         self.record.save(
@@ -428,8 +434,8 @@ class HSplitLoRA(Strategy):
                 "objective": plan.objective,
                 "server_predicted_bytes": plan.server_bytes,
                 "clients": [
-                    row | ({"ranks": dict(client.ranks)} if (client := plan.clients.get(str(node))) else {})
-                    for node, row in zip(self._descriptions, rows, strict=True)
+                    row | ({"ranks": dict(client.ranks)} if (client := plan.clients.get(row["client"])) else {})
+                    for row in rows
                 ],
             }
         )
