@@ -22,7 +22,7 @@ def dense_scores(name: str, batches: int) -> dict[str, float]:
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten())
         for layer, weight, gradient in zip(layers, weights, torch.autograd.grad(loss, weights), strict=True):
-            total[layer] = total.get(layer, 0) + float((weight * gradient).abs().sum()) / sum(weight.shape)
+            total[layer] = total.get(layer, 0) + float((weight * gradient).detach().abs().sum()) / sum(weight.shape)
     return total
 
 

@@ -65,7 +65,7 @@ def test_three_split_steps_equal_three_unsplit_steps() -> None:
 
 def test_perplexity_of_e2e_before_training(e2e_folder: Path) -> None:
     """15.4 on the first 200 rows of the dev set, given ``mr + newline``, EOS included."""
-    held_out = load_text(DataConfig(source="e2e", path=str(e2e_folder), partition="iid"), 0).held_out
+    held_out = load_text(DataConfig(source="e2e", path=str(e2e_folder), eval_rows=200), 0).held_out
     rows = tokenize(held_out, load_tokenizer(MODEL), 128)
     base = SharedBase(MODEL)
     found = evaluate(base.client_part(7), base.server_part(7), evaluation_batches(rows, 16))
