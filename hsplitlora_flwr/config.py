@@ -86,7 +86,6 @@ class LoraConfig:
 class PlanConfig:
     """Importance and the choice of splits and ranks."""
 
-    planner: str = _setting("greedy", "rule that chooses splits and ranks", choices=("greedy",))
     probe_batches: int = _setting(2, "batches that measure the importance before round 1", low=1)
     important_share: float = _setting(
         0.5, "greedy: the top weights that hold this share of the importance get the highest rank first", low=0.0
