@@ -118,6 +118,11 @@ def extract(part: ModelPart) -> dict[str, Factors]:
     }
 
 
+def takes_changes(dtype: torch.dtype) -> bool:
+    """Whether weights of ``dtype`` hold an fp32 update exactly: then it is merged, else attached beside them."""
+    return dtype in (torch.float32, torch.float64)
+
+
 def merge_changes(part: ModelPart, changes: Mapping[str, Change], original: Callable[[str], Tensor]) -> None:
     """Make the weights of ``part`` ``W_0 + change``, in place, for all parts that share them.
 

@@ -16,16 +16,13 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from hsplitlora_flwr.lora.layers import shape_of
+from hsplitlora_flwr.lora.layers import shape_of, takes_changes
 from hsplitlora_flwr.models.families import Family
 from hsplitlora_flwr.models.loading import empty_model
 from hsplitlora_flwr.models.split import ClientModel, client_part
 
 ADAPTER_BYTES = 16
 """Per adapter parameter: the fp32 value, its gradient and Adam's two moments."""
-
-ADDED_TO_WEIGHTS = ("float32", "float64")
-"""Dtypes of a base to whose weights the fp32 update is added; over others it stays a term of its own."""
 
 
 class PlanError(ValueError):
@@ -189,7 +186,7 @@ class CostModel:
 
     def _kept_and_update(self, kept: int, update: int) -> int:
         """An update that goes into the weights is gone before training starts; one beside them stays."""
-        return max(kept, update) if self.workload.dtype in ADDED_TO_WEIGHTS else kept + update
+        return max(kept, update) if takes_changes(getattr(torch, self.workload.dtype)) else kept + update
 
     def update_bytes(self, split: int) -> int:
         """The accumulated update of the client's blocks at its largest: the dense fp32 matrices, in a message."""
@@ -232,7 +229,7 @@ def _trace_block(client: ClientModel, workload: Workload, head_size: int) -> _Bl
     client.decoder.enable_input_require_grads()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         client.decoder(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=False)
-    if workload.dtype in ADDED_TO_WEIGHTS:
+    if takes_changes(getattr(torch, workload.dtype)):
         new = {name: (_storage(x), 0 if _storage(x) in kept else x.nbytes) for name, x in inputs.items()}
     else:  # every fp32 adapter over a base of lower precision keeps an fp32 copy of its input
         new = {name: (number, x.numel() * 4) for number, (name, x) in enumerate(inputs.items())}

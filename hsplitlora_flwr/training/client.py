@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hsplitlora_flwr.data.collate import Batch
 from hsplitlora_flwr.lora.delta import Change
-from hsplitlora_flwr.lora.layers import attach_changes, merge_changes
+from hsplitlora_flwr.lora.layers import attach_changes, merge_changes, takes_changes
 from hsplitlora_flwr.models.loading import load_client_model
 from hsplitlora_flwr.models.split import ClientModel
 from hsplitlora_flwr.training.memory import trim_heap
@@ -48,7 +48,7 @@ def load_client(path: str, split: int, dtype: str, device: str, changes: Mapping
         The update by absolute layer name.
     """
     model = load_client_model(path, split, dtype, device)
-    if model.dtype in (torch.float32, torch.float64):
+    if takes_changes(model.dtype):
         weights = dict(model.linears())
         merge_changes(model, changes, lambda name: cast(Tensor, weights[name].weight))
     else:

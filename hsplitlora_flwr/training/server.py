@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hsplitlora_flwr.lora.delta import Change
-from hsplitlora_flwr.lora.layers import attach_changes, merge_changes
+from hsplitlora_flwr.lora.layers import attach_changes, merge_changes, takes_changes
 from hsplitlora_flwr.models.loading import Checkpoint, load_causal_lm
 from hsplitlora_flwr.models.proof import find_family
 from hsplitlora_flwr.models.split import ClientModel, ModelPart, ServerModel, client_part, server_part
@@ -34,7 +34,7 @@ class SharedBase:
         self.model = load_causal_lm(path, dtype, device)
         self.family = find_family(self.model.config)
         self._checkpoint = Checkpoint(path)
-        self._in_place = self.model.dtype in (torch.float32, torch.float64)
+        self._in_place = takes_changes(self.model.dtype)
         self._changes: Mapping[str, Change] = {}
 
     def update(self, changes: Mapping[str, Change]) -> None:
