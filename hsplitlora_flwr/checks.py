@@ -1,11 +1,33 @@
-"""What can be wrong with the model, the split, the adapters and the budgets, known before anything is loaded."""
+"""What can be wrong with the text, the model, the split, the adapters and the budgets, known before anything loads."""
 
 from __future__ import annotations
 
 from hsplitlora_flwr.config import Config
-from hsplitlora_flwr.models.loading import check_model, read_config
-from hsplitlora_flwr.models.proof import find_family
-from hsplitlora_flwr.planning.cost import CostModel, PlanError, Workload
+from hsplitlora_flwr.data.sources import DataError, TextData
+from hsplitlora_flwr.methods import METHODS, cost_model
+from hsplitlora_flwr.models.loading import check_model
+from hsplitlora_flwr.planning.cost import PlanError
+from hsplitlora_flwr.reporting.metrics import check_installed
+
+
+def check_text(config: Config, text: TextData) -> None:
+    """See that the text fits what is to be measured on it.
+
+    Raises
+    ------
+    DataError
+        If texts are to be generated and there is nothing to start them from.
+    ModuleNotFoundError
+        If the packages that score them are not installed.
+    """
+    if not config.evaluation.generate:
+        return
+    check_installed()
+    if not all(example.prompt for example in text.held_out):
+        raise DataError(
+            "evaluation.generate=true writes a text for every held-out prompt, and some held-out rows have none; "
+            "use rows of {prompt, completion}, or evaluation.generate=false"
+        )
 
 
 def check_model_settings(config: Config) -> None:
@@ -18,12 +40,17 @@ def check_model_settings(config: Config) -> None:
         wrong and what to do.
     """
     check_model(config.model.path, config.split.min, config.split.max)
-    model = read_config(config.model.path)
-    cost = CostModel(model, find_family(model), Workload(1, 2, config.model.dtype), config.targets)
+    cost, method = cost_model(config, rows=1, length=2), METHODS[config.method.name]
+    if method.central:
+        return
     # What the process itself takes is measured later, on the clients; the weights alone may already be too much.
-    missing = cost.client_bytes(config.split.min, {}) - max(config.memory_bytes, default=0)
+    needed, what = cost.client_bytes(config.split.min, {}), f"the embeddings and {config.split.min} block(s)"
+    if not method.split:
+        needed, what = (0 if config.plan.over_budget else cost.whole_bytes({})), "all"
+    missing = needed - max(config.memory_bytes, default=0)
     if config.memory_bytes and missing > 0:
         raise PlanError(
-            f"clients.memory_gb={config.clients.memory_gb}: even the largest budget misses {missing:,} bytes for the "
-            f"embeddings and {config.split.min} block(s) of {config.model.path}; raise it or choose a smaller model"
+            f"clients.memory_gb={config.clients.memory_gb}: even the largest budget misses {missing:,} bytes for "
+            f"{what} of {config.model.path}; raise it or choose a smaller model"
+            + ("" if method.split else f", or set plan.over_budget: method.name={config.method.name} does not split")
         )

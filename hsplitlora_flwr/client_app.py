@@ -18,11 +18,13 @@ from hsplitlora_flwr.data.partition import partition
 from hsplitlora_flwr.data.sources import Example, load_text
 from hsplitlora_flwr.lora.delta import unpack
 from hsplitlora_flwr.lora.layers import extract, inject
-from hsplitlora_flwr.models.loading import load_tokenizer, pick_device
+from hsplitlora_flwr.models.loading import load_tokenizer, pick_device, read_config
+from hsplitlora_flwr.models.split import WholeModel
 from hsplitlora_flwr.planning.importance import scoring
-from hsplitlora_flwr.training.client import load_client, train_client
-from hsplitlora_flwr.training.memory import PeakMemory, resting_bytes, return_freed_memory
+from hsplitlora_flwr.training.client import load_client, load_whole, train_client
+from hsplitlora_flwr.training.memory import PeakMemory, process_bytes, return_freed_memory
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
+from hsplitlora_flwr.training.whole import train_whole
 from hsplitlora_flwr.transport.stream import StreamLink
 
 LoadData = Callable[[Context, Config], Sequence[Example]]
@@ -76,9 +78,12 @@ def split_client_app(load_data: LoadData = load_partition, load_budget: LoadBudg
             name=_name_of(context),
             examples=len(rows),
             memory_bytes=load_budget(context, config),
-            process_bytes=resting_bytes(),
+            process_bytes=process_bytes(read_config(config.model.path)),
             longest=max(map(len, rows)),
             version=0,
+            flops=_speed(context, config, "gflops") * 1e9,
+            up=_speed(context, config, "mbit_up") * 1e6 / 8,
+            down=_speed(context, config, "mbit_down") * 1e6 / 8,
         )
         return Message(description.to_records(), reply_to=message)
 
@@ -96,31 +101,53 @@ def split_client_app(load_data: LoadData = load_partition, load_budget: LoadBudg
 
 
 def _take_part(message: Message, context: Context, load_data: LoadData, *, scores_weights: bool) -> Message:
+    return_freed_memory()  # before tensors come: where they lie is settled when they are made
     task = Task.from_records(message.content)
     config, train = task.config, task.config.train
     rows = _rows(context, config, load_data)
     batches = training_batches(rows, train.batch_size, _data_seed(config, task.client), task.first_step)
 
-    return_freed_memory()
     with PeakMemory() as memory:
-        device = pick_device(config.model.device)
-        model = load_client(config.model.path, task.split, config.model.dtype, device, dict(unpack(task.changes)))
+        device, method = pick_device(config.model.device), task.method
+        path, dtype, changes = config.model.path, config.model.dtype, dict(unpack(task.changes))
+        model = (
+            load_client(path, task.split, dtype, device, changes)
+            if method.split
+            else load_whole(path, dtype, device, changes)
+        )
         task.changes.clear()
-        optimizer = AdapterOptimizer(inject(model, task.specs, task.seed), train)
+        changes.clear()
+        parameters = inject(model, task.specs, task.seed, task.start, freeze_a=method.freeze_a)
+        optimizer = AdapterOptimizer(parameters, train)
         model.train()
-        probing: AbstractContextManager[dict[str, float]] = scoring(model) if scores_weights else nullcontext({})
-        with StreamLink(task.address, task.token) as link, probing as importance:
-            record = train_client(
+        importance: dict[str, float] = {}
+        bytes_up = bytes_down = 0
+        if isinstance(model, WholeModel):
+            record = train_whole(
                 model,
                 optimizer,
                 batches,
-                link,
                 first_step=task.first_step,
                 steps=task.steps,
-                # |W * gradient| is not additive over parts of a batch, so a probe takes the batch whole
-                micro_batch_size=0 if scores_weights else train.micro_batch_size,
-                wire=getattr(torch, config.transport.wire),
+                micro_batch_size=train.micro_batch_size,
             )
+        else:
+            probing: AbstractContextManager[dict[str, float]] = (
+                scoring(model, config.plan.cost, config.lora.rank) if scores_weights else nullcontext(importance)
+            )
+            with StreamLink(task.address, task.token) as link, probing as importance:
+                record = train_client(
+                    model,
+                    optimizer,
+                    batches,
+                    link,
+                    first_step=task.first_step,
+                    steps=task.steps,
+                    # |W * gradient| is not additive over parts of a batch, so a probe takes the batch whole
+                    micro_batch_size=0 if scores_weights else train.micro_batch_size,
+                    wire=getattr(torch, config.transport.wire),
+                )
+            bytes_up, bytes_down = link.bytes_up, link.bytes_down
 
     outcome = Outcome(
         adapters=extract(model),
@@ -131,8 +158,8 @@ def _take_part(message: Message, context: Context, load_data: LoadData, *, score
             "resident-parameters": model.resident_parameters(),
             "tokens": record.tokens,
             "label-tokens": record.label_tokens,
-            "bytes-up": link.bytes_up,
-            "bytes-down": link.bytes_down,
+            "bytes-up": bytes_up,
+            "bytes-down": bytes_down,
             "seconds": record.seconds,
         },
     )
@@ -144,6 +171,18 @@ def _rows(context: Context, config: Config, load_data: LoadData) -> list[Tokens]
     if not examples:
         raise ConfigError(f"client {_name_of(context)} has no training examples")
     return tokenize(examples, load_tokenizer(config.model.path), config.data.max_length)
+
+
+def _speed(context: Context, config: Config, key: str) -> float:
+    """``gflops``, ``mbit-up`` or ``mbit-down`` of the node's configuration, else of ``clients``; 0 when not stated."""
+    name = key.replace("_", "-")
+    stated = context.node_config.get(name)
+    if stated is not None:
+        if isinstance(stated, bool) or not isinstance(stated, int | float) or not stated > 0:
+            raise ConfigError(f"{name}={stated!r} of the node must be a number above 0")
+        return float(stated)
+    speeds = config.speeds(key)
+    return speeds[_partition_of(context)[0] % len(speeds)] if speeds else 0.0
 
 
 def _name_of(context: Context) -> str:

@@ -18,6 +18,21 @@ from typing import Any
 Scalar = int | float | bool | str
 
 DTYPES = ("float32", "bfloat16", "float64")
+METHODS = (
+    "hsplitlora",
+    "splitlora",
+    "fedit",
+    "hetlora",
+    "flexlora",
+    "flora",
+    "ffa",
+    "cenlora",
+    "full",
+    "hsplitlora-no-iwi",
+    "hsplitlora-no-armsc",
+    "hsplitlora-no-naa",
+)
+"""Names of :mod:`hsplitlora_flwr.methods`."""
 
 
 class ConfigError(ValueError):
@@ -27,6 +42,13 @@ class ConfigError(ValueError):
 def _setting(default: Any, help: str, *, choices: tuple[str, ...] = (), low: float | None = None) -> Any:
     """A schema field: its default, what it means, and what is allowed."""
     return field(default=default, metadata={"help": help, "choices": choices, "low": low})
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """Which method trains: HSplitLoRA, an ablation of it, or what it is compared with."""
+
+    name: str = _setting("hsplitlora", "the method; hsplitlora_flwr/methods.py says what each one is", choices=METHODS)
 
 
 @dataclass(frozen=True)
@@ -52,6 +74,7 @@ class DataConfig:
     alpha: float = _setting(0.5, "Dirichlet concentration; smaller is more uneven", low=1e-6)
     train_rows: int = _setting(0, "use so many training rows, drawn by seed; 0 uses all", low=0)
     eval_rows: int = _setting(120, "rows of held-out text; e2e takes the first of devset.csv", low=1)
+    eval_skip: int = _setting(0, "e2e: leave out so many rows of devset.csv before those", low=0)
     max_length: int = _setting(128, "tokens of an example after which it is cut", low=2)
 
 
@@ -62,6 +85,9 @@ class ClientsConfig:
     count: int = _setting(3, "clients that the run waits for before it starts", low=1)
     wait: int = _setting(120, "seconds to wait for them", low=1)
     memory_gb: str = _setting("1.0,1.3,1.8", "budget in GB (1e9 bytes) of client 0, 1, ... ; repeats when shorter")
+    gflops: str = _setting("", "speed in 1e9 operations/s of client 0, 1, ... ; empty = all alike")
+    mbit_up: str = _setting("", "link to the server in 1e6 bit/s of client 0, 1, ... ; empty = all alike")
+    mbit_down: str = _setting("", "link from the server in 1e6 bit/s of client 0, 1, ... ; empty = all alike")
 
 
 @dataclass(frozen=True)
@@ -70,6 +96,7 @@ class SplitConfig:
 
     min: int = _setting(1, "fewest blocks on a client; a floor for privacy", low=1)
     max: int = _setting(0, "most blocks on a client; 0 = all but one", low=0)
+    point: int = _setting(0, "methods with one split for all: that split; 0 = the deepest that all can hold", low=0)
 
 
 @dataclass(frozen=True)
@@ -77,19 +104,31 @@ class LoraConfig:
     """Adapters."""
 
     ranks: str = _setting("0,2,4,8,16,32", "the ranks that a plan may choose from; 0 = no adapter")
+    rank: int = _setting(8, "methods with one rank for all: that rank", low=1)
+    rank_cap: int = _setting(0, "largest rank of the accumulated update of a layer; 0 = exact, whatever it is", low=0)
     alpha: str = _setting("2r", "LoRA alpha: a number, or a multiple of the rank such as '2r'; the scale is alpha / r")
     dropout: float = _setting(0.0, "dropout on the input of an adapter", low=0.0)
-    targets: str = _setting("all-linear", "'all-linear', or names of linear layers such as 'q_proj,v_proj'")
+    targets: str = _setting("auto", "'all-linear', names such as 'q_proj,v_proj', or 'auto': what the method takes")
 
 
 @dataclass(frozen=True)
 class PlanConfig:
     """Importance and the choice of splits and ranks."""
 
-    probe_batches: int = _setting(2, "batches that measure the importance before round 1", low=1)
+    planner: str = _setting("exact", "how splits and ranks are chosen", choices=("exact", "greedy"))
+    probe_batches: int = _setting(2, "batches of a measurement of the importance", low=1)
+    probe_every: int = _setting(1, "rounds from one measurement to the next; 0 = before the first round only", low=0)
+    cost: str = _setting("parameters", "what importance is divided by", choices=("parameters", "flops"))
+    beta_max: float = _setting(0.9, "smoothing of the importance: largest weight of its past", low=0.0)
+    half_time: float = _setting(2.0, "smoothing: rounds after which half of that weight is reached", low=1e-6)
+    drift: float = _setting(0.1, "plan anew when the importance moved by more (total variation distance)", low=0.0)
+    tolerance: float = _setting(0.01, "exact: value that may be given up for a shorter round, as a share", low=0.0)
+    deadline: float = _setting(0.0, "longest predicted round in seconds, where speeds are stated; 0 = none", low=0.0)
     important_share: float = _setting(
         0.5, "greedy: the top weights that hold this share of the importance get the highest rank first", low=0.0
     )
+    over_budget: bool = _setting(False, "unsplit methods: let clients take part that cannot hold the whole model")
+    server_gflops: float = _setting(0.0, "speed of the server in 1e9 operations/s; 0 = that of a client", low=0.0)
     server_memory_gb: float = _setting(0.0, "server budget in GB (1e9 bytes); 0 = what is free at the start", low=0.0)
 
 
@@ -101,18 +140,23 @@ class TrainConfig:
     steps: int = _setting(10, "local steps of every client in a round", low=1)
     batch_size: int = _setting(8, "examples of one step", low=1)
     micro_batch_size: int = _setting(0, "examples that travel at once; gradients accumulate; 0 = the batch", low=0)
+    optimizer: str = _setting("adamw", "optimizer of the adapters", choices=("adamw", "sgd"))
+    momentum: float = _setting(0.0, "sgd: momentum", low=0.0)
     lr: float = _setting(1e-3, "peak learning rate", low=0.0)
     schedule: str = _setting("constant", "learning rate by global step", choices=("constant", "linear", "cosine"))
     warmup_steps: int = _setting(0, "steps of linear warm-up", low=0)
-    weight_decay: float = _setting(0.0, "AdamW weight decay", low=0.0)
+    weight_decay: float = _setting(0.0, "weight decay", low=0.0)
     clip: float = _setting(1.0, "largest norm of the gradient of both sides' adapters together; 0 = none", low=0.0)
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Perplexity of the held-out text, on the server."""
+    """What is measured on held-out text, on the server."""
 
     batch_size: int = _setting(16, "examples of one forward pass", low=1)
+    generate: bool = _setting(False, "after the last round, write a text for every held-out prompt and score them")
+    beams: int = _setting(1, "generate: beams of the search; 1 = greedy", low=1)
+    max_new_tokens: int = _setting(64, "generate: longest text in tokens", low=1)
 
 
 @dataclass(frozen=True)
@@ -138,6 +182,7 @@ class RunConfig:
 class Config:
     """All settings of a run; every section is a table of ``pyproject.toml`` and a group of ``conf/``."""
 
+    method: MethodConfig = field(default_factory=MethodConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     clients: ClientsConfig = field(default_factory=ClientsConfig)
@@ -196,7 +241,7 @@ class Config:
     @property
     def targets(self) -> tuple[str, ...] | None:
         """Names of the linear layers that may get an adapter; None means every linear layer of a block."""
-        if self.lora.targets.strip() == "all-linear":
+        if self.lora.targets.strip() in ("all-linear", "auto"):
             return None
         return tuple(part.strip() for part in self.lora.targets.split(",") if part.strip())
 
@@ -204,6 +249,10 @@ class Config:
     def memory_bytes(self) -> tuple[int, ...]:
         """Budgets of the simulated clients in bytes; empty when every node states its own."""
         return tuple(int(gb * 1e9) for gb in _numbers("clients.memory_gb", self.clients.memory_gb, float))
+
+    def speeds(self, key: str) -> tuple[float, ...]:
+        """``gflops``, ``mbit_up`` or ``mbit_down`` of the simulated clients; empty when nothing is stated."""
+        return tuple(_numbers(f"clients.{key}", getattr(self.clients, key), float))
 
     def alpha(self, rank: int) -> float:
         """LoRA alpha of an adapter of ``rank``; its scale is ``alpha / rank``."""
@@ -255,7 +304,7 @@ def _coerce(section: str, factory: Any, values: dict[str, Any]) -> dict[str, Any
     return result
 
 
-_LISTS = ("memory_gb", "ranks", "alpha")
+_LISTS = ("memory_gb", "gflops", "mbit_up", "mbit_down", "ranks", "alpha")
 
 
 def _check_value(key: str, spec: dataclasses.Field[Any], value: Any) -> None:
@@ -279,11 +328,18 @@ def _check_lists(config: Config) -> None:
     if config.lora.dropout >= 1:
         raise ConfigError(f"lora.dropout={config.lora.dropout!r} is out of range; it must be below 1")
     if config.targets is not None and not config.targets:
-        raise ConfigError("lora.targets is empty; write 'all-linear' or names such as 'q_proj,v_proj'")
-    if any(gb <= 0 for gb in _numbers("clients.memory_gb", config.clients.memory_gb, float)):
-        raise ConfigError(f"clients.memory_gb={config.clients.memory_gb!r} must hold numbers above 0")
-    if config.plan.important_share > 1:
-        raise ConfigError(f"plan.important_share={config.plan.important_share!r} is out of range; at most 1")
+        raise ConfigError("lora.targets is empty; write 'auto', 'all-linear' or names such as 'q_proj,v_proj'")
+    for key in ("memory_gb", "gflops", "mbit_up", "mbit_down"):
+        text = getattr(config.clients, key)
+        if any(not 0 < number < math.inf for number in _numbers(f"clients.{key}", text, float)):
+            raise ConfigError(f"clients.{key}={text!r} must hold numbers above 0")
+    for key, share in (("important_share", config.plan.important_share), ("tolerance", config.plan.tolerance)):
+        if share > 1:
+            raise ConfigError(f"plan.{key}={share!r} is out of range; at most 1")
+    if config.plan.beta_max >= 1 or config.train.momentum >= 1:
+        raise ConfigError(
+            f"plan.beta_max={config.plan.beta_max!r} and train.momentum={config.train.momentum!r} must be below 1"
+        )
     if config.split.max and config.split.max < config.split.min:
         raise ConfigError(f"split.max={config.split.max} is below split.min={config.split.min}")
     if config.transport.port > 65535:

@@ -17,6 +17,8 @@ from torch import Tensor
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.lora.aggregation import Factors
 from hsplitlora_flwr.lora.layers import AdapterSpec
+from hsplitlora_flwr.methods import METHODS, Method
+from hsplitlora_flwr.planning.planner import Budget
 
 DESCRIBE, PROBE, TRAIN = "query.describe", "train.probe", "train"
 """Message types, in the order of a round."""
@@ -33,7 +35,9 @@ class Description:
     examples : int
         Its number of training examples.
     memory_bytes : int
-        Its budget.
+        Its memory budget.
+    flops, up, down : float
+        Its speed in operations/s, and its link to and from the server in bytes/s; 0 where it states none.
     process_bytes : int
         What its process takes before a model is loaded.
     longest : int
@@ -48,6 +52,14 @@ class Description:
     process_bytes: int
     longest: int
     version: int
+    flops: float = 0.0
+    up: float = 0.0
+    down: float = 0.0
+
+    @property
+    def budget(self) -> Budget:
+        """What a plan may use."""
+        return Budget(self.memory_bytes, self.process_bytes, self.flops or None, self.up or None, self.down or None)
 
     def to_records(self) -> RecordDict:
         """As the content of a reply."""
@@ -73,15 +85,17 @@ class Task:
     round : int
         The round, from 1; 0 for the probe.
     split : int
-        Number of blocks that the client holds.
+        Number of blocks that the client holds; all of them where the method does not split.
     specs : Mapping[str, AdapterSpec]
         Its adapters by absolute layer name; empty in a probe.
     first_step, steps : int
         Position in the learning-rate schedule, and the number of steps.
     address, token : str
-        Of the stream.
+        Of the stream; empty where the method does not split.
     changes : dict[str, Tensor]
         The accumulated update of the client's layers; see :func:`hsplitlora_flwr.lora.delta.pack`.
+    start : Mapping[str, Factors]
+        Adapters of the client's layers to go on from, scale folded in; empty where adapters start afresh.
     """
 
     config: Config
@@ -94,11 +108,18 @@ class Task:
     address: str
     token: str
     changes: dict[str, Tensor] = field(default_factory=dict)
+    start: Mapping[str, Factors] = field(default_factory=dict)
+
+    @property
+    def method(self) -> Method:
+        """The method of the run."""
+        return METHODS[self.config.method.name]
 
     @property
     def seed(self) -> str:
-        """Fixes the start of the round's adapters on both sides."""
-        return f"{self.config.run.seed}/{self.round}/{self.client}"
+        """Fixes the start of the round's adapters on both sides; the same for all where one adapter is carried on."""
+        owner = "all" if self.method.carries else f"{self.round}/{self.client}"
+        return f"{self.config.run.seed}/{owner}"
 
     def with_token(self, token: str) -> Task:
         """The same task with the token of its stream."""
@@ -121,7 +142,14 @@ class Task:
             }
         )
         settings = ConfigRecord(dict(self.config.to_run_config()))
-        return RecordDict({"task": task, "settings": settings, "update": to_arrays(self.changes)})
+        return RecordDict(
+            {
+                "task": task,
+                "settings": settings,
+                "update": to_arrays(self.changes),
+                "start": to_arrays(_pack(self.start)),
+            }
+        )
 
     @classmethod
     def from_records(cls, records: RecordDict) -> Task:
@@ -140,6 +168,7 @@ class Task:
             address=str(task["address"]),
             token=str(task["token"]),
             changes=take_tensors(records.array_records["update"]),
+            start=_unpack(take_tensors(records.array_records["start"])),
         )
 
 
@@ -167,12 +196,9 @@ class Outcome:
 
     def to_records(self) -> RecordDict:
         """As the content of a reply."""
-        tensors = {
-            f"{name}:{role}": t for name, pair in self.adapters.items() for role, t in zip("BA", pair, strict=True)
-        }
         return RecordDict(
             {
-                "adapters": to_arrays(tensors),
+                "adapters": to_arrays(_pack(self.adapters)),
                 "importance": MetricRecord(dict(self.importance)),
                 "losses": MetricRecord({"losses": self.losses}),
                 "metrics": MetricRecord(dict(self.metrics)),
@@ -182,11 +208,9 @@ class Outcome:
     @classmethod
     def from_records(cls, records: RecordDict) -> Outcome:
         """Read from the content of a reply, whose arrays are taken out of it."""
-        tensors = take_tensors(records.array_records["adapters"])
         numbers: dict[str, dict[str, Any]] = {kind: dict(record) for kind, record in records.metric_records.items()}
-        names = [key.removesuffix(":B") for key in tensors if key.endswith(":B")]
         return cls(
-            adapters={name: (tensors[f"{name}:B"], tensors[f"{name}:A"]) for name in names},
+            adapters=_unpack(take_tensors(records.array_records["adapters"])),
             importance={name: float(value) for name, value in numbers["importance"].items()},
             losses=[float(loss) for loss in numbers["losses"]["losses"]],
             metrics={name: float(value) for name, value in numbers["metrics"].items()},
@@ -201,6 +225,15 @@ def settings_records(config: Config) -> RecordDict:
 def read_settings(records: RecordDict) -> Config:
     """The settings of the run from a message's content."""
     return Config.from_run_config(dict(records.config_records["settings"]))
+
+
+def _pack(adapters: Mapping[str, Factors]) -> dict[str, Tensor]:
+    return {f"{name}:{role}": t for name, pair in adapters.items() for role, t in zip("BA", pair, strict=True)}
+
+
+def _unpack(tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
+    names = [key.removesuffix(":B") for key in tensors if key.endswith(":B")]
+    return {name: (tensors[f"{name}:B"], tensors[f"{name}:A"]) for name in names}
 
 
 def to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:

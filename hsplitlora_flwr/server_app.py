@@ -8,9 +8,11 @@ import platformdirs
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from hsplitlora_flwr.checks import check_model_settings
+from hsplitlora_flwr.central import CentralTraining
+from hsplitlora_flwr.checks import check_model_settings, check_text
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.data.sources import load_text
+from hsplitlora_flwr.methods import METHODS
 from hsplitlora_flwr.reporting.events import EventLog
 from hsplitlora_flwr.strategy import HSplitLoRA
 
@@ -23,12 +25,16 @@ def main(grid: Grid, context: Context) -> None:
     folder = run_folder(str(context.run_config.get("run.dir", "")), context.run_id)
     try:
         config = Config.from_run_config(context.run_config)
-        held_out = load_text(config.data, config.run.seed).held_out
+        text = load_text(config.data, config.run.seed)
+        check_text(config, text)
         check_model_settings(config)
     except Exception as error:
         EventLog(folder).emit("failed", error=f"{type(error).__name__}: {error}")
         raise
-    HSplitLoRA(config, held_out, folder).start(grid)
+    if METHODS[config.method.name].central:
+        CentralTraining(config, text.held_out, folder, text.train).start(grid)
+    else:
+        HSplitLoRA(config, text.held_out, folder).start(grid)
 
 
 def run_folder(wanted: str, run_id: int) -> Path:

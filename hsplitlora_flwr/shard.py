@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 from hsplitlora_flwr.config import Config
-from hsplitlora_flwr.data.collate import Batch
+from hsplitlora_flwr.lora.aggregation import Factors
 from hsplitlora_flwr.lora.layers import AdapterSpec, inject
 from hsplitlora_flwr.models.loading import pick_device
-from hsplitlora_flwr.training.evaluation import Evaluation, evaluate
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.training.server import ServerTrainer, SharedBase, StepReport
 from hsplitlora_flwr.transport.stream import StreamServer
@@ -40,7 +39,14 @@ class Shard:
         return self._stream.address
 
     def admit(
-        self, split: int, specs: Mapping[str, AdapterSpec], seed: str, report: Callable[[StepReport], None]
+        self,
+        split: int,
+        specs: Mapping[str, AdapterSpec],
+        seed: str,
+        start: Mapping[str, Factors],
+        *,
+        freeze_a: bool,
+        report: Callable[[StepReport], None],
     ) -> tuple[str, ServerTrainer]:
         """Set up the server's half of one client's training.
 
@@ -48,10 +54,8 @@ class Shard:
         ----------
         split : int
             Number of blocks of the client.
-        specs : Mapping[str, AdapterSpec]
-            Its adapters by absolute layer name, both sides together.
-        seed : str
-            Fixes how they start; the same on the client.
+        specs, seed, start, freeze_a
+            Its adapters, as for :func:`hsplitlora_flwr.lora.layers.inject`; the same on the client.
         report : Callable[[StepReport], None]
             Called after every step.
 
@@ -61,17 +65,13 @@ class Shard:
             The token that the client's stream must show, and the trainer behind it.
         """
         model = self.base.server_part(split)
-        optimizer = AdapterOptimizer(inject(model, specs, seed), self._config.train)
+        optimizer = AdapterOptimizer(inject(model, specs, seed, start, freeze_a=freeze_a), self._config.train)
         trainer = ServerTrainer(model.train(), optimizer, report, self._threads)
         return self._stream.admit(trainer), trainer
 
     def dismiss_all(self) -> None:
         """End the life of the round's tokens."""
         self._stream.dismiss_all()
-
-    def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
-        """The global model on held-out text."""
-        return evaluate(self.base.client_part(1), self.base.server_part(1), batches)
 
     def _threads(self) -> int:
         """Threads for each of the clients that train now."""

@@ -22,9 +22,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -34,10 +35,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hsplitlora_flwr.config import Config, ConfigError
 from hsplitlora_flwr.reporting import EVENTS_FILE, RunConsole, read_events
+from hsplitlora_flwr.reporting.events import Event
 from simulations.superlink import RunStatus, SuperLink, SuperLinkError, open_superlink, started_run
 
 PROJECT = Path(__file__).resolve().parent.parent
-RESULTS = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json")
 
 _LOG = "flwr.log"
 _SUPERLINK_LOG = "superlink.log"
@@ -86,20 +87,29 @@ class Launcher:
         return launcher
 
 
-def launch(config: Config, app: Path, launcher: Launcher, console: RunConsole) -> int:
+class Listener(Protocol):
+    """Whoever is told what happens in a run, such as :class:`RunConsole`."""
+
+    def handle(self, event: Event) -> None:
+        """Take one event of :mod:`hsplitlora_flwr.reporting.events`."""
+
+
+def launch(config: Config, app: Path, launcher: Launcher, console: Listener, superlink: SuperLink | None = None) -> int:
     """Run a Flower app in simulation and show it.
 
     Parameters
     ----------
     config : Config
-        The settings, with ``run.dir`` absolute. The app is expected to write its events, ``summary.json`` and
-        ``adapter/`` there.
+        The settings, with ``run.dir`` absolute. The app is expected to write its events, ``summary.json`` and the
+        results that it names there.
     app : Path
         The folder with the app's ``pyproject.toml``.
     launcher : Launcher
         How to start it.
-    console : RunConsole
+    console : Listener
         Where to show it.
+    superlink : SuperLink, optional
+        An open one to run on, which stays open, instead of one for this run alone.
 
     Returns
     -------
@@ -115,10 +125,11 @@ def launch(config: Config, app: Path, launcher: Launcher, console: RunConsole) -
     final: dict[str, Any] | None = None
     try:
         _say(console, "starting Flower")
-        with open_superlink(launcher.superlink, app, folder / _SUPERLINK_LOG) as superlink:
-            with superlink.stream(app, run_config, federation, folder / _LOG) as stream:
-                status, final = _follow(superlink, stream, folder, console)
-            if superlink.own:
+        opened = nullcontext(superlink) if superlink else None
+        with opened or open_superlink(launcher.superlink, app, folder / _SUPERLINK_LOG) as link:
+            with link.stream(app, run_config, federation, folder / _LOG) as stream:
+                status, final = _follow(link, stream, folder, console)
+            if link.own and not opened:
                 _say(console, "stopping Flower")
         cause = failure_cause(folder, status, final)
     except SuperLinkError as error:
@@ -133,7 +144,7 @@ def launch(config: Config, app: Path, launcher: Launcher, console: RunConsole) -
 
 
 def _follow(
-    superlink: SuperLink, stream: subprocess.Popen[bytes], folder: Path, console: RunConsole
+    superlink: SuperLink, stream: subprocess.Popen[bytes], folder: Path, console: Listener
 ) -> tuple[RunStatus, dict[str, Any] | None]:
     """Show events until the run is over; returns Flower's verdict and the app's own last word."""
     log, events_file = folder / _LOG, folder / EVENTS_FILE
@@ -183,14 +194,14 @@ def failure_cause(folder: Path, status: RunStatus, final: Mapping[str, Any] | No
     if status.text != "finished:completed":
         return f"Flower says {status.text}\n{_last_words(folder / _LOG)}"
     try:
-        said = json.loads((folder / "summary.json").read_text(encoding="utf-8")).get("status")
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return f"{_last_words(folder / _LOG)}\nno readable summary.json: {error}"
-    if said != "finished":
-        return f"{_last_words(folder / _LOG)}\nsummary.json says {said!r}"
+    if summary["status"] != "finished":
+        return f"{_last_words(folder / _LOG)}\nsummary.json says {summary['status']!r}"
     if not final:
         return f"the run ended with no 'finished' event in {EVENTS_FILE}"
-    missing = [name for name in RESULTS if not (folder / name).is_file()]
+    missing = [name for name in summary["results"] if not (folder / name).is_file()]
     return f"the run finished without writing {', '.join(missing)}" if missing else ""
 
 
@@ -217,7 +228,7 @@ def run_config_toml(config: Config) -> str:
     return "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in items)
 
 
-def _say(console: RunConsole, text: str) -> None:
+def _say(console: Listener, text: str) -> None:
     console.handle({"kind": "status", "text": text})
 
 
@@ -233,27 +244,32 @@ def _read(composed: DictConfig) -> tuple[Config, Launcher]:
         raise ConfigError("run.dir is empty; name a folder")
     if any((Path(folder) / name).exists() for name in (EVENTS_FILE, "summary.json", "adapter")):
         raise ConfigError(f"run.dir={folder} already holds a run; choose another folder or remove it")
+    return with_absolute_paths(dataclasses.replace(config, run=dataclasses.replace(config.run, dir=folder))), launcher
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """The same settings for a process that works in another folder."""
     model = _absolute(config.model.path) if Path(config.model.path).expanduser().is_dir() else config.model.path
     path, eval_path = _absolute(config.data.path), _absolute(config.data.eval_path)
     return dataclasses.replace(
         config,
-        run=dataclasses.replace(config.run, dir=folder),
+        run=dataclasses.replace(config.run, dir=_absolute(config.run.dir)),
         data=dataclasses.replace(config.data, path=path, eval_path=eval_path),
         model=dataclasses.replace(config.model, path=model),
-    ), launcher
+    )
 
 
 def _absolute(path: str) -> str:
     return str(Path(path).expanduser().resolve()) if path else ""
 
 
-def _prepare(config: Config, console: RunConsole) -> None:
+def prepare(config: Config, console: Listener) -> None:
     """Fail on bad data or an unusable model before anything starts; fetch the model that comes without one's own."""
-    from hsplitlora_flwr.checks import check_model_settings
+    from hsplitlora_flwr.checks import check_model_settings, check_text
     from hsplitlora_flwr.data.sources import load_text
     from hsplitlora_flwr.models.demo import DemoModelError, demo_model, is_demo_model
 
-    load_text(config.data, config.run.seed)
+    check_text(config, load_text(config.data, config.run.seed))
     if is_demo_model(config.model.path):
         _say(console, f"fetching the model {config.model.path}, unless it is here already")
         try:
@@ -268,8 +284,9 @@ def _run(composed: DictConfig) -> int:
     with RunConsole() as console:
         try:
             config, launcher = _read(composed)
-            _prepare(config, console)
-        except (ValueError, OmegaConfBaseException) as error:  # all errors of settings, data and models are these
+            prepare(config, console)
+        # all errors of settings, data and models, and of packages for what was asked for, are these
+        except (ValueError, ModuleNotFoundError, OmegaConfBaseException) as error:
             console.close()
             print(f"error: {error}", file=sys.stderr)
             return 2

@@ -247,6 +247,8 @@ def _environment() -> dict[str, str]:
     env["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), env.get("PATH", os.defpath)])
     for name in ("no_proxy", "NO_PROXY"):
         env[name] = ",".join(filter(None, [env.get(name), "127.0.0.1", "localhost"]))
+    # OpenMP threads that spin while they wait make several processes on one machine many times slower.
+    env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return env | {
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",  # a fresh environment, torch included, for every run
         "FLWR_TELEMETRY_ENABLED": "0",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from hsplitlora_flwr.checks import check_model_settings
+from hsplitlora_flwr.checks import check_model_settings, check_text
 from hsplitlora_flwr.config import Config
+from hsplitlora_flwr.data.sources import DataError, Example, TextData
+from hsplitlora_flwr.methods import cost_model
 from hsplitlora_flwr.models import ModelFilesError, SplitError
 from hsplitlora_flwr.planning import PlanError
 from tests.tiny import tiny_model
@@ -51,3 +54,33 @@ def test_a_budget_below_the_weights_names_the_missing_bytes(config: Config) -> N
     missing = int(str(e.value).split("misses ")[1].split(" ")[0].replace(",", ""))
     assert weights - 2000 <= missing <= weights + 40_000  # and what one step of two tokens takes
     check_model_settings(change(config, clients__memory_gb="1e-06,1"))
+
+
+def test_a_method_without_a_split_asks_for_the_whole_model(config: Config) -> None:
+    tight = change(config, clients__memory_gb="0.00015")
+    check_model_settings(tight)
+    with pytest.raises(PlanError, match=r"misses [\d,]+ bytes for all of .*plan\.over_budget: method\.name=fedit"):
+        check_model_settings(change(tight, method__name="fedit"))
+    check_model_settings(change(tight, method__name="fedit", plan__over_budget=True))
+    check_model_settings(change(tight, method__name="cenlora"))
+
+
+def test_query_and_value_are_found_by_their_names_or_asked_for(tmp_path: Path) -> None:
+    for name, expected in {"llama": {"q_proj", "v_proj"}, "gpt2": {"c_attn"}, "gpt_neox": {"query_key_value"}}.items():
+        tiny_model(name, dtype=torch.float32).save_pretrained(tmp_path / name)
+        config = Config.from_run_config({"model.path": str(tmp_path / name), "method.name": "splitlora"})
+        assert {layer.name.rpartition(".")[2] for layer in cost_model(config, 2, 8).layers} == expected
+    config = Config.from_run_config({"model.path": str(tmp_path / "llama"), "method.name": "splitlora"})
+    named = cost_model(change(config, lora__targets="down_proj"), 2, 8)
+    assert {layer.name.rpartition(".")[2] for layer in named.layers} == {"down_proj"}
+
+
+def test_texts_to_generate_need_prompts(config: Config) -> None:
+    config = change(config, evaluation__generate=True)
+    text = TextData((Example("a", "b", ""),), (Example("a", "b", ""), Example("", "b", "")))
+    pytest.importorskip("sacrebleu")
+    pytest.importorskip("pycocoevalcap")
+    with pytest.raises(DataError, match="some held-out rows have none"):
+        check_text(config, text)
+    check_text(config, replace(text, held_out=text.held_out[:1]))
+    check_text(change(config, evaluation__generate=False), text)

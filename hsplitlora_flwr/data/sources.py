@@ -49,7 +49,7 @@ def load_text(config: DataConfig, seed: int) -> TextData:
     """Read the text of ``config.source``; the same settings and seed give the same text, in the same order.
 
     Held-out text is ``config.eval_rows`` rows, spread evenly over the groups and drawn by ``seed``. Two sources bring
-    their own: ``e2e`` takes the first rows of devset.csv, and ``jsonl`` with ``config.eval_path`` draws from that file
+    their own: ``e2e`` takes rows of devset.csv in order, and ``jsonl`` with ``config.eval_path`` draws from that file
     or takes all of it when it has no more rows. Training text never repeats a held-out prompt and completion.
 
     Raises
@@ -98,9 +98,13 @@ def _e2e(config: DataConfig, seed: int) -> tuple[list[Example], list[Example]]:
     """The E2E NLG challenge (https://aclanthology.org/W17-5525), grouped by the kind of food, or "none"."""
     folder = Path(config.path).expanduser().absolute()
     train, dev = _read_e2e(folder / "trainset.csv"), _read_e2e(folder / "devset.csv")
-    if config.eval_rows > len(dev):
-        raise DataError(f"data.eval_rows={config.eval_rows} but {folder / 'devset.csv'} has {len(dev)} rows; lower it")
-    return train, dev[: config.eval_rows]
+    first, last = config.eval_skip, config.eval_skip + config.eval_rows
+    if last > len(dev):
+        raise DataError(
+            f"data.eval_skip={first} and data.eval_rows={config.eval_rows} ask for {last} rows, but "
+            f"{folder / 'devset.csv'} has {len(dev)}; lower them"
+        )
+    return train, dev[first:last]
 
 
 def _jsonl(config: DataConfig, seed: int) -> tuple[list[Example], list[Example]]:

@@ -1,87 +1,268 @@
 """Many clients' adapters become one update of the model.
 
-Noise-free adapter aggregation (HSplitLoRA, section NAA): for each layer, over the clients that hold an adapter on it,
+An adapter changes a layer by the product ``B A``, so what a round ought to give is the weighted sum of the products,
 
     dW = sum_i p_i B_i A_i = [B_1 ... B_n] [p_1 A_1 ; ... ; p_n A_n]
 
-with the LoRA scale already in ``A_i``. Concatenating along the rank sums the *products*, for any mix of ranks. Taking
-the mean of the ``A`` and of the ``B`` instead sums products of one client's ``B`` with another client's ``A``: noise. A
-client without an adapter on a layer contributes zero to it. The weights ``p_i`` are applied once, to ``A``.
+with the LoRA scale already in ``A_i``. Noise-free adapter aggregation (HSplitLoRA, section NAA) concatenates along the
+rank, as on the right: exact for any mix of ranks. The mean of the ``B`` times the mean of the ``A`` is something else,
+``sum_ij p_i p_j B_i A_j``: it pairs one client's ``B`` with another client's ``A``. That is noise.
+
+====================  ============================================  ===============  ==========================
+rule                  what it does                                  sum of products  ranks
+====================  ============================================  ===============  ==========================
+``noise_free``        concatenation (HSplitLoRA, FLoRA)             kept             any; their sum comes out
+``svd``               the same by singular values (FlexLoRA)        kept             any; the fewest come out
+``mean_b``            ``A`` shared and frozen, mean of ``B``        kept             one for all
+                      (FFA-LoRA)
+``mean``              mean of ``A``, mean of ``B`` (FedIT,          noise            one for all
+                      SplitLoRA)
+``zero_pad``          ``mean``, after padding to the largest rank   noise            any; the largest comes out
+                      with zeros, so ranks that few hold fade
+``zero_pad_by_norm``  ``zero_pad``, weights by the norm of ``B A``  noise            any; the largest comes out
+                      in place of ``p_i`` (HetLoRA)
+====================  ============================================  ===============  ==========================
+
+A client without an adapter on a layer has rank 0 there, whatever the rule.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+from itertools import chain
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 Factors = tuple[Tensor, Tensor]
 """``(B, A)`` of one layer: ``(out, r)`` and ``(r, in)``."""
 Update = Mapping[str, Factors]
 """One client's adapters by absolute layer name, scales folded into ``A``."""
+Rule = Callable[[Sequence[Factors], Sequence[float]], Factors]
+"""Joins one layer's ``(B, A)`` of all clients, given their ``p_i``; fp64, and rank 0 where a client has no adapter."""
 
 
 class AggregationError(ValueError):
-    """Updates that cannot be summed; the text names the layer and the shapes."""
+    """Updates that cannot be summed; the text names the layer and the ranks or shapes."""
 
 
 def aggregate(updates: Sequence[Update], weights: Sequence[float], rule: str = "noise_free") -> dict[str, Factors]:
-    """Sum the updates of a round.
+    """Join the updates of a round.
 
     Parameters
     ----------
     updates : Sequence[Mapping[str, tuple[Tensor, Tensor]]]
         One per client: absolute layer name -> ``(B, A)`` of shapes ``(out, r)`` and ``(r, in)``, the scale folded in.
-        Ranks may differ between clients and layers, and so may the layers that clients hold.
+        Ranks may differ between clients and layers, and so may the layers that clients hold, as far as the rule allows.
     weights : Sequence[float]
-        One per client, for instance the clients' numbers of examples; they are normalised to sum 1.
+        One per client, for instance the clients' numbers of examples; normalised to sum 1 they are the ``p_i``.
     rule : str
         A name in :data:`RULES`.
 
     Returns
     -------
     dict[str, tuple[Tensor, Tensor]]
-        ``(B, A)`` by layer name; under ``noise_free`` their product is the weighted sum of the clients' products.
+        ``(B, A)`` by layer name, computed in fp64 and rounded once to the clients' dtype, fp32 at least. Under
+        ``noise_free``, ``svd`` and ``mean_b`` their product is the weighted sum of the clients' products.
 
     Raises
     ------
     AggregationError
-        If there is nothing to sum, a weight is negative or not finite, or shapes of one layer disagree.
+        If there is nothing to sum, a weight is negative or not finite, an adapter is not finite, shapes of one layer
+        disagree, or the rule cannot join what the clients hold.
     """
     if rule not in RULES:
         raise AggregationError(f"rule '{rule}' is unknown; choose one of {', '.join(RULES)}")
     if not updates or len(updates) != len(weights):
         raise AggregationError(f"{len(updates)} updates and {len(weights)} weights; one weight per update is needed")
-    if any(not 0 <= weight < float("inf") for weight in weights) or sum(weights) <= 0:
+    total = sum(weights)
+    if any(weight < 0 for weight in weights) or not 0 < total < float("inf"):
         raise AggregationError(f"weights {list(weights)} must be finite, not negative, and not all zero")
-    shares = [weight / sum(weights) for weight in weights]
-    for update in updates:
-        for name, (b, a) in update.items():
-            _check_shapes(name, b, a)
-    return RULES[rule](updates, shares)
-
-
-def _noise_free(updates: Sequence[Update], shares: Sequence[float]) -> dict[str, Factors]:
+    shares = [weight / total for weight in weights]
     result: dict[str, Factors] = {}
-    for name in dict.fromkeys(name for update in updates for name in update):
-        holders = [(share, *update[name]) for share, update in zip(shares, updates, strict=True) if name in update]
-        outer = {(b.shape[0], a.shape[1]) for _, b, a in holders}
-        if len(outer) > 1:
-            raise AggregationError(f"layer '{name}' has different (out, in) at different clients: {sorted(outer)}")
-        left = torch.cat([b for _, b, _ in holders], dim=1)  # (out, R)
-        right = torch.cat([share * a for share, _, a in holders], dim=0)  # (R, in)
-        result[name] = left, right
+    for name in dict.fromkeys(chain.from_iterable(updates)):
+        held = [update.get(name) for update in updates]
+        try:
+            _check(held)
+            b, a = RULES[rule](_align(held), shares)
+        except AggregationError as error:
+            raise AggregationError(f"layer '{name}': {error}") from None
+        dtype = reduce(torch.promote_types, (part.dtype for pair in held if pair for part in pair), torch.float32)
+        result[name] = b.to(dtype), a.to(dtype)
     return result
 
 
-RULES: dict[str, Callable[[Sequence[Update], Sequence[float]], dict[str, Factors]]] = {"noise_free": _noise_free}
+def truncate(factors: Factors, rank: int) -> Factors:
+    """The first ``rank`` ranks of an adapter: what HetLoRA sends to a client, and, after ``svd``, FlexLoRA.
+
+    Parameters
+    ----------
+    factors : tuple[Tensor, Tensor]
+        ``(B, A)``. Under the rule ``svd`` ranks stand by falling singular value, and the result is the best
+        approximation of that rank (Eckart-Young).
+    rank : int
+        How many to keep, from 0 up; where there are fewer, all are kept and none is added (:func:`pad` adds).
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        Contiguous copies ``(out, r)`` and ``(r, in)`` with ``r = min(rank, the rank there is)``.
+
+    Raises
+    ------
+    AggregationError
+        If ``rank`` is negative.
+    """
+    if rank < 0:
+        raise AggregationError(f"rank {rank} is negative; keep 0 ranks or more")
+    b, a = factors
+    # copies: a view would drag the whole storage into every message
+    dense = torch.contiguous_format
+    return b[:, :rank].clone(memory_format=dense), a[:rank].clone(memory_format=dense)
+
+
+def pad(factors: Factors, rank: int) -> Factors:
+    """The same product ``B A`` at a higher rank: columns of ``B`` and rows of ``A`` that are zero, behind the others.
+
+    Parameters
+    ----------
+    factors : tuple[Tensor, Tensor]
+        ``(B, A)``.
+    rank : int
+        The rank of the result.
+
+    Raises
+    ------
+    AggregationError
+        If ``rank`` is below the rank there is.
+    """
+    b, a = factors
+    missing = rank - b.shape[1]
+    if missing < 0:
+        raise AggregationError(f"rank {b.shape[1]} cannot be padded to rank {rank}; truncate it instead")
+    return functional.pad(b, (0, missing)), functional.pad(a, (0, 0, 0, missing))
+
+
+def _noise_free(pairs: Sequence[Factors], shares: Sequence[float]) -> Factors:
+    """Concatenation along the rank (METHOD section 4; FLoRA, arXiv 2409.05976). ``p_i`` is folded once, into ``A``."""
+    left = torch.cat([b for b, _ in pairs], dim=1)  # (out, R)
+    right = torch.cat([share * a for share, (_, a) in zip(shares, pairs, strict=True)], dim=0)  # (R, in)
+    return left, right
+
+
+def _svd(pairs: Sequence[Factors], shares: Sequence[float]) -> Factors:
+    """``(U sqrt(S), sqrt(S) V^T)`` of the weighted sum ``U S V^T`` of the products (FlexLoRA, arXiv 2402.11505).
+
+    Singular values fall. Those that rounding cannot tell from zero are dropped, but rank 1 stays where a client has it.
+    """
+    b, a = _noise_free(pairs, shares)
+    # The dense sum (out, in) is never formed: its singular values are those of the core between two thin QRs.
+    q_left, r_left = torch.linalg.qr(b)
+    q_right, r_right = torch.linalg.qr(a.T)
+    u, sigma, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+    rank = max(1, int((sigma > _RELATIVE_ZERO * sigma.max()).sum())) if sigma.numel() else 0
+    root = sigma[:rank].sqrt()
+    return q_left @ (u[:, :rank] * root), (root[:, None] * vh[:rank]) @ q_right.T
+
+
+_RELATIVE_ZERO = 1e-12
+"""Singular values below this share of the largest are rounding: some thousand times the resolution of fp64."""
+
+
+def _mean(pairs: Sequence[Factors], shares: Sequence[float]) -> Factors:
+    """Mean of ``B`` and mean of ``A`` (FedIT, arXiv 2305.05644; SplitLoRA, arXiv 2407.00952)."""
+    _check_one_rank(pairs)
+    return _weighted(pairs, shares)
+
+
+def _mean_b(pairs: Sequence[Factors], shares: Sequence[float]) -> Factors:
+    """The ``A`` that all share, and the mean of ``B`` (FFA-LoRA, arXiv 2403.12313)."""
+    _check_one_rank(pairs)
+    shared = pairs[0][1]
+    for index, (_, a) in enumerate(pairs):
+        if not torch.equal(a, shared):
+            raise AggregationError(
+                f"A of updates[{index}] differs from that of updates[0] by up to {(a - shared).abs().max():.3g}; "
+                "this rule needs one frozen A: start every client from the same A and train B alone"
+            )
+    return _weighted(pairs, shares)[0], shared
+
+
+def _zero_pad(pairs: Sequence[Factors], shares: Sequence[float]) -> Factors:
+    """The means of the factors, each padded with zeros to the largest rank."""
+    largest = max(b.shape[1] for b, _ in pairs)
+    return _weighted([pad(pair, largest) for pair in pairs], shares)
+
+
+def _zero_pad_by_norm(pairs: Sequence[Factors], shares: Sequence[float]) -> Factors:
+    """``zero_pad`` with weights in proportion to the Frobenius norm of ``B_i A_i`` (HetLoRA, arXiv 2401.06432).
+
+    Where every norm is zero the weights stay ``p_i``.
+    """
+    norms = [_norm(b, a) for b, a in pairs]
+    total = sum(norms)
+    return _zero_pad(pairs, [norm / total for norm in norms] if total else shares)
+
+
+RULES: dict[str, Rule] = {
+    "noise_free": _noise_free,
+    "mean": _mean,
+    "mean_b": _mean_b,
+    "zero_pad": _zero_pad,
+    "zero_pad_by_norm": _zero_pad_by_norm,
+    "svd": _svd,
+}
 """Aggregation rules by name."""
 
 
-def _check_shapes(name: str, b: Tensor, a: Tensor) -> None:
-    if b.ndim != 2 or a.ndim != 2 or b.shape[1] != a.shape[0]:
+def _weighted(pairs: Sequence[Factors], shares: Sequence[float]) -> Factors:
+    """Weighted means of the ``B`` and of the ``A``; all ranks are equal here."""
+    b = torch.stack([share * b for share, (b, _) in zip(shares, pairs, strict=True)]).sum(0)
+    a = torch.stack([share * a for share, (_, a) in zip(shares, pairs, strict=True)]).sum(0)
+    return b, a
+
+
+def _norm(b: Tensor, a: Tensor) -> float:
+    """The Frobenius norm of ``B A`` from two thin QRs, without the dense product."""
+    core = torch.linalg.qr(b, mode="r").R @ torch.linalg.qr(a.T, mode="r").R.T
+    return float(torch.linalg.norm(core))
+
+
+def _align(held: Sequence[Factors | None]) -> list[Factors]:
+    """One pair per client in fp64, of rank 0 where a client holds no adapter on the layer."""
+    b, a = next(pair for pair in held if pair)
+    none = b[:, :0], a[:0]
+    return [(b.detach().double(), a.detach().double()) for b, a in (pair or none for pair in held)]
+
+
+def _check(held: Sequence[Factors | None]) -> None:
+    outer = set()
+    for index, pair in enumerate(held):
+        if pair is None:
+            continue
+        b, a = pair
+        if b.ndim != 2 or a.ndim != 2 or b.shape[1] != a.shape[0]:
+            raise AggregationError(
+                f"B {tuple(b.shape)} and A {tuple(a.shape)} of updates[{index}] do not share a rank; "
+                "(out, r) and (r, in) are needed"
+            )
+        if not (b.isfinite().all() and a.isfinite().all()):
+            raise AggregationError(
+                f"the adapter of updates[{index}] is not finite: that client's training diverged; "
+                "leave the client out, or lower the learning rate"
+            )
+        outer.add((b.shape[0], a.shape[1]))
+    if len(outer) > 1:
+        raise AggregationError(f"(out, in) differs between clients: {sorted(outer)}; the clients' models differ")
+
+
+def _check_one_rank(pairs: Sequence[Factors]) -> None:
+    # A factor of rank 1 would broadcast over the others without a word.
+    ranks = [b.shape[1] for b, _ in pairs]
+    if len(set(ranks)) > 1:
         raise AggregationError(
-            f"layer '{name}': B {tuple(b.shape)} and A {tuple(a.shape)} do not share a rank; "
-            "(out, r) and (r, in) are needed"
+            f"the clients' ranks are {ranks} (0 = no adapter), and this rule needs one rank; "
+            "give every client the same rank and layers, or use noise_free, svd or zero_pad"
         )

@@ -1,4 +1,4 @@
-"""The result of a run in the formats of others: a PEFT adapter, and the model with the update merged in.
+"""The update on disk: a checkpoint of it, a PEFT adapter, and the model with the update merged in.
 
 A PEFT adapter can hold the accumulated update exactly, whatever its rank: each layer becomes an adapter of just the
 rank that its update has, through ``rank_pattern`` and ``alpha_pattern``, with ``alpha = rank`` so that PEFT's scale is
@@ -15,13 +15,15 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hsplitlora_flwr.lora.delta import Change, Delta, pack, thin
+from hsplitlora_flwr.lora.delta import Change, Delta, DeltaError, Patch, digest, thin
 
+DELTA_FILE = "delta.safetensors"
 TOLERANCE = 1e-6
 """Relative error, in the Frobenius norm, with which an exported adapter equals the accumulated update."""
 
@@ -89,12 +91,53 @@ def _factors(change: Change) -> tuple[Tensor, Tensor]:
 
 
 def save_delta(delta: Delta, folder: Path) -> None:
-    """Write the accumulated update as ``delta.safetensors``, in one piece; its metadata holds the version."""
+    """Write the accumulated update as ``delta.safetensors``, in one piece; :func:`load_delta` reads it.
+
+    A change has the keys ``layer:B`` and ``layer:A``, or ``layer:dense``. The metadata hold the version, the states of
+    the layers and a checksum.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / "delta.safetensors.part"
-    tensors = {name: tensor.contiguous() for name, tensor in pack(delta.changes()).items()}
-    save_file(tensors, draft, metadata={"version": str(delta.version)})
-    draft.replace(folder / "delta.safetensors")
+    draft = folder / f"{DELTA_FILE}.part"
+    tensors, text = delta.since({}).pack()
+    tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    save_file(tensors, draft, metadata={**text, "checksum": _checksum(tensors, text)})
+    draft.replace(folder / DELTA_FILE)
+
+
+def load_delta(folder: Path, rank_cap: int = 0) -> Delta:
+    """Read what :func:`save_delta` wrote.
+
+    Parameters
+    ----------
+    folder : Path
+        Where ``delta.safetensors`` is.
+    rank_cap : int
+        As for :class:`~hsplitlora_flwr.lora.delta.Delta`, for the rounds to come.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    DeltaError
+        If the file is damaged.
+    """
+    file = folder / DELTA_FILE
+    advice = "restore the file from a copy, or start without it"
+    try:
+        with safe_open(file, framework="pt") as stored:
+            text = dict(stored.metadata() or {})
+            tensors = {key: stored.get_tensor(key).clone() for key in stored.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise DeltaError(f"{file} is damaged ({error}); {advice}") from error
+    if text.pop("checksum", None) != _checksum(tensors, text):
+        raise DeltaError(f"{file} is damaged (its checksum does not fit its content); {advice}")
+    delta = Delta(rank_cap)
+    delta.apply(Patch.unpack(tensors, text))
+    return delta
+
+
+def _checksum(tensors: Mapping[str, Tensor], text: Mapping[str, str]) -> str:
+    return digest(*(part for table in (text, tensors) for key in sorted(table) for part in (key, table[key])))
 
 
 def save_merged_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -58,19 +58,27 @@ class AdaptedLinear(nn.Module):
         assert isinstance(weight, Tensor)
         return weight
 
-    def add_adapter(self, spec: AdapterSpec, seed: int) -> None:
-        """Give the layer a fresh adapter."""
+    def add_adapter(self, spec: AdapterSpec, seed: int, start: Factors | None = None) -> None:
+        """Give the layer an adapter: a fresh one, or one that goes on from ``start`` (scale folded into ``A``).
+
+        A ``start`` of lower rank fills the first rows of ``A`` and columns of ``B``; the others are fresh.
+        """
         out_features, in_features = shape_of(self.base)
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         bound = 1 / math.sqrt(in_features)  # kaiming_uniform_(a=sqrt(5)), as PEFT
         a = torch.empty(spec.rank, in_features, dtype=torch.float64)
+        b = torch.zeros(out_features, spec.rank, dtype=torch.float64)
         if not self.weight.is_meta:
+            # drawn row by row: an adapter of lower rank starts as the first rows of one of higher rank
             a.uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))
+        if start is not None:
+            known = start[1].shape[0]
+            b[:, :known], a[:known] = start[0].double(), start[1].double() / spec.scale
         self.spec = spec
         # a dropout of 0 would still copy its input, and the copy would be kept for backward
-        self.dropout = nn.Dropout(spec.dropout) if spec.dropout else nn.Identity()
+        self.dropout = SeededDropout(spec.dropout, seed) if spec.dropout else nn.Identity()
         self.lora_A = nn.Parameter(a.to(self.weight.device, dtype))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, spec.rank, dtype=dtype, device=self.weight.device))
+        self.lora_B = nn.Parameter(b.to(self.weight.device, dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
@@ -82,8 +90,33 @@ class AdaptedLinear(nn.Module):
         return y
 
 
-def inject(part: ModelPart, specs: Mapping[str, AdapterSpec], seed: str) -> list[nn.Parameter]:
-    """Give fresh adapters to those layers of ``part`` that ``specs`` names.
+class SeededDropout(nn.Module):
+    """Dropout whose masks follow from a seed and the number of forwards, on whatever machine or thread they run.
+
+    A layer then drops the same inputs whether its model is cut or not, and whichever clients train beside it.
+    """
+
+    def __init__(self, probability: float, seed: int) -> None:
+        super().__init__()
+        self._keep = 1 - probability
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        mask = torch.empty(x.shape, dtype=x.dtype).bernoulli_(self._keep, generator=self._generator)
+        return x * mask.div_(self._keep).to(x.device)
+
+
+def inject(
+    part: ModelPart,
+    specs: Mapping[str, AdapterSpec],
+    seed: str,
+    start: Mapping[str, Factors] | None = None,
+    *,
+    freeze_a: bool = False,
+) -> list[nn.Parameter]:
+    """Give adapters to those layers of ``part`` that ``specs`` names.
 
     Parameters
     ----------
@@ -93,19 +126,25 @@ def inject(part: ModelPart, specs: Mapping[str, AdapterSpec], seed: str) -> list
         By absolute layer name, for the whole model; layers of the other side are passed over.
     seed : str
         Any text; with the layer's name it fixes the adapter's start, on whichever side the layer is.
+    start : Mapping[str, Factors], optional
+        Adapters to go on from, by absolute layer name, scale folded in and of no higher rank than asked for; other
+        layers start fresh.
+    freeze_a : bool
+        Train ``B`` alone.
 
     Returns
     -------
     list of nn.Parameter
-        ``A`` and ``B`` of every adapter, in the order of the layers.
+        What trains: ``A`` and ``B`` of every adapter, in the order of the layers.
     """
     parameters: list[nn.Parameter] = []
     for name, module in list(part.linears()):
         if name in specs:
             layer = _adapted(part, name, module)
             digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-            layer.add_adapter(specs[name], int.from_bytes(digest[:8], "big") >> 1)
-            parameters += [layer.lora_A, layer.lora_B]
+            layer.add_adapter(specs[name], int.from_bytes(digest[:8], "big") >> 1, (start or {}).get(name))
+            layer.lora_A.requires_grad_(not freeze_a)
+            parameters += [layer.lora_B] if freeze_a else [layer.lora_A, layer.lora_B]
     return parameters
 
 
@@ -140,14 +179,20 @@ def merge_changes(part: ModelPart, changes: Mapping[str, Change], original: Call
     """
     for name, module in part.linears():
         if name in changes:
-            base = module.base if isinstance(module, AdaptedLinear) else module
-            assert isinstance(base, nn.Module)
-            weight = base.weight
-            assert isinstance(weight, Tensor)
+            weight = _weight(module)
             dense = changes[name].dense().to(weight.device)
             start = original(name).to(weight.device)
             with torch.no_grad():
-                weight.copy_(start.to(torch.promote_types(weight.dtype, dense.dtype)) + _as_stored(base, dense))
+                weight.copy_(start.to(torch.promote_types(weight.dtype, dense.dtype)) + as_stored(module, dense))
+
+
+def reset_weights(part: ModelPart, names: Iterable[str], original: Callable[[str], Tensor]) -> None:
+    """Make the named weights ``W_0`` again, in place; ``original`` as for :func:`merge_changes`."""
+    wanted = set(names)
+    for name, module in part.linears():
+        if name in wanted:
+            with torch.no_grad():
+                _weight(module).copy_(original(name))
 
 
 def attach_changes(part: ModelPart, changes: Mapping[str, Change]) -> None:
@@ -161,17 +206,25 @@ def attach_changes(part: ModelPart, changes: Mapping[str, Change]) -> None:
             layer.change = changes[name].to(layer.weight.device)
 
 
-def _as_stored(linear: nn.Module, matrix: Tensor) -> Tensor:
+def as_stored(linear: nn.Module, matrix: Tensor) -> Tensor:
     """An ``(out, in)`` matrix in the orientation in which ``linear`` stores its weight."""
-    return matrix.T if isinstance(linear, Conv1D) else matrix
+    return matrix.T if _is_transposed(linear) else matrix
 
 
 def shape_of(linear: nn.Module) -> tuple[int, int]:
     """``(out, in)`` of a linear layer; GPT-2's Conv1D stores its weight transposed."""
+    rows, columns = _weight(linear).shape
+    return (columns, rows) if _is_transposed(linear) else (rows, columns)
+
+
+def _is_transposed(linear: nn.Module) -> bool:
+    return isinstance(linear.base if isinstance(linear, AdaptedLinear) else linear, Conv1D)
+
+
+def _weight(linear: nn.Module) -> Tensor:
     weight = linear.weight
     assert isinstance(weight, Tensor)
-    rows, columns = weight.shape
-    return (columns, rows) if isinstance(linear, Conv1D) else (rows, columns)
+    return weight
 
 
 def _adapted(part: ModelPart, name: str, module: nn.Module) -> AdaptedLinear:

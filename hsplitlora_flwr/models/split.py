@@ -123,23 +123,20 @@ class ClientModel(ModelPart):
 
 
 @dataclass
-class ServerOutput:
-    """Result of :class:`ServerModel`: the mean loss over the labelled tokens, and their number."""
+class LossOutput:
+    """Mean loss over the labelled tokens, and their number."""
 
     loss: Tensor
     tokens: int
 
 
-class ServerModel(ModelPart):
-    """Blocks ``split .. L - 1``, the final norm, the head and the loss."""
+class PredictingPart(ModelPart):
+    """A part that ends in the model's norm and head, and so knows the loss."""
 
-    def __init__(self, causal_lm: PreTrainedModel, family: Family, split: int) -> None:
-        super().__init__(family, split, causal_lm.dtype)
+    def __init__(self, causal_lm: PreTrainedModel, family: Family, first_block: int) -> None:
+        super().__init__(family, first_block, causal_lm.dtype)
         self._causal_lm = causal_lm
-        self.split = split
-        self._cut: Tensor | None = None
         self._labelled: Tensor | None = None
-        self.blocks[0].register_forward_pre_hook(self._enter_at_cut, with_kwargs=True)
         causal_lm.get_output_embeddings().register_forward_pre_hook(self._keep_labelled)
 
     @property
@@ -148,9 +145,37 @@ class ServerModel(ModelPart):
         assert isinstance(decoder, PreTrainedModel)
         return decoder
 
-    def forward(
-        self, cut: Tensor, attention_mask: Tensor, labels: Tensor, normalizer: int | None = None
-    ) -> ServerOutput:
+    def _loss(self, labels: Tensor, normalizer: int | None, **inputs: Tensor) -> LossOutput:
+        targets = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
+        labelled = targets != IGNORED
+        self._labelled = labelled
+        try:
+            # The head sees labelled positions only; prompt and padding never cost (tokens x vocabulary).
+            logits = self._causal_lm(**inputs, use_cache=False).logits
+        finally:
+            self._labelled = None
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        tokens = int(labelled.sum())
+        total = nn.functional.cross_entropy(logits, targets[labelled], reduction="sum")
+        return LossOutput(total / (normalizer or max(tokens, 1)), tokens)
+
+    def _keep_labelled(self, head: nn.Module, args: tuple[Any, ...]) -> Any:
+        if self._labelled is None:  # generation asks for its own positions
+            return args
+        hidden: Tensor = args[0]
+        return (hidden[self._labelled], *args[1:])
+
+
+class ServerModel(PredictingPart):
+    """Blocks ``split .. L - 1``, the final norm, the head and the loss."""
+
+    def __init__(self, causal_lm: PreTrainedModel, family: Family, split: int) -> None:
+        super().__init__(causal_lm, family, split)
+        self.split = split
+        self._cut: Tensor | None = None
+        self.blocks[0].register_forward_pre_hook(self._enter_at_cut, with_kwargs=True)
+
+    def forward(self, cut: Tensor, attention_mask: Tensor, labels: Tensor, normalizer: int | None = None) -> LossOutput:
         """The loss of a cut activation.
 
         Parameters
@@ -166,27 +191,34 @@ class ServerModel(ModelPart):
             What the summed loss is divided by; the number of labelled tokens by default. The micro-batches of one batch
             pass the batch's number, so that their losses and gradients add up to the batch's.
         """
-        targets = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
-        labelled = targets != IGNORED
-        self._cut, self._labelled = cut, labelled
+        self._cut = cut
         try:
-            # The head sees labelled positions only; prompt and padding never cost (tokens x vocabulary).
-            logits = self._causal_lm(inputs_embeds=cut.detach(), attention_mask=attention_mask, use_cache=False).logits
+            return self._loss(labels, normalizer, inputs_embeds=cut.detach(), attention_mask=attention_mask)
         finally:
-            self._cut = self._labelled = None
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        tokens = int(labelled.sum())
-        total = nn.functional.cross_entropy(logits, targets[labelled], reduction="sum")
-        return ServerOutput(total / (normalizer or max(tokens, 1)), tokens)
+            self._cut = None
 
     def _enter_at_cut(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:
             return (self._cut, *args[1:]), kwargs
         return args, kwargs | {"hidden_states": self._cut}
 
-    def _keep_labelled(self, head: nn.Module, args: tuple[Any, ...]) -> Any:
-        hidden: Tensor = args[0]
-        return (hidden[self._labelled], *args[1:])
+
+class WholeModel(PredictingPart):
+    """A model that is not cut, with the same linear layers by name: for methods without a split, and for evaluation."""
+
+    def __init__(self, causal_lm: PreTrainedModel, family: Family) -> None:
+        super().__init__(causal_lm, family, 0)
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The Hugging Face model inside."""
+        return self._causal_lm
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, normalizer: int | None = None
+    ) -> LossOutput:
+        """The loss of a batch; parameters as for :class:`ClientModel` and :class:`ServerModel`."""
+        return self._loss(labels, normalizer, input_ids=input_ids, attention_mask=attention_mask)
 
 
 class SplitError(ValueError):
@@ -225,6 +257,11 @@ def server_part(model: PreTrainedModel, family: Family, split: int) -> ServerMod
         if getattr(decoder, name, None) is not None:
             setattr(decoder, name, _Absent())
     return ServerModel(causal_lm, family, split)
+
+
+def whole_model(model: PreTrainedModel, family: Family) -> WholeModel:
+    """All of ``model`` as one part, sharing its tensors."""
+    return WholeModel(_share(model), family)
 
 
 class _Absent(nn.Module):

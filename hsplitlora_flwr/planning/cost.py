@@ -1,28 +1,37 @@
-"""What a split point and ranks cost in memory (HSplitLoRA, section ARMSC).
+"""What a split point and ranks cost in memory, operations and bytes on the wire (HSplitLoRA, section ARMSC).
 
-Everything is read off the model's configuration: the model is built without memory for its weights, and one forward
-pass of one block on shapes alone tells which tensors autograd would keep. So a plan for a 70B model needs no weights.
+Everything is read off the model's configuration: the model is built without memory for its weights, and one step of
+one block on fake tensors tells what autograd keeps (:mod:`hsplitlora_flwr.planning.trace`). So a plan for a 70B model
+needs no weights. A client peaks while it loads or while it trains:
 
-    memory = process + weights of the part + adapters x (parameter + gradient + optimizer states)
-           + accumulated update or activations kept for backward, whichever is larger + the largest temporary
+    loading  = process + weights + accumulated update + the largest matrix
+    training = process + weights + adapters x (parameter + gradient + optimizer states)
+               + activations kept for backward + the largest temporary
+
+An update that is merged into the weights is gone before training starts; one beside them (bf16) stays.
+
+The activations are those of a padded batch of the longest sequences. Weights are read through a memory map, so the rows
+of the embeddings that no text has used yet are not resident: a short run stays below the prediction by as much.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import dataclasses
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 from transformers import PretrainedConfig
 
-from hsplitlora_flwr.lora.layers import shape_of, takes_changes
-from hsplitlora_flwr.models.families import Family
+from hsplitlora_flwr.lora.layers import takes_changes
+from hsplitlora_flwr.models.families import Family, shorten
 from hsplitlora_flwr.models.loading import empty_model
-from hsplitlora_flwr.models.split import ClientModel, client_part
+from hsplitlora_flwr.models.split import client_part
+from hsplitlora_flwr.planning.trace import trace_block
 
-ADAPTER_BYTES = 16
-"""Per adapter parameter: the fp32 value, its gradient and Adam's two moments."""
+OPTIMIZERS = ("adamw", "sgd")
+"""Optimizers whose states are known."""
 
 
 class PlanError(ValueError):
@@ -39,11 +48,37 @@ class Workload:
         Of one micro-batch; the longest sequence counts.
     dtype : str
         Dtype of the frozen base.
+    optimizer : {"adamw", "sgd"}
+        Of the adapters.
+    momentum : bool
+        Whether SGD keeps one.
     """
 
     batch_size: int
     sequence_length: int
     dtype: str = "float32"
+    optimizer: str = "adamw"
+    momentum: bool = False
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            raise PlanError(f"optimizer={self.optimizer!r} is unknown; choose one of {', '.join(OPTIMIZERS)}")
+
+    @property
+    def adapter_parameter_bytes(self) -> int:
+        """Bytes per adapter parameter: its value (fp32, or fp64 over fp64), its gradient and the optimizer's states."""
+        states = 2 if self.optimizer == "adamw" else int(self.momentum)
+        return self.adapter_item * (2 + states)
+
+    @property
+    def item(self) -> int:
+        """Bytes of a number of the base."""
+        return int(getattr(torch, self.dtype).itemsize)
+
+    @property
+    def adapter_item(self) -> int:
+        """Bytes of a number of an adapter."""
+        return max(self.item, 4)
 
 
 @dataclass(frozen=True)
@@ -87,41 +122,58 @@ class CostModel:
     def __init__(
         self, config: PretrainedConfig, family: Family, workload: Workload, targets: tuple[str, ...] | None = None
     ) -> None:
-        model = empty_model(config, workload.dtype)
         self.num_blocks = int(config.num_hidden_layers)
         self.workload = workload
-        self._item = torch.empty((), dtype=getattr(torch, workload.dtype)).itemsize
-        blocks = list(model.get_submodule(family.decoder).get_submodule(family.blocks).children())
-        self.block_parameters = [sum(p.numel() for p in block.parameters()) for block in blocks]
-        embeddings = [getattr(model.get_submodule(family.decoder), name, None) for name in family.embeddings]
-        self.embedding_parameters = sum(p.numel() for part in embeddings if part is not None for p in part.parameters())
-        self.total_parameters = sum(p.numel() for p in model.parameters())
-        heads = int(config.num_attention_heads)
-        head_size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-        probe = _trace_block(client_part(model, family, 1), workload, head_size)
-        self.block_bytes = probe.kept
-        self.temporary_bytes = probe.largest * 4  # two operands, a result and a gradient at a time
-        self.cut_bytes = workload.batch_size * workload.sequence_length * int(config.hidden_size) * self._item
+        self.rows = workload.batch_size * workload.sequence_length
+        # Blocks of a family are alike, and two are the fewest that can be cut.
+        two_blocks = copy.deepcopy(config)
+        shorten(two_blocks, 0, 2)
+        model = empty_model(two_blocks, workload.dtype)
+        decoder = model.get_submodule(family.decoder)
+        embeddings = [getattr(decoder, name, None) for name in family.embeddings]
+        self.block_parameters: int = sum(p.numel() for p in model.get_submodule(family.block_name(0)).parameters())
+        self.embedding_parameters: int = sum(
+            p.numel() for part in embeddings if part is not None for p in part.parameters()
+        )
+        self.total_parameters = (
+            sum(p.numel() for p in model.parameters()) + (self.num_blocks - 2) * self.block_parameters
+        )
+        trace = trace_block(client_part(model, family, 1), workload.batch_size, workload.sequence_length)
+        if missing := [target for target in targets or () if target not in _last_names(trace.layers)]:
+            raise PlanError(
+                f"lora.targets names {missing}; the blocks of this model have {sorted(_last_names(trace.layers))}"
+            )
         self.all_layers = [
-            Layer(family.block_name(index) + "." + name, index, shape[1], shape[0], *probe.inputs[name])
+            Layer(f"{family.block_name(index)}.{name}", index, *dataclasses.astuple(layer))
             for index in range(self.num_blocks)
-            for name, shape in probe.shapes.items()
+            for name, layer in trace.layers.items()
         ]
         self.layers = [
             layer for layer in self.all_layers if targets is None or layer.name.rpartition(".")[2] in targets
         ]
-        self.linear_parameters = sum(rows * columns for rows, columns in probe.shapes.values())
-        if targets is not None:
-            known = {name.rpartition(".")[2] for name in probe.shapes}
-            if missing := [target for target in targets if target not in known]:
-                raise PlanError(f"lora.targets names {missing}; the blocks of this model have {sorted(known)}")
+        matrices = [layer.in_features * layer.out_features for layer in trace.layers.values()]
+        self.linear_parameters, self._largest_matrix = sum(matrices), max(matrices)
+        self.block_bytes = trace.kept
+        self.cut_bytes = self.rows * int(config.hidden_size) * workload.item
+        every = {layer.name: 1 for layer in self.all_layers}
+        # Frames exist while nothing is computed: one as sent, one as received, and a copy of each inside the stream.
+        frames = 4 * self.cut_bytes // workload.item * workload.adapter_item
+        self.temporary_bytes = max(trace.peak - self._kept(every, self.all_layers, 0, 1), self.cut_bytes + frames)
+        logits = self.rows * int(config.vocab_size)
+        self.head_bytes = 3 * logits * workload.adapter_item  # log-probabilities, and the gradients around them
+        self._head_flops = 2.0 * logits * int(config.hidden_size)
+        heads = int(config.num_attention_heads)
+        head_size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+        self._attention_flops = 4.0 * self.rows * workload.sequence_length * heads * head_size
 
     def client_parameters(self, split: int) -> int:
         """Base parameters of a client: embeddings and its blocks."""
-        return int(self.embedding_parameters) + sum(self.block_parameters[:split])
+        return self.embedding_parameters + split * self.block_parameters
 
-    def client_bytes(self, split: int, ranks: Mapping[str, int], process_bytes: int = 0) -> int:
-        """Predicted peak memory of a client process.
+    def client_bytes(
+        self, split: int, ranks: Mapping[str, int], process_bytes: int = 0, *, updated: bool = True
+    ) -> int:
+        """Predicted peak memory of a client process; the sum of :meth:`memory_parts`.
 
         Parameters
         ----------
@@ -130,30 +182,110 @@ class CostModel:
         ranks : Mapping[str, int]
             By absolute layer name; layers at or above ``split`` are not the client's and do not count.
         process_bytes : int
-            What the process takes before it loads anything (measured).
+            What the process takes for itself; see :func:`hsplitlora_flwr.training.memory.process_bytes`.
+        updated : bool
+            Whether the client gets an accumulated update, as from the second round on.
         """
-        return (
-            process_bytes
-            + self.client_parameters(split) * self._item
-            + self.adapter_bytes(ranks, 0, split)
-            + self._kept_and_update(self.kept_bytes(ranks, 0, split), self.update_bytes(split))
-            + self.temporary_bytes
-            + 4 * self.cut_bytes  # the activation and its gradient, each as a tensor and as a frame
+        return sum(self.memory_parts(split, ranks, process_bytes, updated=updated).values())
+
+    def memory_parts(
+        self, split: int, ranks: Mapping[str, int], process_bytes: int = 0, *, updated: bool = True
+    ) -> dict[str, int]:
+        """Predicted peak memory of a client process by what takes it, in bytes.
+
+        Parameters are those of :meth:`client_bytes`. A process peaks while it loads or while it trains. ``update`` is
+        what the accumulated update adds to the peak: nothing where it is merged into the weights and was smaller than
+        what training then takes.
+
+        Returns
+        -------
+        dict[str, int]
+            ``weights``, ``adapters``, ``activations``, ``update``, ``temporary`` and ``process``.
+        """
+        return self._parts(
+            weights=self.client_parameters(split),
+            adapters=self.adapter_bytes(ranks, 0, split),
+            activations=self.kept_bytes(ranks, 0, split),
+            update=self.update_bytes(split) if updated else 0,
+            temporary=self.temporary_bytes,
+            process=process_bytes,
         )
 
+    def _parts(
+        self, weights: int, adapters: int, activations: int, update: int, temporary: int, process: int
+    ) -> dict[str, int]:
+        """The parts of a client's peak, from its number of weights and the bytes of the rest."""
+        if update and takes_changes(getattr(torch, self.workload.dtype)):
+            update = max(update + 4 * self._largest_matrix - adapters - activations - temporary, 0)
+        return {
+            "weights": weights * self.workload.item,
+            "adapters": adapters,
+            "activations": activations,
+            "update": update,
+            "temporary": temporary,
+            "process": process,
+        }
+
     def server_bytes(self, clients: Mapping[str, tuple[int, Mapping[str, int]]], process_bytes: int = 0) -> int:
-        """Predicted peak memory of the server: one base, and for each client ``(split, ranks)`` its own part."""
-        whole = self.total_parameters * self._item
-        return process_bytes + whole + sum(self.server_share(split, ranks) for split, ranks in clients.values())
+        """Predicted peak memory of the server.
+
+        One base, the accumulated update, and for each client ``(split, ranks)`` its own part.
+        """
+        base = self.total_parameters * self.workload.item + self.update_bytes(self.num_blocks)
+        return process_bytes + base + sum(self.server_share(split, ranks) for split, ranks in clients.values())
 
     def server_share(self, split: int, ranks: Mapping[str, int]) -> int:
-        """What one client costs the server: its adapters and activations from ``split`` up."""
+        """What one client costs the server: its adapters and activations from ``split`` up, and the logits."""
         return (
             self.adapter_bytes(ranks, split, self.num_blocks)
             + self.kept_bytes(ranks, split, self.num_blocks, everything=True)
-            + self.temporary_bytes
-            + 4 * self.cut_bytes
+            + max(self.temporary_bytes, self.head_bytes)
         )
+
+    def whole_bytes(self, ranks: Mapping[str, int], process_bytes: int = 0, *, updated: bool = True) -> int:
+        """Predicted peak memory of a client that trains the unsplit model; parameters as for :meth:`client_bytes`."""
+        parts = self._parts(
+            weights=self.total_parameters,
+            adapters=self.adapter_bytes(ranks, 0, self.num_blocks),
+            activations=self.kept_bytes(ranks, 0, self.num_blocks),
+            update=self.update_bytes(self.num_blocks) if updated else 0,
+            temporary=max(self.temporary_bytes, self.head_bytes),
+            process=process_bytes,
+        )
+        return sum(parts.values())
+
+    def client_flops(self, split: int, ranks: Mapping[str, int]) -> float:
+        """Floating-point operations of the client in one training step, forward and backward.
+
+        Nothing below the lowest adapted block needs a backward pass. A multiplication and an addition are two.
+        """
+        return self._block_flops(ranks, 0, split)
+
+    def server_flops(self, split: int, ranks: Mapping[str, int]) -> float:
+        """Floating-point operations of the server for one client in one training step.
+
+        The backward pass always reaches the cut. Every position is taken as labelled, so the head's share is a bound.
+        """
+        return self._block_flops(ranks, split, self.num_blocks, everything=True) + 2 * self._head_flops
+
+    def whole_flops(self, ranks: Mapping[str, int]) -> float:
+        """Floating-point operations of one training step of the unsplit model."""
+        return self._block_flops(ranks, 0, self.num_blocks) + 2 * self._head_flops
+
+    def wire_bytes(self, item_bytes: int = 4) -> tuple[float, float]:
+        """Bytes of one training step on the wire, up and down, at ``item_bytes`` a number of the cut activation."""
+        cut = self.cut_bytes / self.workload.item * item_bytes
+        return cut + 2 * 8 * self.rows, cut  # up also go the attention mask and the labels, int64
+
+    def _block_flops(self, ranks: Mapping[str, int], first: int, last: int, *, everything: bool = False) -> float:
+        """Of blocks ``first .. last - 1``; backward reaches down to the lowest adapted one, or to all of them."""
+        adapted = [layer for layer in self.layers if first <= layer.block < last and ranks.get(layer.name, 0)]
+        lowest = first if everything else min((layer.block for layer in adapted), default=last)
+        forward = 2.0 * self.rows * self.linear_parameters + self._attention_flops
+        # The gradient of a frozen layer's input costs as much as its forward pass; attention has two operands.
+        backward = 2.0 * self.rows * self.linear_parameters + 2 * self._attention_flops
+        low_rank = 2.0 * self.rows * sum(layer.adapter_parameters(ranks[layer.name]) for layer in adapted)
+        return (last - first) * forward + (last - lowest) * backward + 3 * low_rank
 
     def adapter_parameters(self, ranks: Mapping[str, int]) -> int:
         """Trainable parameters of a client, both sides together."""
@@ -162,7 +294,8 @@ class CostModel:
     def adapter_bytes(self, ranks: Mapping[str, int], first: int, last: int) -> int:
         """Adapters of blocks ``first .. last - 1`` with their gradients and optimizer states."""
         layers = (layer for layer in self.layers if first <= layer.block < last)
-        return sum(layer.adapter_parameters(ranks.get(layer.name, 0)) for layer in layers) * ADAPTER_BYTES
+        parameters = sum(layer.adapter_parameters(ranks.get(layer.name, 0)) for layer in layers)
+        return parameters * self.workload.adapter_parameter_bytes
 
     def kept_bytes(self, ranks: Mapping[str, int], first: int, last: int, *, everything: bool = False) -> int:
         """Activations that blocks ``first .. last - 1`` keep for backward.
@@ -170,82 +303,28 @@ class CostModel:
         Below the lowest adapter no gradient is needed and nothing is kept, unless ``everything`` says that the input of
         the first block asks for its gradient, as the cut activation does on the server.
         """
-        adapted = [layer for layer in self.layers if first <= layer.block < last and ranks.get(layer.name, 0)]
+        return self._kept(ranks, self.layers, first, last, everything=everything)
+
+    def _kept(
+        self, ranks: Mapping[str, int], layers: Iterable[Layer], first: int, last: int, *, everything: bool = False
+    ) -> int:
+        adapted = [layer for layer in layers if first <= layer.block < last and ranks.get(layer.name, 0)]
         if not adapted and not everything:
             return 0
         lowest = first if everything else min(layer.block for layer in adapted)
         inputs = {(layer.block, layer.input_id): layer.input_bytes for layer in adapted}
-        rows = self.workload.batch_size * self.workload.sequence_length
-        low = sum(ranks[layer.name] for layer in adapted) * rows * max(self._item, 4)
+        low = sum(ranks[layer.name] for layer in adapted) * self.rows * self.workload.adapter_item
         return (last - lowest) * self.block_bytes + sum(inputs.values()) + low
 
     def adapter_price(self, layer: Layer, rank: int) -> int:
         """What one more adapter adds to :meth:`adapter_bytes` and :meth:`kept_bytes`, its input apart."""
-        rows = self.workload.batch_size * self.workload.sequence_length
-        return layer.adapter_parameters(rank) * ADAPTER_BYTES + rank * rows * max(self._item, 4)
-
-    def _kept_and_update(self, kept: int, update: int) -> int:
-        """An update that goes into the weights is gone before training starts; one beside them stays."""
-        return max(kept, update) if takes_changes(getattr(torch, self.workload.dtype)) else kept + update
+        low = rank * self.rows * self.workload.adapter_item
+        return layer.adapter_parameters(rank) * self.workload.adapter_parameter_bytes + low
 
     def update_bytes(self, split: int) -> int:
         """The accumulated update of the client's blocks at its largest: the dense fp32 matrices, in a message."""
         return split * self.linear_parameters * 4
 
 
-@dataclass(frozen=True)
-class _BlockTrace:
-    kept: int
-    largest: int
-    shapes: dict[str, tuple[int, int]]
-    inputs: dict[str, tuple[int, int]]
-
-
-def _trace_block(client: ClientModel, workload: Workload, head_size: int) -> _BlockTrace:
-    """Run the first block on shapes alone and see what autograd keeps."""
-    client = client.to("meta")
-    rows, length = workload.batch_size, workload.sequence_length
-    ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
-    # A finished mask: models look into the values of a plain one, and there are none here.
-    mask = torch.ones(rows, 1, length, length, dtype=torch.bool, device="meta")
-    given = {_storage(tensor) for tensor in (*client.parameters(), mask)}
-    kept: dict[int, Tensor] = {}  # by storage; holding the tensors keeps the storages alive and the keys unique
-    inputs: dict[str, Tensor] = {}
-    shapes: dict[str, tuple[int, int]] = {}
-    largest = 0
-
-    def keep(tensor: Tensor) -> Tensor:
-        nonlocal largest
-        if _storage(tensor) not in given:
-            largest = max(largest, _fused_bytes(tensor, length, head_size))
-            kept.setdefault(_storage(tensor), tensor)
-        return tensor
-
-    prefix = client.family.block_name(0) + "."
-    for full_name, linear in client.linears():
-        name = full_name.removeprefix(prefix)
-        shapes[name] = shape_of(linear)
-        linear.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0]))
-    client.decoder.enable_input_require_grads()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        client.decoder(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=False)
-    if takes_changes(getattr(torch, workload.dtype)):
-        new = {name: (_storage(x), 0 if _storage(x) in kept else x.nbytes) for name, x in inputs.items()}
-    else:  # every fp32 adapter over a base of lower precision keeps an fp32 copy of its input
-        new = {name: (number, x.numel() * 4) for number, (name, x) in enumerate(inputs.items())}
-    return _BlockTrace(sum(_fused_bytes(t, length, head_size) for t in kept.values()), largest, shapes, new)
-
-
-def _fused_bytes(tensor: Tensor, length: int, head_size: int) -> int:
-    """Bytes of a kept tensor.
-
-    On shapes alone attention runs unfused and keeps its (seq, seq) scores. The fused kernels that really run keep their
-    output and one number per row instead.
-    """
-    if tensor.ndim == 4 and tensor.shape[-2:] == (length, length) and tensor.is_floating_point():
-        return tensor.shape[0] * tensor.shape[1] * length * (head_size + 1) * tensor.itemsize
-    return int(tensor.untyped_storage().nbytes())
-
-
-def _storage(tensor: Tensor) -> int:
-    return id(tensor.untyped_storage())
+def _last_names(names: Iterable[str]) -> set[str]:
+    return {name.rpartition(".")[2] for name in names}

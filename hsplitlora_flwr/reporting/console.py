@@ -19,7 +19,15 @@ from rich.spinner import Spinner
 from rich.table import Column, Table
 from rich.text import Text
 
-from hsplitlora_flwr.reporting.events import PLAN_COLUMNS, STEP_LOG_SECONDS, Event, client_order, event_text, plan_rows
+from hsplitlora_flwr.reporting.events import (
+    PLAN_COLUMNS,
+    STEP_LOG_SECONDS,
+    Event,
+    client_order,
+    event_text,
+    plan_rows,
+    plan_title,
+)
 
 
 class RunConsole:
@@ -96,7 +104,7 @@ class RunConsole:
         if not self._live:
             self._line(event_text(event) or "")
             return
-        table = Table(title=f"plan of round {event['round']}", title_justify="left", header_style="bold")
+        table = Table(title=plan_title(event), title_justify="left", header_style="bold")
         for i, name in enumerate(PLAN_COLUMNS):
             table.add_column(name, justify="right" if i in (1, 2) else "left", overflow="fold")
         for row in plan_rows(event):
@@ -119,7 +127,11 @@ class RunConsole:
         change = f"{event['perplexity_before']:.2f} → {event['perplexity_after']:.2f}"
         self._line(f"finished  perplexity {change}", "bold green")
         self._line(f"results in {event['folder']}")
-        self._line("  adapter/      the LoRA adapter; PEFT loads it")
+        kinds = {name.partition("/")[0] for name in event["results"]}
+        if "adapter" in kinds:
+            self._line("  adapter/      the LoRA adapter; PEFT loads it")
+        if "merged" in kinds:
+            self._line("  merged/       the model; transformers loads it")
         self._line("  summary.json  settings, plan, losses, memory and perplexity")
 
     def _failed(self, event: Event) -> None:

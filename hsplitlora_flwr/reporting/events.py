@@ -5,13 +5,13 @@ it afterwards. Every event has a ``kind`` and a ``time`` (unix seconds) beside i
 
 - ``status``: text
 - ``evaluated``: round (0 = before training), perplexity, tokens, seconds
-- ``planned``: round, clients (a list of: client, examples, budget_bytes, split, blocks, ranks (mean, min, max),
-  predicted_bytes, left_out ("" or the reason))
+- ``planned``: round, reason ("" for the first plan), clients (a list of: client, examples, budget_bytes, split, blocks,
+  ranks (mean, min, max), predicted_bytes, left_out ("" or the reason))
 - ``step``: round, rounds, client, step (from 1), steps, loss, tokens (label tokens), all_tokens (non-padding tokens)
 - ``client_finished``: round, client, seconds, loss_first, loss_last, measured_bytes, predicted_bytes
 - ``client_failed``: round, client, error
 - ``round_finished``: round, seconds, update_norm
-- ``finished``: folder, perplexity_before, perplexity_after
+- ``finished``: folder, results (files relative to it), perplexity_before, perplexity_after
 - ``failed``: error
 """
 
@@ -112,7 +112,7 @@ def event_text(event: Event) -> str | None:
             measured = f"({event['tokens']} tokens in {event['seconds']:.1f} s)"
             return f"{when}: perplexity {event['perplexity']:.2f} {measured}"
         case "planned":
-            return f"plan of {round_}\n{_align([PLAN_COLUMNS, *plan_rows(event)])}"
+            return f"{plan_title(event)}\n{_align([PLAN_COLUMNS, *plan_rows(event)])}"
         case "step":
             place = f"{round_} of {event['rounds']}, client {event['client']}"
             return f"{place}: step {event['step']} of {event['steps']}, loss {event['loss']:.3f}"
@@ -131,6 +131,11 @@ def event_text(event: Event) -> str | None:
     return None
 
 
+def plan_title(event: Event) -> str:
+    """What stands above a plan: its round, and why a plan that was there gave way to it."""
+    return f"plan of round {event['round']}" + (f": {event['reason']}" if event["reason"] else "")
+
+
 def plan_rows(event: Event) -> list[tuple[str, ...]]:
     """The cells of a ``planned`` event under ``PLAN_COLUMNS``, a row a client, by name.
 
@@ -143,7 +148,7 @@ def plan_rows(event: Event) -> list[tuple[str, ...]]:
             rows.append((*row, f"left out: {client['left_out']}", "", ""))
             continue
         which = "block 0" if client["split"] == 1 else f"blocks 0-{client['split'] - 1}"
-        split = f"{which} of {client['blocks']}"
+        split = f"{which} of {client['blocks']}" if client["split"] < client["blocks"] else "whole model"
         ranks = client["ranks"]
         spread = str(ranks["min"]) if ranks["min"] == ranks["max"] else f"{ranks['min']}-{ranks['max']}"
         mean = f" (mean {ranks['mean']:.1f})"
@@ -164,7 +169,8 @@ def format_bytes(count: float) -> str:
 def _memory(event: Event) -> str:
     if not event["measured_bytes"]:
         return ""
-    return f", memory {format_bytes(event['measured_bytes'])} (predicted {format_bytes(event['predicted_bytes'])})"
+    predicted = f" (predicted {format_bytes(event['predicted_bytes'])})" if event["predicted_bytes"] else ""
+    return f", memory {format_bytes(event['measured_bytes'])}{predicted}"
 
 
 def _align(rows: list[tuple[str, ...]]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, cast
+from typing import Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -13,11 +13,14 @@ from torch import Tensor
 from hsplitlora_flwr.data.collate import Batch
 from hsplitlora_flwr.lora.delta import Change
 from hsplitlora_flwr.lora.layers import attach_changes, merge_changes, takes_changes
-from hsplitlora_flwr.models.loading import load_client_model
-from hsplitlora_flwr.models.split import ClientModel
+from hsplitlora_flwr.models.loading import load_causal_lm, load_client_model
+from hsplitlora_flwr.models.proof import find_family
+from hsplitlora_flwr.models.split import ClientModel, ModelPart, WholeModel, whole_model
 from hsplitlora_flwr.training.memory import trim_heap
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.transport.frames import Activation, Finish, Frame, Gradient
+
+P = TypeVar("P", bound=ModelPart)
 
 
 class Link(Protocol):
@@ -47,7 +50,16 @@ def load_client(path: str, split: int, dtype: str, device: str, changes: Mapping
     changes : Mapping[str, Change]
         The update by absolute layer name.
     """
-    model = load_client_model(path, split, dtype, device)
+    return _with_changes(load_client_model(path, split, dtype, device), changes)
+
+
+def load_whole(path: str, dtype: str, device: str, changes: Mapping[str, Change]) -> WholeModel:
+    """The whole model with the accumulated update, for methods that do not split; parameters as above."""
+    model = load_causal_lm(path, dtype, device)
+    return _with_changes(whole_model(model, find_family(model.config)), changes)
+
+
+def _with_changes(model: P, changes: Mapping[str, Change]) -> P:
     if takes_changes(model.dtype):
         weights = dict(model.linears())
         merge_changes(model, changes, lambda name: cast(Tensor, weights[name].weight))

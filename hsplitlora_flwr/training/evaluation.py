@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from hsplitlora_flwr.data.collate import Batch
-from hsplitlora_flwr.models.split import ClientModel, ServerModel
+from hsplitlora_flwr.models.split import WholeModel
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,15 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(client: ClientModel, server: ServerModel, batches: Iterable[Batch]) -> Evaluation:
-    """Evaluate both parts in evaluation mode, one after another, on the same machine."""
-    client.eval(), server.eval()
-    torch.set_num_threads(os.cpu_count() or 1)
-    device = next(client.parameters()).device
+def evaluate(model: WholeModel, batches: Iterable[Batch]) -> Evaluation:
+    """Evaluate a whole model, in evaluation mode."""
+    model.eval()
+    device, threads = next(model.parameters()).device, torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)  # no client trains now
     nll, tokens = 0.0, 0
     for batch in batches:
-        mask = batch.attention_mask.to(device)
-        output = server(client(batch.input_ids.to(device), mask), mask, batch.labels.to(device), normalizer=1)
+        output = model(batch.input_ids.to(device), batch.attention_mask.to(device), batch.labels.to(device), 1)
         nll += float(output.loss)
         tokens += output.tokens
+    torch.set_num_threads(threads)
     return Evaluation(nll, tokens)

@@ -16,6 +16,14 @@ from types import TracebackType
 
 import psutil
 import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from hsplitlora_flwr.config import TrainConfig
+from hsplitlora_flwr.lora.layers import AdapterSpec, inject
+from hsplitlora_flwr.models.families import tiny_config
+from hsplitlora_flwr.models.proof import find_family
+from hsplitlora_flwr.models.split import client_part
+from hsplitlora_flwr.training.schedule import AdapterOptimizer
 
 _M_MMAP_THRESHOLD = -3  # of mallopt(3)
 
@@ -24,10 +32,10 @@ def return_freed_memory() -> None:
     """Make the C library give freed activations back to the system at once, from now on.
 
     By default glibc keeps freed blocks of up to 32 MB in a heap that fragments: a training process then takes nearly
-    twice what it uses, and no plan can tell how much. Blocks above 1 MB get mappings of their own instead. That costs
-    page faults, and makes the peak what the cost model says. Where the C library is another one nothing changes.
+    twice what it uses, and no plan can tell how much. Blocks from 128 KiB on get mappings of their own instead. That
+    costs page faults, and makes the peak what the cost model says. Where the C library is another one nothing changes.
     """
-    _glibc("mallopt", _M_MMAP_THRESHOLD, 1_000_000)
+    _glibc("mallopt", _M_MMAP_THRESHOLD, 128 << 10)
 
 
 def trim_heap() -> None:
@@ -46,6 +54,52 @@ def _glibc(function: str, *arguments: int) -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another C library
             getattr(ctypes.CDLL("libc.so.6"), function)(*arguments)
+
+
+class _HeapInfo(ctypes.Structure):
+    """``struct mallinfo2`` of malloc.h."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    ]
+
+
+def _free_in_heap() -> int:
+    """Bytes that the C library holds in its heap without using them; 0 where it does not say."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            mallinfo2 = ctypes.CDLL("libc.so.6").mallinfo2
+            mallinfo2.restype = _HeapInfo
+            return int(mallinfo2().fordblks)
+    return 0
+
+
+def process_bytes(config: PretrainedConfig) -> int:
+    """What this process takes for itself while it trains, in bytes: the constant of the cost model.
+
+    The first training step brings code into memory: kernels, autograd, the optimizer, the model's own module. So a tiny
+    model of the same architecture takes a step before the measurement. What is free in the heap counts as well, because
+    small tensors fill it again and it is not given back between them.
+
+    Parameters
+    ----------
+    config : PretrainedConfig
+        Of the model that is to be trained.
+    """
+    tiny = tiny_config(config, 2)
+    with torch.random.fork_rng(devices=[]):
+        model = client_part(AutoModelForCausalLM.from_config(tiny), find_family(tiny), 1)
+    names = [name for name, _ in model.linears()]
+    optimizer = AdapterOptimizer(inject(model, {name: AdapterSpec(2, 4.0) for name in names}, ""), TrainConfig())
+    ids = torch.ones(2, 16, dtype=torch.long)
+    model.train()(ids, ids).sum().backward()
+    optimizer.step(0, 0.0)
+    del model, optimizer
+    return resting_bytes() + _free_in_heap()
 
 
 class PeakMemory:

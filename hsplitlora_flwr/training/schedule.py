@@ -29,14 +29,14 @@ def learning_rate(train: TrainConfig, step: int) -> float:
 
 
 class AdapterOptimizer:
-    """AdamW over the adapters of one side; its moments live as long as the adapters, one round.
+    """AdamW or SGD over the adapters of one side; what it keeps of them lives as long as they do, one round.
 
     Parameters
     ----------
     parameters : Sequence[nn.Parameter]
         The adapters; there may be none.
     train : TrainConfig
-        Learning rate, schedule, weight decay and clipping.
+        Optimizer, learning rate, schedule, weight decay and clipping.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], train: TrainConfig) -> None:
@@ -44,7 +44,11 @@ class AdapterOptimizer:
         self._train = train
         # torch refuses an optimizer over nothing; a placeholder without gradient is never moved
         over = self._parameters or [nn.Parameter(torch.zeros(0))]
-        self._adamw = torch.optim.AdamW(over, lr=train.lr, weight_decay=train.weight_decay)
+        self._optimizer: torch.optim.Optimizer = (
+            torch.optim.AdamW(over, lr=train.lr, weight_decay=train.weight_decay)
+            if train.optimizer == "adamw"
+            else torch.optim.SGD(over, lr=train.lr, weight_decay=train.weight_decay, momentum=train.momentum)
+        )
 
     def square(self) -> float:
         """Squared norm of this side's gradient."""
@@ -63,7 +67,7 @@ class AdapterOptimizer:
         if self._train.clip:
             norm = torch.tensor(math.sqrt(self.square() + other_square), dtype=torch.float64)
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self._train.clip, norm)
-        for group in self._adamw.param_groups:
+        for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(self._train, step)
-        self._adamw.step()
-        self._adamw.zero_grad(set_to_none=True)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)

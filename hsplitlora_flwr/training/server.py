@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -11,10 +11,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hsplitlora_flwr.lora.delta import Change
-from hsplitlora_flwr.lora.layers import attach_changes, merge_changes, takes_changes
+from hsplitlora_flwr.lora.layers import attach_changes, merge_changes, reset_weights, takes_changes
 from hsplitlora_flwr.models.loading import Checkpoint, load_causal_lm
 from hsplitlora_flwr.models.proof import find_family
-from hsplitlora_flwr.models.split import ClientModel, ModelPart, ServerModel, client_part, server_part
+from hsplitlora_flwr.models.split import (
+    ClientModel,
+    ModelPart,
+    ServerModel,
+    WholeModel,
+    client_part,
+    server_part,
+    whole_model,
+)
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.transport.frames import Activation, Finish, Finished, Frame, Gradient
 
@@ -38,10 +46,13 @@ class SharedBase:
         self._changes: Mapping[str, Change] = {}
 
     def update(self, changes: Mapping[str, Change]) -> None:
-        """Make every part, existing and to come, compute with ``W_0 + change``; no client may be training."""
-        self._changes = changes
+        """Make every part, existing and to come, compute with ``W_0 + change``; no client may be training.
+
+        Layers without a change are ``W_0`` again, whatever they were before.
+        """
+        before, self._changes = self._changes, changes
         if self._in_place:
-            self._merge()
+            self._merge([name for name in before if name not in changes])
 
     def client_part(self, split: int) -> ClientModel:
         """Embeddings and blocks below ``split``, around the shared tensors."""
@@ -51,14 +62,19 @@ class SharedBase:
         """Blocks from ``split`` up, norm and head, around the shared tensors."""
         return self._with_changes(server_part(self.model, self.family, split))
 
+    def whole(self) -> WholeModel:
+        """All of the model as one part, around the shared tensors."""
+        return self._with_changes(whole_model(self.model, self.family))
+
     def merged(self) -> PreTrainedModel:
         """The whole model with the update in its weights, rounded to their dtype; parts are not to be made any more."""
         self._merge()
         return self.model
 
-    def _merge(self) -> None:
-        for part in (client_part(self.model, self.family, 1), server_part(self.model, self.family, 1)):
-            merge_changes(part, self._changes, self._original)
+    def _merge(self, reset: Sequence[str] = ()) -> None:
+        whole = whole_model(self.model, self.family)
+        merge_changes(whole, self._changes, self._original)
+        reset_weights(whole, reset, self._original)
 
     def _with_changes(self, part: P) -> P:
         if not self._in_place:

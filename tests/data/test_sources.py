@@ -126,7 +126,7 @@ def test_missing_e2e_file_names_the_full_path(tmp_path: Path, monkeypatch: pytes
 
 def test_e2e_with_too_few_development_rows(tmp_path: Path) -> None:
     write_e2e(tmp_path)
-    with pytest.raises(DataError, match=r"data\.eval_rows=3 .* has 2 rows"):
+    with pytest.raises(DataError, match=r"data\.eval_rows=3 ask for 3 rows, .* has 2"):
         load_text(DataConfig(source="e2e", path=str(tmp_path), eval_rows=3), seed=0)
 
 

@@ -11,7 +11,9 @@ from peft import PeftModel
 from safetensors import safe_open
 
 from hsplitlora_flwr.lora import Delta, save_peft_adapter
-from hsplitlora_flwr.lora.export import save_delta
+from hsplitlora_flwr.lora.delta import DeltaError
+from hsplitlora_flwr.lora.export import load_delta, save_delta
+from hsplitlora_flwr.lora.layers import shape_of
 from hsplitlora_flwr.models import split_model
 from tests.tiny import random_batches, tiny_model
 
@@ -22,7 +24,7 @@ def random_delta(name: str, ranks: tuple[int, ...]) -> Delta:
     delta, generator, cycle = Delta(), torch.Generator().manual_seed(0), itertools.cycle(ranks)
     update = {}
     for layer, module in [*client.linears(), *server.linears()]:
-        rows, columns = module.weight.shape[:: -1 if name == "gpt2" else 1]
+        rows, columns = shape_of(module)
         if rank := next(cycle):
             b = 0.1 * torch.randn(rows, rank, generator=generator)
             update[layer] = b, 0.1 * torch.randn(rank, columns, generator=generator)
@@ -40,6 +42,7 @@ def test_stock_peft_computes_with_the_update(name: str, tmp_path: Path) -> None:
     expected = tiny_model(name, dtype=torch.float32)
     for layer, change in delta.changes().items():
         weight = expected.get_submodule(layer).weight
+        assert isinstance(weight, torch.Tensor)
         weight.data += change.dense().T if name == "gpt2" else change.dense()
     loaded = PeftModel.from_pretrained(base, str(tmp_path)).eval()
     batch = next(random_batches())
@@ -58,10 +61,62 @@ def test_an_update_of_zero_is_a_valid_adapter(tmp_path: Path) -> None:
 
 
 def test_checkpoint_holds_update_and_version(tmp_path: Path) -> None:
-    delta = random_delta("llama", (2, 3))
+    delta = random_delta("llama", (2, 3, 40))
     save_delta(delta, tmp_path)
     with safe_open(tmp_path / "delta.safetensors", framework="pt") as file:
         assert file.metadata()["version"] == "1"
         name = next(iter(delta.changes()))
         got = file.get_tensor(f"{name}:B") @ file.get_tensor(f"{name}:A")
         torch.testing.assert_close(got, delta.changes()[name].dense())
+    loaded = load_delta(tmp_path, rank_cap=7)
+    assert (loaded.version, loaded.held(), loaded.rank_cap) == (1, delta.held(), 7)
+    for name, change in delta.changes().items():
+        assert torch.equal(loaded.changes()[name].dense(), change.dense())
+
+
+def test_checkpoint_of_the_base_and_of_a_change_of_zero(tmp_path: Path) -> None:
+    delta = Delta()
+    save_delta(delta, tmp_path)
+    assert (load_delta(tmp_path).version, load_delta(tmp_path).changes()) == (0, {})
+    delta.add({"w": (torch.ones(3, 1), torch.ones(1, 4))})
+    delta.replace({})
+    save_delta(delta, tmp_path)
+    assert torch.equal(load_delta(tmp_path).changes()["w"].dense(), torch.zeros(3, 4))
+
+
+def test_a_checkpoint_replaces_the_last_one_in_one_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    delta = random_delta("llama", (2, 3))
+    save_delta(delta, tmp_path)
+
+    def full_disk(tensors: object, path: Path, metadata: object) -> None:
+        path.write_bytes(b"half a file")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("hsplitlora_flwr.lora.export.save_file", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        save_delta(delta, tmp_path)
+    assert load_delta(tmp_path).held() == delta.held()
+
+
+@pytest.mark.parametrize("damage", ["bit", "version", "end", "header", "empty"])
+def test_a_damaged_checkpoint_is_recognised(damage: str, tmp_path: Path) -> None:
+    save_delta(random_delta("llama", (2, 3)), tmp_path)
+    file = tmp_path / "delta.safetensors"
+    content = file.read_bytes()
+    flipped = content[:-5] + bytes([content[-5] ^ 1]) + content[-4:]
+    damaged = {
+        "bit": flipped,
+        "version": content.replace(b'"version":"1"', b'"version":"2"'),
+        "end": content[:-100],
+        "header": b"\xff" * 16 + content[16:],
+        "empty": b"",
+    }[damage]
+    assert damaged != content
+    file.write_bytes(damaged)
+    with pytest.raises(DeltaError, match=r"delta.safetensors is damaged .*; restore the file"):
+        load_delta(tmp_path)
+
+
+def test_a_missing_checkpoint_is_not_a_damaged_one(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"delta\.safetensors"):
+        load_delta(tmp_path)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hsplitlora_flwr.lora import AdapterSpec, Delta, attach_changes, extract, inject, merge_changes
+from hsplitlora_flwr.lora.layers import SeededDropout
 from hsplitlora_flwr.models import split_model
 from tests.tiny import random_batches, tiny_model
 
@@ -96,3 +97,40 @@ def test_dropout_acts_in_training_only() -> None:
     layer, x = dict(client.linears())[name], torch.ones(64, 32, dtype=torch.float64)
     assert torch.equal(layer.eval()(x), layer(x))
     assert not torch.equal(layer.train()(x), layer(x))
+
+
+def test_an_adapter_goes_on_from_another_one_of_lower_rank() -> None:
+    client, _ = split_model(tiny_model("llama"), 2)
+    name = next(name for name, _ in client.linears())
+    wide, narrow = (split_model(tiny_model("llama"), 2)[0] for _ in range(2))
+    inject(wide, {name: AdapterSpec(6, 12.0)}, "seed")
+    inject(narrow, {name: AdapterSpec(2, 3.0)}, "seed")
+    # one start for all: the adapter of lower rank is the first rows of the wider one
+    torch.testing.assert_close(extract(narrow)[name][1] / 1.5, extract(wide)[name][1][:2] / 2.0)
+
+    start = torch.randn(32, 2, dtype=torch.float64), torch.randn(2, 32, dtype=torch.float64)
+    inject(client, {name: AdapterSpec(6, 12.0)}, "seed", {name: start})
+    b, a = extract(client)[name]
+    torch.testing.assert_close(b @ a, start[0] @ start[1])
+    torch.testing.assert_close(a[2:], extract(wide)[name][1][2:])
+    assert not b[:, 2:].any()
+
+
+def test_freezing_a_trains_b_alone() -> None:
+    client, _ = split_model(tiny_model("llama"), 2)
+    specs = {name: AdapterSpec(2, 4.0) for name, _ in client.linears()}
+    parameters = inject(client, specs, "seed", freeze_a=True)
+    assert len(parameters) == len(specs)
+    assert {id(p) for p in client.parameters() if p.requires_grad} == {id(p) for p in parameters}
+
+
+def test_dropout_draws_by_seed_and_only_in_training() -> None:
+    dropout, twin = SeededDropout(0.25, 7), SeededDropout(0.25, 7)
+    x = torch.ones(400, 50)
+    first, second = dropout(x), dropout(x)
+    torch.manual_seed(123)  # the process's generator has no part in it
+    assert torch.equal(twin(x), first) and torch.equal(twin(x), second)
+    assert not torch.equal(first, second)
+    assert first.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
+    assert float((first == 0).double().mean()) == pytest.approx(0.25, abs=0.02)
+    assert dropout.eval()(x) is x

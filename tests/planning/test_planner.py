@@ -1,41 +1,76 @@
-"""No plan exceeds a budget, and budgets that differ lead to plans that differ."""
+"""Plans against brute force, budgets, and what the planners promise."""
 
 from __future__ import annotations
 
+import itertools
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hsplitlora_flwr.models import find_family
-from hsplitlora_flwr.planning import Budget, CostModel, PlanError, Workload, make_plan
+from hsplitlora_flwr.planning import Budget, CostModel, Plan, PlanError, Workload, make_plan
+from hsplitlora_flwr.planning.exact import GAP, TIME_GAP
 from hsplitlora_flwr.planning.planner import probe_split
+from hsplitlora_flwr.planning.problem import NOMINAL_FLOPS, Array
 from tests.tiny import tiny_model
 
 CONFIG = tiny_model("llama").config
-COST = CostModel(CONFIG, find_family(CONFIG), Workload(4, 16))
+
+
+def cost_of(targets: tuple[str, ...] | None = None, dtype: str = "float32") -> CostModel:
+    return CostModel(CONFIG, find_family(CONFIG), Workload(4, 16, dtype), targets)
+
+
+COST = cost_of()
 NAMES = [layer.name for layer in COST.layers]
 RANKS = (0, 2, 4, 8)
 FLOOR = COST.client_bytes(1, {})
 CEILING = COST.client_bytes(3, dict.fromkeys(NAMES, 8))
-ANY_IMPORTANCE = st.lists(st.floats(0, 1), min_size=len(NAMES), max_size=len(NAMES)).map(
-    lambda scores: dict(zip(NAMES, scores, strict=True))
-)
+FULL = len(NAMES) * math.log2(9)
+"""The objective of one client with the highest rank everywhere, at importance 1."""
+SPEEDS = st.floats(1e6, 1e8)
 
 
-@settings(max_examples=60, deadline=None)
+def importances(cost: CostModel) -> st.SearchStrategy[dict[str, float]]:
+    names = [layer.name for layer in cost.layers]
+    scores = st.lists(st.floats(0, 1), min_size=len(names), max_size=len(names))
+    return scores.map(lambda values: dict(zip(names, values, strict=True)))
+
+
+def served(cost: CostModel, plan: Plan) -> dict[str, tuple[int, Any]]:
+    return {name: (client.split, client.ranks) for name, client in plan.clients.items()}
+
+
+@settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.integers(0, 2 * CEILING), min_size=1, max_size=4),
-    ANY_IMPORTANCE,
+    importances(COST),
     st.floats(0, 1),
     st.integers(0, 10**7),
+    st.integers(0, 10**6),
+    st.sampled_from(("exact", "greedy")),
 )
 def test_no_budget_is_exceeded(
-    memories: list[int], importance: dict[str, float], important_share: float, process: int
+    memories: list[int], importance: dict[str, float], important_share: float, process: int, room: int, planner: str
 ) -> None:
     budgets = {str(i): Budget(memory + process, process) for i, memory in enumerate(memories)}
-    server = Budget(COST.server_bytes({str(i): (1, {}) for i in range(len(memories))}) + 10**6)
+    server = Budget(COST.server_bytes({str(i): (1, {}) for i in range(len(memories))}) + room)
     try:
-        plan = make_plan(budgets, importance, COST, ranks=RANKS, server=server, important_share=important_share)
+        plan = make_plan(
+            budgets,
+            importance,
+            COST,
+            ranks=RANKS,
+            server=server,
+            important_share=important_share,
+            planner=planner,
+        )
     except PlanError:
         assert all(memory < FLOOR for memory in memories)
         return
@@ -47,15 +82,181 @@ def test_no_budget_is_exceeded(
         assert client.predicted_bytes <= budgets[name].memory_bytes
     for name, missing in plan.left_out.items():
         assert missing == FLOOR + process - budgets[name].memory_bytes > 0
-    assert COST.server_bytes({name: (c.split, c.ranks) for name, c in plan.clients.items()}) <= server.memory_bytes
+    assert plan.server_bytes == COST.server_bytes(served(COST, plan)) <= server.memory_bytes
 
 
-def test_uneven_budgets_lead_to_different_splits_and_important_weights_get_the_high_ranks() -> None:
+@dataclass(frozen=True)
+class Options:
+    """Every plan of one client: memory of the client, share of the server, operations of both, and ranks."""
+
+    memory: Array
+    share: Array
+    own: Array
+    served: Array
+    ranks: Array  # (plans, layers)
+
+
+@cache
+def options(dtype: str) -> tuple[CostModel, Options]:
+    """All splits and ranks of two layers a block that read the same input."""
+    cost = cost_of(("q_proj", "v_proj"), dtype)
+    rows = []
+    for split, chosen in itertools.product(range(1, 4), itertools.product((0, 8), repeat=len(cost.layers))):
+        ranks = {layer.name: rank for layer, rank in zip(cost.layers, chosen, strict=True) if rank}
+        rows.append(
+            (
+                cost.client_bytes(split, ranks),
+                cost.server_share(split, ranks),
+                cost.client_flops(split, ranks),
+                cost.server_flops(split, ranks),
+                *chosen,
+            )
+        )
+    table = np.array(rows, float)
+    return cost, Options(table[:, 0], table[:, 1], table[:, 2], table[:, 3], table[:, 4:])
+
+
+@dataclass(frozen=True)
+class BruteForce:
+    """Every pair of plans of two clients that fits."""
+
+    values: Array
+    seconds: Array
+
+    @classmethod
+    def of(
+        cls, dtype: str, importance: dict[str, float], budgets: dict[str, Budget], server: Budget, steps: int
+    ) -> BruteForce:
+        cost, every = options(dtype)
+        value = np.log2(1 + every.ranks) @ np.array([importance[layer.name] for layer in cost.layers])
+        a, b = (np.flatnonzero(every.memory <= budget.memory_bytes) for budget in budgets.values())
+        assert server.flops
+        up, down = cost.wire_bytes()
+        own = []
+        for budget, held in zip(budgets.values(), (a, b), strict=True):
+            assert budget.flops and budget.up and budget.down
+            own.append(every.own[held] / budget.flops + up / budget.up + down / budget.down)
+        seconds = np.maximum(own[0][:, None], own[1][None])
+        seconds = steps * (seconds + (every.served[a][:, None] + every.served[b][None]) / server.flops)
+        fits = every.share[a][:, None] + every.share[b][None] + cost.server_bytes({}) <= server.memory_bytes
+        return cls((value[a][:, None] + value[b][None])[fits], seconds[fits])
+
+
+@st.composite
+def instances(draw: st.DrawFn) -> dict[str, Any]:
+    """Two clients and a server, all of them short of memory or not."""
+    dtype = draw(st.sampled_from(("float32", "bfloat16")))
+    cost, every = options(dtype)
+    low, high = int(every.memory.min()), int(every.memory.max() * 1.1)
+    budgets = {name: Budget(draw(st.integers(low, high)), 0, draw(SPEEDS), draw(SPEEDS), draw(SPEEDS)) for name in "ab"}
+    base, share = cost.server_bytes({}), every.share
+    memory = draw(st.integers(base + 2 * int(share.min()), base + int(2.1 * share.max())))
+    importance = draw(importances(cost))
+    return {
+        "dtype": dtype,
+        "budgets": budgets,
+        "server": Budget(memory, 0, draw(SPEEDS)),
+        "importance": importance,
+        "steps": draw(st.integers(1, 5)),
+    }
+
+
+def plan_of(instance: dict[str, Any], **options_: Any) -> Plan:
+    cost, _ = options(instance["dtype"])
+    given = {key: value for key, value in instance.items() if key in ("server", "steps")}
+    return make_plan(instance["budgets"], instance["importance"], cost, ranks=(0, 8), **given, **options_)
+
+
+@settings(max_examples=25, deadline=None)
+@given(instances())
+def test_the_exact_objective_is_that_of_brute_force(instance: dict[str, Any]) -> None:
+    assume(any(instance["importance"].values()))
+    every = BruteForce.of(**instance)
+    if not len(every.values):
+        with pytest.raises(PlanError, match="the server has"):
+            plan_of(instance)
+        return
+    plan = plan_of(instance, tolerance=0.0)
+    best = float(every.values.max())
+    assert best * (1 - GAP) - 1e-12 <= plan.objective <= best * (1 + 1e-9)
+    assert plan.objective <= plan.bound * (1 + 1e-9)
+    assert best <= plan.bound * (1 + 1e-9) <= best * (1 + GAP) + 1e-9
+    assert 0 <= plan.greedy_objective <= best * (1 + 1e-9)
+
+
+@settings(max_examples=25, deadline=None)
+@given(instances(), st.floats(0.02, 0.5))
+def test_the_round_is_the_shortest_within_the_tolerance(instance: dict[str, Any], tolerance: float) -> None:
+    assume(any(instance["importance"].values()))
+    every = BruteForce.of(**instance)
+    assume(len(every.values))
+    plan = plan_of(instance, tolerance=tolerance)
+    good = every.values >= (1 - tolerance) * every.values.max() * (1 + 1e-9)
+    assert plan.objective >= (1 - tolerance) * every.values.max() * (1 - GAP)
+    # The proof allows for TIME_GAP, and a quarter of it is given back to the ranks.
+    assert plan.seconds <= every.seconds[good].min() * (1 + 1.5 * TIME_GAP)
+
+
+@settings(max_examples=25, deadline=None)
+@given(instances(), st.floats(0, 1))
+def test_a_deadline_is_met_by_the_best_plan_within_it(instance: dict[str, Any], looseness: float) -> None:
+    assume(any(instance["importance"].values()))
+    every = BruteForce.of(**instance)
+    assume(len(every.values))
+    shortest, longest = float(every.seconds.min()), float(every.seconds.max())
+    deadline = shortest * (1 + 1e-6) + looseness * (longest - shortest)
+    plan = plan_of(instance, deadline=deadline, tolerance=0.0)
+    assert plan.seconds <= deadline * (1 + 1e-6)
+    best = float(every.values[every.seconds <= deadline].max())
+    assert plan.objective <= best * (1 + 1e-6) + 1e-12
+    assert best <= plan.bound * (1 + 1e-6) + 1e-9
+    assert plan.objective >= best * (1 - 100 * GAP) - 1e-12
+    with pytest.raises(PlanError, match=r"no plan meets the deadline .* shortest possible round takes"):
+        plan_of(instance, deadline=shortest * 0.99)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(st.integers(FLOOR, CEILING), min_size=1, max_size=3),
+    importances(COST),
+    st.integers(0, 2 * 10**6),
+    st.floats(1, 2),
+)
+def test_more_memory_is_never_worth_less(
+    memories: list[int], importance: dict[str, float], room: int, growth: float
+) -> None:
+    assume(any(importance.values()))
+
+    def objective(memories: list[int], room: int) -> float:
+        budgets = {str(i): Budget(memory) for i, memory in enumerate(memories)}
+        server = Budget(COST.server_bytes({str(i): (1, {}) for i in range(len(memories))}) + room)
+        return make_plan(budgets, importance, COST, ranks=RANKS, server=server, tolerance=0.0).objective
+
+    before = objective(memories, room)
+    slack = 1 - 2 * GAP
+    assert objective([int(memories[0] * growth), *memories[1:]], room) >= before * slack
+    assert objective(memories, int(room * growth)) >= before * slack
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(FLOOR, CEILING), min_size=1, max_size=4), importances(COST), st.floats(0, 1))
+def test_exact_is_never_worse_than_greedy(memories: list[int], importance: dict[str, float], share: float) -> None:
+    budgets = {str(i): Budget(memory) for i, memory in enumerate(memories)}
+    server = Budget(COST.server_bytes({name: (1, {}) for name in budgets}) + 10**6)
+    plan = make_plan(budgets, importance, COST, ranks=RANKS, server=server, important_share=share, tolerance=0.0)
+    greedy = make_plan(budgets, importance, COST, ranks=RANKS, server=server, important_share=share, planner="greedy")
+    assert plan.greedy_objective == greedy.objective == greedy.greedy_objective
+    assert math.isinf(greedy.bound)
+    assert plan.objective >= greedy.objective * (1 - GAP)
+    assert greedy.objective >= 0
+
+
+def test_greedy_gives_important_weights_the_high_ranks_at_the_deepest_split() -> None:
     importance = {name: 10.0 if "down_proj" in name else 0.1 for name in NAMES}
     budgets = {
         str(split): Budget(COST.client_bytes(split, {n: 8 for n in NAMES if "down_proj" in n})) for split in (1, 2, 3)
     }
-    plan = make_plan(budgets, importance, COST, ranks=RANKS)
+    plan = make_plan(budgets, importance, COST, ranks=RANKS, planner="greedy")
     assert [client.split for client in plan.clients.values()] == [1, 2, 3]
     for client in plan.clients.values():
         below = [name for name in NAMES if int(name.split(".")[2]) < client.split]
@@ -63,14 +264,62 @@ def test_uneven_budgets_lead_to_different_splits_and_important_weights_get_the_h
         assert not all(client.ranks.get(name, 0) == 8 for name in below)
 
 
-def test_room_for_everything_gives_everything() -> None:
-    plan = make_plan({"rich": Budget(10 * CEILING)}, dict.fromkeys(NAMES, 1.0), COST, ranks=RANKS)
-    assert plan.clients["rich"].split == 3
+@pytest.mark.parametrize("planner", ["exact", "greedy"])
+def test_room_for_everything_gives_everything(planner: str) -> None:
+    plan = make_plan(
+        {"rich": Budget(10 * CEILING)}, dict.fromkeys(NAMES, 1.0), COST, ranks=RANKS, tolerance=0.0, planner=planner
+    )
     assert plan.clients["rich"].ranks == dict.fromkeys(NAMES, 8)
+    assert plan.objective == plan.greedy_objective == pytest.approx(FULL)
+
+
+def test_clients_take_blocks_off_a_slow_server_and_leave_them_to_a_fast_one() -> None:
+    budgets = {str(i): Budget(10 * CEILING, 0, 1e9) for i in range(3)}
+    for server_flops, splits in ((1e8, {3}), (1e12, {1})):
+        plan = make_plan(budgets, dict.fromkeys(NAMES, 1.0), COST, ranks=RANKS, server=Budget(10**9, 0, server_flops))
+        assert {client.split for client in plan.clients.values()} == splits
+        assert plan.objective >= 3 * FULL * 0.99
+
+
+def test_predicted_seconds() -> None:
+    budgets = {"quick": Budget(10 * CEILING, 0, 4e9, 1e6, 2e6), "slow": Budget(10 * CEILING, 0, 2e9)}
+    plan = make_plan(budgets, dict.fromkeys(NAMES, 1.0), COST, ranks=RANKS, steps=7, wire_item_bytes=2)
+    up, down = COST.wire_bytes(2)
+    flops = {name: COST.client_flops(client.split, client.ranks) for name, client in plan.clients.items()}
+    own = {"quick": 7 * (flops["quick"] / 4e9 + up / 1e6 + down / 2e6), "slow": 7 * flops["slow"] / 2e9}
+    assert {name: client.predicted_seconds for name, client in plan.clients.items()} == pytest.approx(own)
+    server = 7 * sum(COST.server_flops(client.split, client.ranks) for client in plan.clients.values()) / 3e9
+    assert plan.seconds == pytest.approx(max(own.values()) + server), "a speed that is not stated is the mean"
+
+
+def test_speeds_that_nobody_states_are_nominal() -> None:
+    plan = make_plan({"a": Budget(10 * CEILING)}, {}, COST, ranks=RANKS, max_split=1)
+    client = plan.clients["a"]
+    work = COST.client_flops(1, client.ranks) + COST.server_flops(1, client.ranks)
+    assert plan.seconds == pytest.approx(work / NOMINAL_FLOPS)
+
+
+def test_a_hundred_different_clients() -> None:
+    rng = np.random.default_rng(0)
+    importance = dict(zip(NAMES, rng.exponential(size=len(NAMES)).tolist(), strict=True))
+    budgets = {
+        str(i): Budget(int(memory), 0, flops)
+        for i, (memory, flops) in enumerate(
+            zip(rng.uniform(FLOOR, CEILING, 100), rng.uniform(1e9, 1e10, 100), strict=True)
+        )
+    }
+    room = 100 * COST.server_share(1, dict.fromkeys(NAMES, 8)) * 0.7
+    server = Budget(COST.server_bytes({}) + int(room), 0, 1e11)
+    plan = make_plan(budgets, importance, COST, ranks=RANKS, server=server)
+    assert plan.bound * 0.98 <= plan.objective <= plan.bound
+    assert plan.objective > plan.greedy_objective
+    assert len({client.split for client in plan.clients.values()}) > 1
+    assert plan.server_bytes <= server.memory_bytes
+    assert all(plan.clients[name].predicted_bytes <= budget.memory_bytes for name, budget in budgets.items())
 
 
 def test_split_bounds_are_kept() -> None:
-    plan = make_plan({"a": Budget(10 * CEILING)}, dict.fromkeys(NAMES, 1.0), COST, min_split=1, max_split=2)
+    plan = make_plan({"a": Budget(10 * CEILING)}, dict.fromkeys(NAMES, 1.0), COST, min_split=2, max_split=2)
     assert plan.clients["a"].split == 2
 
 
@@ -79,9 +328,37 @@ def test_a_budget_that_no_plan_fits_names_the_missing_bytes() -> None:
         make_plan({"poor": Budget(1000)}, dict.fromkeys(NAMES, 1.0), COST)
 
 
-def test_a_server_that_cannot_serve_names_the_missing_bytes() -> None:
-    with pytest.raises(PlanError, match=r"the server has 10 bytes and misses [\d,]+ to serve 1 client"):
-        make_plan({"a": Budget(CEILING)}, dict.fromkeys(NAMES, 1.0), COST, server=Budget(10))
+@pytest.mark.parametrize("planner", ["exact", "greedy"])
+def test_a_server_that_cannot_serve_names_the_missing_bytes(planner: str) -> None:
+    missing = COST.server_bytes({"a": (3, {})}) - 10
+    with pytest.raises(PlanError, match=rf"the server has 10 bytes and misses {missing:,} to serve 1 client"):
+        make_plan({"a": Budget(10 * CEILING)}, dict.fromkeys(NAMES, 1.0), COST, server=Budget(10), planner=planner)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"planner": "best"}, r"planner='best' is unknown; choose one of exact, greedy"),
+        ({"ranks": (0,)}, r"ranks=\(0,\) hold none above 0"),
+        ({"min_split": 0}, r"min_split=0 and max_split=3 must lie in 1 \.\. 3"),
+        ({"max_split": 4}, r"max_split=4 must lie in 1 \.\. 3"),
+        ({"tolerance": 1.5}, r"tolerance=1.5 must lie between 0 and 1"),
+        ({"steps": 0}, r"steps=0 must be at least 1"),
+        ({"deadline": 0.0}, r"deadline=0.0 must be above 0"),
+        ({"deadline": 1.0}, r"deadline=1 needs a speed"),
+        ({"deadline": 1.0, "planner": "greedy"}, r"deadline=1 needs planner='exact'"),
+    ],
+)
+def test_wrong_arguments_say_what_is_allowed(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        make_plan({"a": Budget(CEILING)}, {}, COST, **wrong)
+
+
+def test_wrong_importance_and_speeds() -> None:
+    with pytest.raises(PlanError, match=r"importance of .*q_proj is nan"):
+        make_plan({"a": Budget(CEILING)}, {NAMES[0]: math.nan}, COST)
+    with pytest.raises(PlanError, match=r"Budget\.up=0 must be a finite number above 0"):
+        Budget(1, up=0)
 
 
 def test_the_probe_keeps_the_input_of_every_weight_and_still_fits() -> None:

@@ -17,13 +17,19 @@ PLAN = {
     "predicted_bytes": 931_000_000,
     "left_out": "",
 }
-FINISHED = {"kind": "finished", "folder": "/runs/1", "perplexity_before": 15.4, "perplexity_after": 3.4}
+FINISHED = {
+    "kind": "finished",
+    "folder": "/runs/1",
+    "results": ["adapter/x"],
+    "perplexity_before": 15.4,
+    "perplexity_after": 3.4,
+}
 
 
 def planned(round_: int, clients: str = "01") -> dict[str, object]:
     members = [PLAN | {"client": name} for name in clients]
     left_out = PLAN | {"client": "9", "left_out": "needs 512.3 MB more [of memory]"}
-    return {"kind": "planned", "round": round_, "clients": [*members, left_out]}
+    return {"kind": "planned", "round": round_, "reason": "", "clients": [*members, left_out]}
 
 
 def step(time: float, number: int, client: str = "0", round_: int = 1) -> dict[str, object]:

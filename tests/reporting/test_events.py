@@ -105,7 +105,7 @@ def test_a_field_that_is_no_json_is_refused_and_leaves_the_log_whole(tmp_path):
 
 def test_the_flwr_logger_hears_every_line_of_an_event(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="flwr"):
-        EventLog(tmp_path).emit("planned", round=1, clients=[CLIENT, LEFT_OUT])
+        EventLog(tmp_path).emit("planned", round=1, reason="", clients=[CLIENT, LEFT_OUT])
         EventLog(tmp_path).emit("failed", error="100% lost")
     assert caplog.messages[0] == "plan of round 1"
     assert caplog.messages[1].startswith("client ")
@@ -126,9 +126,9 @@ def test_steps_are_all_written_but_seldom_logged(tmp_path, caplog, monkeypatch):
 
 
 def test_a_plan_reads_as_an_aligned_table():
-    text = event_text({"kind": "planned", "round": 3, "clients": [CLIENT, LEFT_OUT]})
+    text = event_text({"kind": "planned", "round": 3, "reason": "budgets changed", "clients": [CLIENT, LEFT_OUT]})
     assert text == (
-        "plan of round 3\n"
+        "plan of round 3: budgets changed\n"
         "client   examples   budget  split             ranks             predicted memory\n"
         "0             120  0.95 GB  blocks 0-9 of 30  4-32 (mean 14.2)  0.93 GB\n"
         "node-17       120  40.0 MB  left out: needs 512.3 MB more"
@@ -150,7 +150,9 @@ def test_one_rank_everywhere_is_not_a_range():
 
 
 def test_a_plan_with_nobody_in_it_still_reads():
-    assert "left out: needs 512.3 MB more" in (event_text({"kind": "planned", "round": 1, "clients": [LEFT_OUT]}) or "")
+    assert "left out: needs 512.3 MB more" in (
+        event_text({"kind": "planned", "round": 1, "reason": "", "clients": [LEFT_OUT]}) or ""
+    )
 
 
 @pytest.mark.parametrize(
@@ -185,7 +187,13 @@ def test_a_plan_with_nobody_in_it_still_reads():
             "round 1 finished in 60.0 s, update norm 0.5123",
         ),
         (
-            {"kind": "finished", "folder": "/runs/1", "perplexity_before": 15.4, "perplexity_after": 3.4},
+            {
+                "kind": "finished",
+                "folder": "/runs/1",
+                "results": ["adapter/x"],
+                "perplexity_before": 15.4,
+                "perplexity_after": 3.4,
+            },
             "finished: perplexity 15.40 → 3.40, results in /runs/1",
         ),
         ({"kind": "failed", "error": "no memory"}, "failed: no memory"),

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from hsplitlora_flwr.config import Config, render_pyproject_block
 from hsplitlora_flwr.reporting import RunConsole
-from simulations.run import PROJECT, RESULTS, Launcher, failure_cause, launch, run_config_toml
+from simulations.run import PROJECT, Launcher, failure_cause, launch, run_config_toml
 from simulations.superlink import RunStatus, SuperLinkError, open_superlink
 
 PYPROJECT = """
@@ -71,11 +71,9 @@ def main(grid, context):
             emit("failed", error=f"a client failed: {reply.error.reason.strip().splitlines()[-1]}")
             raise SystemExit(1)
         emit("status", text=f"the client works in {reply.content['answer']['cwd']}")
-    (folder / "adapter").mkdir()
-    (folder / "adapter" / "adapter_config.json").write_text("{}")
-    (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"")
-    (folder / "summary.json").write_text(json.dumps({"status": "finished"}))
-    emit("finished", folder=str(folder), perplexity_before=9.0, perplexity_after=3.0)
+    (folder / "adapter.bin").write_bytes(b"")
+    (folder / "summary.json").write_text(json.dumps({"status": "finished", "results": ["adapter.bin"]}))
+    emit("finished", folder=str(folder), results=["adapter.bin"], perplexity_before=9.0, perplexity_after=3.0)
 
 
 @client.train()
@@ -139,6 +137,18 @@ def test_a_run_that_finished_has_status_0_and_leaves_nothing_running(app, tmp_pa
     assert processes_of(tmp_path) == []
 
 
+def test_an_open_superlink_carries_one_run_after_another_and_stays_open(app, tmp_path, capsys):
+    opening = open_superlink("", app, tmp_path / "superlink.log")
+    with opening as superlink, RunConsole(Console(force_terminal=False)) as console:
+        for name, status in {"failing": 1, "succeeding": 0}.items():
+            task = "crash" if status else "succeed"
+            launcher = Launcher(client_cpus=os.cpu_count() or 1)
+            assert launch(settings(tmp_path / name, task), app, launcher, console, superlink) == status
+            assert processes_of(app), "the SuperLink is gone"
+    assert "stopping Flower" not in capsys.readouterr().out
+    assert processes_of(tmp_path) == []
+
+
 def test_a_crash_of_the_server_has_status_1_and_the_cause_last(app, tmp_path, capsys):
     status, lines = run(app, tmp_path / "run", "crash", capsys)
 
@@ -157,6 +167,7 @@ def test_a_failure_that_the_app_reports_is_the_last_line(app, tmp_path, capsys):
     assert processes_of(tmp_path) == []
 
 
+RESULTS = ["adapter/adapter_model.safetensors", "adapter/adapter_config.json"]
 COMPLETED = RunStatus("finished:completed", "N/A")
 FINISHED = {"kind": "finished"}
 LOG = """\x1b[92mINFO \x1b[0m:      Starting
@@ -182,7 +193,7 @@ def finished(tmp_path: Path) -> Path:
     (tmp_path / "adapter").mkdir()
     for name in RESULTS:
         (tmp_path / name).touch()
-    (tmp_path / "summary.json").write_text('{"status": "finished"}')
+    (tmp_path / "summary.json").write_text(json.dumps({"status": "finished", "results": RESULTS}))
     (tmp_path / "flwr.log").write_text(LOG)
     return tmp_path
 

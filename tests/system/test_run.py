@@ -108,7 +108,7 @@ def test_a_run_ends_in_an_adapter_that_stock_peft_loads(
         assert client["process_bytes"] * 0.8 < client["measured_bytes"] <= client["budget_bytes"]
         assert len(client["losses"]) == config.train.steps
         assert client["bytes_up"] > client["bytes_down"] > config.train.steps * 4 * 32
-    assert len({client["examples"] for client in summary["plan"]["clients"]}) == 3
+    assert len({client["examples"] for client in summary["plans"][0]["clients"]}) == 3
 
     # The reported perplexities are those of stock transformers and stock PEFT.
     assert summary["perplexity_before"] == pytest.approx(stock_perplexity(base.eval(), config), rel=1e-3)
@@ -121,7 +121,7 @@ def test_a_run_ends_in_an_adapter_that_stock_peft_loads(
         assert file.metadata()["version"] == str(rounds)
 
     if rounds == 1:  # the same round, unsplit and without Flower, gives the same update
-        for name, expected in unsplit_round(config, summary["plan"]["clients"]).items():
+        for name, expected in unsplit_round(config, summary["plans"][0]["clients"]).items():
             got = (
                 merged.get_submodule(name).weight.double()
                 - AutoModelForCausalLM.from_pretrained(tiny_folder).get_submodule(name).weight.double()

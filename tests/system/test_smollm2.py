@@ -68,6 +68,6 @@ def test_perplexity_of_e2e_before_training(e2e_folder: Path) -> None:
     held_out = load_text(DataConfig(source="e2e", path=str(e2e_folder), eval_rows=200), 0).held_out
     rows = tokenize(held_out, load_tokenizer(MODEL), 128)
     base = SharedBase(MODEL)
-    found = evaluate(base.client_part(7), base.server_part(7), evaluation_batches(rows, 16))
+    found = evaluate(base.whole(), evaluation_batches(rows, 16))
     assert found.tokens == 4519
     assert found.perplexity == pytest.approx(15.4, abs=0.1)

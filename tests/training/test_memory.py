@@ -1,12 +1,15 @@
-"""The peak of one client is not hidden by a larger one before it."""
+"""The peak of one client is not hidden by a larger one before it, and the process's own bytes are all that it keeps."""
 
 from __future__ import annotations
+
+import sys
 
 import pytest
 import torch
 
 from hsplitlora_flwr.training import memory
-from hsplitlora_flwr.training.memory import PeakMemory, resting_bytes
+from hsplitlora_flwr.training.memory import PeakMemory, process_bytes, resting_bytes
+from tests.tiny import CONFIGS
 
 MIB = 1 << 20
 
@@ -25,3 +28,22 @@ def test_a_small_client_after_a_large_one(kernel: bool, monkeypatch: pytest.Monk
         torch.ones(1)
     assert 290 * MIB < peak_of(300) < 400 * MIB
     assert 90 * MIB < peak_of(100) < 200 * MIB
+
+
+def test_the_process_keeps_no_less_than_it_rests_at_and_draws_no_random_number() -> None:
+    state = torch.get_rng_state()
+    first = process_bytes(CONFIGS["llama"])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first >= resting_bytes()
+    assert abs(process_bytes(CONFIGS["llama"]) - first) < 8 * MIB, "the second time there is nothing left to bring in"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks glibc about its heap")
+def test_the_heap_that_small_tensors_leave_counts_as_they_did() -> None:
+    small = [torch.ones(64 << 8) for _ in range(800)]  # 64 KiB each, too small for a mapping of its own
+    pin = torch.ones(64 << 8)  # what lies above them, so that the heap cannot shrink
+    with_them, resting_with_them = process_bytes(CONFIGS["llama"]), resting_bytes()
+    del small
+    assert resting_bytes() < resting_with_them - 30 * MIB, "their pages went back to the system"
+    assert process_bytes(CONFIGS["llama"]) > with_them - 10 * MIB, "but their places wait for the next ones"
+    del pin

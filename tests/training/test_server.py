@@ -45,7 +45,7 @@ def test_updates_reach_parts_and_start_from_the_original_weights(tmp_path: Path,
     stored = tiny_model("llama", dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32)
     stored.save_pretrained(tmp_path)
     base = SharedBase(str(tmp_path), dtype)
-    before = base.server_part(2)
+    before = base.whole()
     for rounds in (1, 2, 3):
         delta = random_delta(stored, rounds)
         base.update(delta.changes())
@@ -53,11 +53,14 @@ def test_updates_reach_parts_and_start_from_the_original_weights(tmp_path: Path,
             tiny_model("llama", dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32).float(), delta
         )
         batches = [next(random_batches())]
-        found = evaluate(base.client_part(2), base.server_part(2), batches)
+        found = evaluate(base.whole(), batches)
         assert found.tokens == tokens
         assert found.nll == pytest.approx(nll, rel=tolerance)
         if dtype != "bfloat16":  # parts made earlier share the weights that were updated
-            assert evaluate(base.client_part(2), before, batches).nll == found.nll
+            assert evaluate(before, batches).nll == found.nll
+    base.update({})
+    untouched, _ = expected_nll(stored.float(), Delta())
+    assert evaluate(base.whole(), batches).nll == pytest.approx(untouched, rel=tolerance)
 
 
 def test_the_merged_model_is_the_base_with_the_update(tmp_path: Path) -> None:
@@ -79,8 +82,8 @@ def test_perplexity_is_pooled_over_tokens(tmp_path: Path) -> None:
     tiny_model("llama", dtype=torch.float32).save_pretrained(tmp_path)
     base = SharedBase(str(tmp_path))
     small, large = next(random_batches(1, rows=1)), next(random_batches(2, rows=12))
-    parts = base.client_part(1), base.server_part(1)
-    one, other, both = evaluate(*parts, [small]), evaluate(*parts, [large]), evaluate(*parts, [small, large])
+    whole = base.whole()
+    one, other, both = evaluate(whole, [small]), evaluate(whole, [large]), evaluate(whole, [small, large])
     assert both.tokens == one.tokens + other.tokens == small.label_tokens + large.label_tokens
     assert both.nll == pytest.approx(one.nll + other.nll)
     mean_of_batches = (one.perplexity + other.perplexity) / 2

@@ -1,0 +1,135 @@
+"""Training with all data in one place: what federated methods are measured against.
+
+No client takes part and nothing is cut: the server reads all training text and takes as many steps in a round as all
+clients together would, on batches of the same size. Adapters, optimizer and schedule go on from round to round.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from flwr.app import MetricRecord
+from flwr.serverapp import Grid
+
+from hsplitlora_flwr.config import Config
+from hsplitlora_flwr.data.collate import tokenize, training_batches
+from hsplitlora_flwr.data.sources import Example
+from hsplitlora_flwr.lora.export import save_merged_model
+from hsplitlora_flwr.lora.layers import AdapterSpec, extract, inject
+from hsplitlora_flwr.methods import cost_model
+from hsplitlora_flwr.models.loading import load_tokenizer, pick_device
+from hsplitlora_flwr.models.split import WholeModel
+from hsplitlora_flwr.strategy import HSplitLoRA
+from hsplitlora_flwr.training.memory import PeakMemory, return_freed_memory
+from hsplitlora_flwr.training.schedule import AdapterOptimizer
+from hsplitlora_flwr.training.server import SharedBase, StepReport
+from hsplitlora_flwr.training.whole import train_whole
+
+
+class CentralTraining(HSplitLoRA):
+    """LoRA or full fine-tuning on all data, in the server's process.
+
+    Parameters
+    ----------
+    config, held_out, folder
+        As for :class:`HSplitLoRA`.
+    examples : Sequence[Example]
+        All training text.
+    """
+
+    def __init__(self, config: Config, held_out: Sequence[Example], folder: Path, examples: Sequence[Example]) -> None:
+        # the same number of training tokens as the clients would see: their steps, one after another
+        train = replace(config.train, steps=config.train.steps * config.clients.count)
+        super().__init__(replace(config, train=train), held_out, folder)
+        self._examples = examples
+
+    def prepare(self, grid: Grid) -> None:
+        """Load the model and make what trains."""
+        return_freed_memory()
+        config, train = self.config, self.config.train
+        self.report.status(f"loading {config.model.path}")
+        self.base = SharedBase(config.model.path, config.model.dtype, pick_device(config.model.device))
+        self._read_held_out()
+        rows = tokenize(self._examples, load_tokenizer(config.model.path), config.data.max_length)
+        self._batches = training_batches(rows, train.batch_size, config.run.seed)
+        self._model = self.base.whole()
+        if self.method.full:
+            trained = list(self._model.requires_grad_(True).parameters())
+        else:
+            rank = config.lora.rank
+            spec = AdapterSpec(rank, config.alpha(rank), config.lora.dropout)
+            layers = cost_model(config, train.batch_size, config.data.max_length).layers
+            trained = inject(self._model, {layer.name: spec for layer in layers}, f"{config.run.seed}/all")
+        self._optimizer = AdapterOptimizer(trained, train)
+        self._trained = sum(parameter.numel() for parameter in trained)
+
+    def train_round(self, grid: Grid, server_round: int) -> MetricRecord:
+        """As many steps as all clients together take in a round."""
+        train, started = self.config.train, time.time()
+        first_step = (server_round - 1) * train.steps
+
+        def report(step: StepReport) -> None:
+            self.report.step(
+                round=server_round,
+                rounds=train.rounds,
+                client="all",
+                step=step.step - first_step + 1,
+                steps=train.steps,
+                loss=step.loss,
+                tokens=step.label_tokens,
+                all_tokens=step.tokens,
+            )
+
+        with PeakMemory() as memory:
+            record = train_whole(
+                self._model.train(),
+                self._optimizer,
+                self._batches,
+                first_step=first_step,
+                steps=train.steps,
+                micro_batch_size=train.micro_batch_size,
+                report=report,
+            )
+        update = extract(self._model)
+        self.delta.replace(update)
+        norm = math.sqrt(sum(float(((b.T @ b) * (a @ a.T)).sum()) for b, a in update.values()))
+        row = {
+            "client": "all",
+            "examples": len(self._examples),
+            "trainable_parameters": self._trained,
+            "measured_bytes": memory.bytes,
+            "predicted_bytes": 0,
+            "tokens": record.tokens,
+            "label_tokens": record.label_tokens,
+            "tokens_per_second": record.tokens / record.seconds,
+            "bytes_up": 0,
+            "bytes_down": 0,
+            "seconds": record.seconds,
+            "losses": record.losses,
+        }
+        self.report.client_finished(server_round, row)
+        self.report.round_finished(server_round, time.time() - started, norm, [row], **self._dropped())
+        return MetricRecord({"loss": record.losses[-1], "update-norm": norm, "clients": 1})
+
+    def checkpoint(self) -> None:
+        """Put what trained on disk."""
+        if self.method.full:
+            self._model.causal_lm.save_pretrained(self.folder / "checkpoints")
+        else:
+            super().checkpoint()
+
+    def export(self) -> None:
+        """Write the adapter; after full fine-tuning there is none, and the model itself is written."""
+        if not self.method.full:
+            super().export()
+            return
+        self.report.status("writing the model")
+        save_merged_model(self._model.causal_lm, load_tokenizer(self.config.model.path), self.folder / "merged")
+        self.report.finished(("merged/config.json", "merged/model.safetensors"))
+
+    def _global_model(self) -> WholeModel:
+        return self._model

@@ -1,0 +1,181 @@
+"""HSplitLoRA, its ablations and what it is compared with: which plan, which aggregation, split or not.
+
+All of them share data, seeds, batches, schedule, optimizer, training step and evaluation. What is not the same stands
+in :data:`METHODS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from hsplitlora_flwr.config import METHODS as NAMES
+from hsplitlora_flwr.config import Config
+from hsplitlora_flwr.models.loading import read_config
+from hsplitlora_flwr.models.proof import find_family
+from hsplitlora_flwr.planning.cost import CostModel, PlanError, Workload
+from hsplitlora_flwr.planning.planner import Budget, Plan, make_plan
+from hsplitlora_flwr.planning.uniform import equal_plan, whole_plan
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the comparison.
+
+    Parameters
+    ----------
+    source : str
+        Where it comes from.
+    split : bool
+        The model is cut, and the server trains its part. Else a client holds all of it.
+    central : bool
+        All data lie in one place and are trained on there.
+    ranks : str
+        ``plan``: splits and ranks by importance and budgets (ARMSC). ``budget``: per client the highest one rank for
+        all its weights that its memory holds. ``equal``: ``lora.rank`` and one split for everybody.
+    importance : bool
+        Whether weights are scored (IWI); without it all count the same.
+    rule : str
+        How adapters are added up; see :mod:`hsplitlora_flwr.lora.aggregation`.
+    carries : bool
+        There is one global adapter, which every round goes on from, cut to each client's rank. Else the update of a
+        round goes into the weights and adapters start afresh.
+    freeze_a : bool
+        ``A`` stays as it started; only ``B`` trains.
+    full : bool
+        All weights train, without adapters.
+    targets : tuple of str, optional
+        Layers that get adapters unless ``lora.targets`` says otherwise; all when None.
+    """
+
+    source: str
+    split: bool = True
+    central: bool = False
+    ranks: Literal["plan", "budget", "equal"] = "plan"
+    importance: bool = True
+    rule: str = "noise_free"
+    carries: bool = False
+    freeze_a: bool = False
+    full: bool = False
+    targets: tuple[str, ...] | None = None
+
+
+_WHOLE = Method("", split=False, importance=False)
+_HSPLITLORA = Method("arXiv 2505.02795")
+QUERY_AND_VALUE = ("q_proj", "v_proj", "c_attn", "query_key_value", "qkv_proj", "Wqkv")
+"""Query and value projections by the names that families give them; some keep query, key and value in one layer."""
+
+METHODS: dict[str, Method] = {
+    "hsplitlora": _HSPLITLORA,
+    "splitlora": replace(
+        _HSPLITLORA,
+        source="arXiv 2407.00952",
+        ranks="equal",
+        importance=False,
+        rule="mean",
+        carries=True,
+        targets=QUERY_AND_VALUE,
+    ),
+    "fedit": replace(_WHOLE, source="arXiv 2305.05644", ranks="equal", rule="mean", carries=True),
+    "hetlora": replace(_WHOLE, source="arXiv 2401.06432", ranks="budget", rule="zero_pad_by_norm", carries=True),
+    "flexlora": replace(_WHOLE, source="arXiv 2402.11505", ranks="budget", rule="svd", carries=True),
+    "flora": replace(_WHOLE, source="arXiv 2409.05976", ranks="budget"),
+    "ffa": replace(_WHOLE, source="arXiv 2403.12313", ranks="equal", rule="mean_b", carries=True, freeze_a=True),
+    "cenlora": replace(_WHOLE, source="LoRA, arXiv 2106.09685", central=True, ranks="equal"),
+    "full": replace(_WHOLE, source="full fine-tuning", central=True, ranks="equal", full=True),
+    "hsplitlora-no-iwi": replace(_HSPLITLORA, source="ablation: uniform importance", importance=False),
+    "hsplitlora-no-armsc": replace(
+        _HSPLITLORA, source="ablation: one split, one rank", ranks="equal", importance=False
+    ),
+    "hsplitlora-no-naa": replace(_HSPLITLORA, source="ablation: zero padding", rule="zero_pad", carries=True),
+}
+assert tuple(METHODS) == NAMES  # the schema names them without importing anything
+
+
+def cost_model(config: Config, rows: int, length: int) -> CostModel:
+    """What plans of a run cost, from the configuration of its model.
+
+    Parameters
+    ----------
+    rows, length : int
+        Of a micro-batch.
+
+    Raises
+    ------
+    ValueError
+        If the model cannot be read or cut, or has none of the layers that are to get adapters.
+    """
+    method, model = METHODS[config.method.name], read_config(config.model.path)
+    workload = Workload(rows, length, config.model.dtype, config.train.optimizer, bool(config.train.momentum))
+    cost = CostModel(model, find_family(model), workload, config.targets)
+    if config.lora.targets.strip() != "auto" or method.targets is None:
+        return cost
+    names = {layer.name.rpartition(".")[2] for layer in cost.layers}
+    targets = tuple(sorted(names & set(method.targets)))
+    if not targets:
+        raise PlanError(
+            f"method.name={config.method.name} puts adapters on query and value, and none of this model's layers has "
+            f"one of their names: {sorted(names)}; name its layers in lora.targets"
+        )
+    return CostModel(model, find_family(model), workload, targets)
+
+
+def make_round_plan(
+    config: Config,
+    budgets: Mapping[str, Budget],
+    server: Budget | None,
+    importance: Mapping[str, float],
+    cost: CostModel,
+) -> Plan:
+    """Splits and ranks of a round, as the method chooses them.
+
+    Parameters
+    ----------
+    budgets : Mapping[str, Budget]
+        By client.
+    server : Budget, optional
+        The server's; unlimited when None.
+    importance : Mapping[str, float]
+        By absolute layer name; all weights count the same where the method scores none.
+
+    Raises
+    ------
+    PlanError
+        If no plan is possible.
+    """
+    method, split, plan = METHODS[config.method.name], config.split, config.plan
+    if not method.split:
+        return whole_plan(
+            budgets,
+            cost,
+            ranks=config.ranks if method.ranks == "budget" else (config.lora.rank,),
+            over_budget=plan.over_budget,
+        )
+    if method.ranks == "equal":
+        return equal_plan(
+            budgets,
+            cost,
+            rank=config.lora.rank,
+            split=split.point,
+            server=server,
+            min_split=split.min,
+            max_split=split.max or None,
+        )
+    return make_plan(
+        budgets,
+        importance,
+        cost,
+        ranks=config.ranks,
+        server=server,
+        min_split=split.min,
+        max_split=split.max or None,
+        planner=plan.planner,
+        important_share=plan.important_share,
+        tolerance=plan.tolerance,
+        deadline=plan.deadline or None,
+        steps=config.train.steps,
+        wire_item_bytes=getattr(torch, config.transport.wire).itemsize,
+    )

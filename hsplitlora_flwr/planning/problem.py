@@ -1,0 +1,260 @@
+"""The planning problem in numbers: what every split point, rank and kept input costs, and what a rank is worth.
+
+Read once from the cost model, which is linear in them: for fixed splits the memory and the time of a client, and its
+share of the server's memory and time, are a constant plus a price for each adapter, plus a price for each input that an
+adapter makes autograd keep. Arrays run over layers ``m`` (of ``CostModel.layers``), ranks ``k`` (those above 0,
+ascending), inputs ``g`` and split points ``l``. Clients with equal budgets are one class with members.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from statistics import fmean
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hsplitlora_flwr.planning.cost import CostModel, PlanError
+
+NOMINAL_FLOPS = 1e12
+"""FLOP/s of every machine where no speed is stated. Only ratios matter then."""
+
+Array = NDArray[np.float64]
+Counts = NDArray[np.int64]
+Choice = dict[int, int]
+"""Ranks, as an index into ``Problem.ranks``, by layer, as an index into ``CostModel.layers``."""
+Assignment = dict[str, tuple[int, dict[str, int]]]
+"""Split point and ranks by layer name, of both sides, by client."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one machine has.
+
+    Parameters
+    ----------
+    memory_bytes : int
+        Memory that its process may take at its peak.
+    process_bytes : int
+        What that process takes before it loads anything (measured).
+    flops : float, optional
+        Speed in FLOP/s; the mean of the stated ones when None.
+    up, down : float, optional
+        Link to and from the server in bytes/s; not limiting when None.
+
+    Raises
+    ------
+    PlanError
+        If a speed is not a finite number above 0.
+    """
+
+    memory_bytes: int
+    process_bytes: int = 0
+    flops: float | None = None
+    up: float | None = None
+    down: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("flops", "up", "down"):
+            speed = getattr(self, name)
+            if speed is not None and not 0 < speed < math.inf:
+                raise PlanError(
+                    f"Budget.{name}={speed!r} must be a finite number above 0, or None when it is not known"
+                )
+
+
+@dataclass(frozen=True)
+class ClientClass:
+    """Clients with one and the same budget: ``memory`` in bytes beside the process, ``flops`` in FLOP/s, ``wire`` in
+    seconds a step."""
+
+    members: tuple[str, ...]
+    memory: int
+    flops: float
+    wire: float
+
+
+class Problem:
+    """Budgets, importance and costs as arrays. Values are in units of the importance of all layers together.
+
+    Parameters
+    ----------
+    budgets : Mapping[str, Budget]
+        Of the clients that can hold ``min_split`` blocks without an adapter, by name.
+    server : Budget or None
+        The server's; memory without bound when None.
+    importance : Mapping[str, float]
+        ``J_m`` by layer name; uniform when it is 0 everywhere.
+    cost : CostModel
+        What plans cost.
+    ranks : Sequence[int]
+        The set ``Q``.
+    min_split, max_split : int
+        Bounds of the split point, both included.
+    steps : int
+        Local steps of a round.
+    wire_item_bytes : int
+        Bytes of a number on the wire.
+    """
+
+    def __init__(
+        self,
+        budgets: Mapping[str, Budget],
+        server: Budget | None,
+        importance: Mapping[str, float],
+        cost: CostModel,
+        *,
+        ranks: Sequence[int],
+        min_split: int,
+        max_split: int,
+        steps: int,
+        wire_item_bytes: int,
+    ) -> None:
+        self.cost, self.server, self.steps = cost, server, steps
+        self.ranks = np.array(sorted({rank for rank in ranks if rank > 0}))
+        self.splits = range(min_split, max_split + 1)
+        self._read_speeds(budgets, server, wire_item_bytes)
+        self._read_layers(importance)
+        self._read_splits()
+
+    def _read_speeds(self, budgets: Mapping[str, Budget], server: Budget | None, wire_item_bytes: int) -> None:
+        machines = [*budgets.values(), *([server] if server else [])]
+        mean = fmean([machine.flops for machine in machines if machine.flops] or [NOMINAL_FLOPS])
+        up, down = self.cost.wire_bytes(wire_item_bytes)
+        members: dict[tuple[int, float, float], list[str]] = {}
+        for name, budget in budgets.items():
+            wire = (up / budget.up if budget.up else 0.0) + (down / budget.down if budget.down else 0.0)
+            key = budget.memory_bytes - budget.process_bytes, budget.flops or mean, wire
+            members.setdefault(key, []).append(name)
+        self.classes = [ClientClass(tuple(names), *key) for key, names in members.items()]
+        self.sizes = np.array([len(each.members) for each in self.classes])
+        self.server_speed = (server.flops if server else None) or mean
+
+    def _read_layers(self, importance: Mapping[str, float]) -> None:
+        cost, layers, ranks = self.cost, self.cost.layers, self.ranks
+        scores = np.array([importance.get(layer.name, 0.0) for layer in layers], float)
+        if not np.isfinite(scores).all() or (scores < 0).any():
+            wrong = next(layer.name for layer, score in zip(layers, scores, strict=True) if not 0 <= score < math.inf)
+            raise PlanError(f"importance of {wrong} is {importance[wrong]!r}; it must be finite and 0 or more")
+        scores = scores if scores.any() else np.full(len(layers), 1 / len(layers))
+        self.total_importance = float(scores.sum())
+        self.importance = scores / self.total_importance
+        self.values: Array = self.importance[:, None] * np.log2(1 + ranks)
+        self.block = np.array([layer.block for layer in layers])
+        self.prices: Array = np.array(
+            [[cost.adapter_price(layer, int(rank)) for rank in ranks] for layer in layers], float
+        )
+        inputs = {(layer.block, layer.input_id): layer.input_bytes for layer in layers}
+        number = {key: g for g, key in enumerate(inputs)}
+        self.input = np.array([number[layer.block, layer.input_id] for layer in layers])
+        self.input_bytes: Array = np.array(list(inputs.values()), float)
+        self.input_block = np.array([block for block, _ in inputs])
+        # On the server the backward pass runs anyway, so what an adapter adds is its own; layers of a size cost alike.
+        one_block = [layer for layer in layers if layer.block == cost.num_blocks - 1]
+        alone = cost.server_flops(1, {})
+        by_size = {
+            (layer.in_features, layer.out_features): [
+                cost.server_flops(1, {layer.name: int(rank)}) - alone for rank in ranks
+            ]
+            for layer in one_block
+        }
+        self.flops: Array = np.array([by_size[layer.in_features, layer.out_features] for layer in layers], float)
+
+    def _read_splits(self) -> None:
+        cost, first = self.cost, self.cost.layers[0]
+        # A client's peak is either `floor`, the accumulated update, or `base` and what training adds to it. At a rank
+        # that outweighs every update it is the latter.
+        huge = {first.name: 2**40}
+        self.floor = np.zeros(cost.num_blocks)
+        self.base, self.forward, self.share, self.server_flops = (np.zeros(cost.num_blocks) for _ in range(4))
+        for split in self.splits:
+            self.floor[split] = cost.client_bytes(split, {})
+            added = cost.adapter_bytes(huge, 0, split) + cost.kept_bytes(huge, 0, split)
+            self.base[split] = cost.client_bytes(split, huge) - added
+            self.forward[split] = cost.client_flops(split, {})
+            self.share[split] = cost.server_share(split, {})
+            self.server_flops[split] = cost.server_flops(split, {})
+        split, rank = self.splits[0], int(self.ranks[0])
+        self.backward = (cost.client_flops(split, {first.name: rank}) - self.forward[split] - self.flops[0, 0]) / (
+            split - first.block
+        )
+
+    @property
+    def server_room(self) -> float:
+        """Bytes of the server for its clients, beside its process and the base model."""
+        if self.server is None:
+            return math.inf
+        return self.server.memory_bytes - self.cost.server_bytes({}, self.server.process_bytes)
+
+    def own_seconds(self, number: int, flops: float) -> float:
+        """Time of a round of a client of class ``number`` whose step takes ``flops`` operations."""
+        each = self.classes[number]
+        return self.steps * (flops / each.flops + each.wire)
+
+    def server_seconds(self, flops: float) -> float:
+        """Time of the server for ``flops`` operations in every step of a round."""
+        return self.steps * flops / self.server_speed
+
+    def training_bytes(self, split: int, choice: Choice) -> float:
+        """What training with ranks below the split adds to ``base``."""
+        if not choice:
+            return 0.0
+        blocks = split - min(int(self.block[m]) for m in choice)
+        inputs = {int(self.input[m]) for m in choice}
+        adapters = sum(self.prices[m, k] for m, k in choice.items())
+        return float(blocks * self.cost.block_bytes + adapters + sum(self.input_bytes[g] for g in inputs))
+
+    def server_too_small(self, clients: Counts) -> PlanError:
+        """The error for a server without room for so many clients at each split, even without adapters."""
+        assert self.server is not None
+        missing = int(clients @ self.share - self.server_room)
+        return PlanError(
+            f"the server has {self.server.memory_bytes:,} bytes and misses {missing:,} to serve {clients.sum()} "
+            "client(s) even without adapters. Raise plan.server_memory_gb, or lower train.batch_size or data.max_length"
+        )
+
+    def seconds(self, number: int, split: int, choice: Choice) -> float:
+        """Time of a round of a client of class ``number`` with ranks below its split."""
+        blocks = split - min((int(self.block[m]) for m in choice), default=split)
+        flops = self.forward[split] + blocks * self.backward + sum(self.flops[m, k] for m, k in choice.items())
+        return self.own_seconds(number, float(flops))
+
+    def value(self, choice: Choice) -> float:
+        """What ranks on layers are worth."""
+        return math.fsum(self.values[m, k] for m, k in choice.items())
+
+    def assign(self, below: Mapping[tuple[int, int], tuple[int, Choice]], above: Counts) -> Assignment:
+        """Hand counts out to clients.
+
+        Parameters
+        ----------
+        below : Mapping[tuple[int, int], tuple[int, Choice]]
+            By (class, split): how many clients, and their ranks below it.
+        above : Counts
+            ``(layers, ranks)``; how many clients take a rank on a layer above their split.
+        """
+        names = [layer.name for layer in self.cost.layers]
+        assignment: Assignment = {}
+        waiting = [iter(each.members) for each in self.classes]
+        for (number, split), (clients, choice) in below.items():
+            ranks = {names[m]: int(self.ranks[k]) for m, k in choice.items()}
+            for _ in range(clients):
+                assignment[next(waiting[number])] = split, dict(ranks)
+        reached = [[c for c, (split, _) in assignment.items() if split <= b] for b in range(self.cost.num_blocks)]
+        for m, row in enumerate(above):
+            # Layers with one input share it when the same clients take them: always the first ones.
+            takers = iter(reached[self.block[m]])
+            for k in np.flatnonzero(row)[::-1]:
+                for client in islice(takers, int(row[k])):
+                    assignment[client][1][names[m]] = int(self.ranks[k])
+        return assignment
+
+    def objective(self, assignment: Assignment) -> float:
+        """``sum_i sum_m J_m log2(1 + r_im)``."""
+        score = {layer.name: value for layer, value in zip(self.cost.layers, self.importance.tolist(), strict=True)}
+        return self.total_importance * math.fsum(
+            score[name] * math.log2(1 + rank) for _, ranks in assignment.values() for name, rank in ranks.items()
+        )

@@ -1,0 +1,156 @@
+"""What one block keeps for backward and how much memory its step takes, seen without weights.
+
+The block runs forward and backward on fake tensors. They take the way that real tensors take on a CPU, fused attention
+included, and know how large they are and how long they live, but hold no values: a block of a 70B model takes no more
+than one of a small model.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hsplitlora_flwr.lora.layers import AdapterSpec, inject, shape_of, takes_changes
+from hsplitlora_flwr.models.split import ClientModel
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """A linear layer of the block: its sizes, and what an adapter on it makes autograd keep."""
+
+    in_features: int
+    out_features: int
+    input_id: int
+    """Layers with the same number read the same tensor; it is kept once."""
+    input_bytes: int
+    """Bytes of that tensor when a block without adapters would not keep it, else 0."""
+
+
+@dataclass(frozen=True)
+class BlockTrace:
+    """What :func:`trace_block` saw."""
+
+    kept: int
+    """Bytes that a block without adapters keeps for backward, masks and rotary tables apart."""
+    peak: int
+    """Most bytes alive at one time in a step of one block with adapters of rank 1 on all layers, its weights apart."""
+    layers: dict[str, LayerTrace]
+    """By name inside the block."""
+
+
+def trace_block(client: ClientModel, rows: int, length: int) -> BlockTrace:
+    """Trace the first block.
+
+    Parameters
+    ----------
+    client : ClientModel
+        A client with one block; its weights need no memory, and it is not to be used after.
+    rows, length : int
+        Batch size and sequence length. Rows are taken to be padded, as those of a batch mostly are: attention with a
+        mask may keep more than without.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        client.to_empty(device="cpu").train()
+        ids = torch.zeros(rows, length, dtype=torch.long)
+        # A finished mask: models look into the values of a plain one, and there are none here.
+        mask = torch.ones(rows, 1, length, length, dtype=torch.bool)
+
+        def forward() -> Tensor:
+            cut: Tensor = client.decoder(
+                input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=False
+            ).last_hidden_state
+            return cut
+
+        kept, layers = _keep(client, forward)
+        inject(client, {name: AdapterSpec(1, 1.0) for name, _ in client.linears()}, "")
+        with LiveBytes(client.parameters()) as live:
+            cut = forward()
+            cut.backward(torch.empty_like(cut))
+    return BlockTrace(kept, live.peak, layers)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made inside the block and still alive.
+
+    Parameters
+    ----------
+    given : Iterable[Tensor]
+        Tensors that are there already; views of them do not count.
+
+    Attributes
+    ----------
+    now, peak : int
+        Bytes alive at the moment, and the most at one time.
+    """
+
+    def __init__(self, given: Iterable[Tensor] = ()) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._known = {_storage(tensor) for tensor in given}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and (number := _storage(tensor)) not in self._known:
+                self._known.add(number)
+                size = tensor.untyped_storage().nbytes()
+                weakref.finalize(tensor.untyped_storage(), self._free, number, size)
+                self.now += size
+                self.peak = max(self.peak, self.now)
+        return result
+
+    def _free(self, number: int, size: int) -> None:
+        self._known.discard(number)
+        self.now -= size
+
+
+def _keep(client: ClientModel, forward: Callable[[], Tensor]) -> tuple[int, dict[str, LayerTrace]]:
+    """Bytes that the block keeps for backward without adapters, and its linear layers."""
+    given = {_storage(tensor) for tensor in client.parameters()}
+    kept: dict[int, Tensor] = {}  # by storage; holding the tensors keeps the storages alive and the keys unique
+    inputs: dict[str, Tensor] = {}
+
+    def enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Masks and rotary tables are made once for all blocks."""
+        given.update(_storage(x) for x in tree_leaves(kwargs) if isinstance(x, Tensor) and not x.requires_grad)
+
+    def watch(linear: nn.Module, args: tuple[Any, ...], name: str) -> None:
+        inputs[name] = args[0]
+
+    def keep(tensor: Tensor) -> Tensor:
+        if _storage(tensor) not in given:
+            kept.setdefault(_storage(tensor), tensor)
+        return tensor
+
+    linears = {name.removeprefix(client.family.block_name(0) + "."): linear for name, linear in client.linears()}
+    hooks = [linear.register_forward_pre_hook(partial(watch, name=name)) for name, linear in linears.items()]
+    hooks.append(client.blocks[0].register_forward_pre_hook(enter, with_kwargs=True))
+    client.decoder.enable_input_require_grads()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()
+    for hook in hooks:
+        hook.remove()
+
+    def layer(number: int, name: str) -> LayerTrace:
+        out_features, in_features = shape_of(linears[name])
+        x = inputs[name]
+        if not takes_changes(client.dtype):  # every fp32 adapter over a lower precision keeps its own copy, in fp32
+            return LayerTrace(in_features, out_features, number, x.numel() * 4)
+        return LayerTrace(in_features, out_features, _storage(x), 0 if _storage(x) in kept else x.nbytes)
+
+    layers = {name: layer(number, name) for number, name in enumerate(linears)}
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), layers
+
+
+def _storage(tensor: Tensor) -> int:
+    number: int = tensor.untyped_storage()._cdata
+    return number

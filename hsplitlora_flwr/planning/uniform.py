@@ -1,0 +1,125 @@
+"""The plans of methods that do not choose a split point and a rank for every weight.
+
+They answer in the same terms as :func:`hsplitlora_flwr.planning.planner.make_plan`, and hold budgets by the same cost
+model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from hsplitlora_flwr.planning.cost import CostModel, PlanError
+from hsplitlora_flwr.planning.planner import Budget, ClientPlan, Plan
+
+
+def whole_plan(
+    budgets: Mapping[str, Budget], cost: CostModel, *, ranks: Sequence[int], over_budget: bool = False
+) -> Plan:
+    """No split: every client holds the whole model, with one rank for all its weights.
+
+    Parameters
+    ----------
+    ranks : Sequence[int]
+        A client gets the highest of them that its memory holds.
+    over_budget : bool
+        A client whose memory does not hold even the lowest gets that one instead of being left out.
+
+    Raises
+    ------
+    PlanError
+        If no client can hold the model; the text says how many bytes are missing.
+    """
+    plans: dict[str, ClientPlan] = {}
+    left_out: dict[str, int] = {}
+    offers = [dict.fromkeys((layer.name for layer in cost.layers), rank) for rank in sorted(set(ranks) - {0})]
+    for client, budget in budgets.items():
+        prices = [cost.whole_bytes(offer, budget.process_bytes) for offer in offers]
+        fitting = [index for index, price in enumerate(prices) if price <= budget.memory_bytes]
+        if fitting or over_budget:
+            best = fitting[-1] if fitting else 0
+            plans[client] = ClientPlan(cost.num_blocks, offers[best], prices[best])
+        else:
+            left_out[client] = prices[0] - budget.memory_bytes
+    _see_that_some_take_part(plans, left_out, budgets, "the whole model", "Set plan.over_budget, raise")
+    return Plan(plans, left_out, _objective(plans, cost))
+
+
+def equal_plan(
+    budgets: Mapping[str, Budget],
+    cost: CostModel,
+    *,
+    rank: int,
+    split: int = 0,
+    server: Budget | None = None,
+    min_split: int = 1,
+    max_split: int | None = None,
+) -> Plan:
+    """One split point and one rank for all weights of all clients.
+
+    Parameters
+    ----------
+    split : int
+        The split point; 0 takes the deepest that every client can hold. A client that cannot hold it is left out.
+    server : Budget, optional
+        The server's budget; unlimited when None.
+
+    Raises
+    ------
+    PlanError
+        If no client can hold it, or the server cannot hold its part; the text says how many bytes are missing.
+    """
+    offer = dict.fromkeys((layer.name for layer in cost.layers), rank)
+    able = {
+        client: budget
+        for client, budget in budgets.items()
+        if cost.client_bytes(min_split, offer, budget.process_bytes) <= budget.memory_bytes
+    }
+    deeper = range(max_split or cost.num_blocks - 1, min_split, -1) if able and not split else ()
+    depth = next(
+        (
+            depth
+            for depth in deeper
+            if all(cost.client_bytes(depth, offer, b.process_bytes) <= b.memory_bytes for b in able.values())
+        ),
+        split or min_split,
+    )
+    plans: dict[str, ClientPlan] = {}
+    left_out: dict[str, int] = {}
+    for client, budget in budgets.items():
+        price = cost.client_bytes(depth, offer, budget.process_bytes)
+        if price <= budget.memory_bytes:
+            plans[client] = ClientPlan(depth, offer, price)
+        else:
+            left_out[client] = price - budget.memory_bytes
+    _see_that_some_take_part(plans, left_out, budgets, f"{depth} block(s) with adapters of rank {rank}", "Raise")
+    served = cost.server_bytes(
+        {client: (plan.split, plan.ranks) for client, plan in plans.items()}, server.process_bytes if server else 0
+    )
+    if server is not None and served > server.memory_bytes:
+        raise PlanError(
+            f"the server has {server.memory_bytes:,} bytes and misses {served - server.memory_bytes:,} to serve "
+            f"{len(plans)} client(s) with adapters of rank {rank}. Raise plan.server_memory_gb or lower lora.rank"
+        )
+    return Plan(plans, left_out, _objective(plans, cost), served)
+
+
+def _objective(plans: Mapping[str, ClientPlan], cost: CostModel) -> float:
+    """The planner's objective where all weights count the same."""
+    values = (math.log2(1 + rank) for plan in plans.values() for rank in plan.ranks.values())
+    return sum(values) / len(cost.layers)
+
+
+def _see_that_some_take_part(
+    plans: Mapping[str, ClientPlan], left_out: Mapping[str, int], budgets: Mapping[str, Budget], what: str, remedy: str
+) -> None:
+    if plans:
+        return
+    who = "; ".join(
+        f"client {client} has {budgets[client].memory_bytes:,} bytes and misses {missing:,}"
+        for client, missing in left_out.items()
+    )
+    raise PlanError(
+        f"no client can hold {what}: {who}. {remedy} clients.memory_gb (memory-gb of the node), or lower "
+        "lora.rank, train.batch_size or data.max_length"
+    )

@@ -1,0 +1,109 @@
+"""What a run tells while it goes on: to the event log, which people follow, and to the summary, which programs read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hsplitlora_flwr.reporting.events import EventLog
+from hsplitlora_flwr.reporting.summary import Summary
+
+
+class RunReport:
+    """The event log and the summary of a run folder.
+
+    Parameters
+    ----------
+    folder : Path
+        The run folder.
+    config : dict
+        The settings as dotted keys.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        self._folder = folder
+        self._events = EventLog(folder)
+        self._summary = Summary(folder, dict(config))
+        self._summary.save()
+
+    def status(self, text: str) -> None:
+        """Say what happens next."""
+        self._events.emit("status", text=text)
+
+    def importance(self, server_round: int, importance: Mapping[str, float], drift: float) -> None:
+        """The importance of every weight, and how far it moved since the plan was made."""
+        self._summary.content.setdefault("importance_drift", []).append({"round": server_round, "drift": drift})
+        self._summary.save(importance=dict(importance))
+
+    def planned(
+        self, server_round: int, reason: str, plan: Mapping[str, Any], clients: Sequence[dict[str, Any]]
+    ) -> None:
+        """A new plan: why, its figures, and a row for every client with its ranks by layer."""
+        rows = [{**client, "ranks": _spread(client["ranks"])} if "ranks" in client else client for client in clients]
+        self._events.emit("planned", round=server_round, reason=reason, clients=rows)
+        plans = self._summary.content.setdefault("plans", [])
+        plans.append({"round": server_round, "reason": reason, **plan, "clients": clients})
+        self._summary.save()
+
+    def step(self, **fields: Any) -> None:
+        """A step of a client."""
+        self._events.emit("step", **fields)
+
+    def client_finished(self, server_round: int, row: Mapping[str, Any]) -> None:
+        """A client's part of a round."""
+        losses = row["losses"]
+        told = {name: row[name] for name in ("client", "seconds", "measured_bytes", "predicted_bytes")}
+        self._events.emit("client_finished", round=server_round, **told, loss_first=losses[0], loss_last=losses[-1])
+
+    def client_failed(self, server_round: int, client: str, error: str) -> None:
+        """A client that could not do its part."""
+        self._events.emit("client_failed", round=server_round, client=client, error=error)
+
+    def round_finished(
+        self, server_round: int, seconds: float, update_norm: float, clients: Sequence[Mapping[str, Any]], **more: Any
+    ) -> None:
+        """A round whose update is part of the model."""
+        row = {"round": server_round, "seconds": seconds, "update_norm": update_norm, **more, "clients": list(clients)}
+        self._summary.content["rounds"].append(row)
+        self._summary.save()
+        self._events.emit("round_finished", round=server_round, seconds=seconds, update_norm=update_norm)
+
+    def evaluated(self, server_round: int, perplexity: float, tokens: int, seconds: float) -> None:
+        """Perplexity of the held-out text; round 0 is before training."""
+        self._events.emit("evaluated", round=server_round, perplexity=perplexity, tokens=tokens, seconds=seconds)
+        changes: dict[str, Any] = {}
+        if server_round:
+            self._summary.content["rounds"][-1]["perplexity"] = perplexity
+        else:
+            changes["perplexity_before"] = perplexity
+        self._summary.save(**changes, perplexity_after=perplexity, held_out_tokens=tokens)
+
+    def generated(self, scores: Mapping[str, float | None]) -> None:
+        """Scores of the texts that the model wrote for the held-out prompts; None was not computed."""
+        self._summary.save(generation=dict(scores))
+        told = (f"{name} {'not computed' if score is None else f'{score:.4g}'}" for name, score in scores.items())
+        self._events.emit("status", text=f"generated texts: {', '.join(told)}")
+
+    def finished(self, results: Sequence[str], **more: Any) -> None:
+        """The run did what it was to do; ``results`` are the files that it leaves, relative to the run folder."""
+        self._summary.save(status="finished", results=list(results), **more)
+        content = self._summary.content
+        self._events.emit(
+            "finished",
+            folder=str(self._folder),
+            results=list(results),
+            perplexity_before=content["perplexity_before"],
+            perplexity_after=content["perplexity_after"],
+        )
+
+    def failed(self, error: BaseException) -> None:
+        """The run ended early, and why."""
+        cause = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        self._summary.save(status="failed", error=cause)
+        self._events.emit("failed", error=cause)
+
+
+def _spread(ranks: Mapping[str, int]) -> dict[str, float]:
+    values = list(ranks.values()) or [0]
+    return {"min": min(values), "max": max(values), "mean": sum(values) / len(values)}

@@ -1,0 +1,65 @@
+"""Training a model that is not cut, for the methods without a split: forward, loss, backward and step in one place."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+from hsplitlora_flwr.data.collate import Batch
+from hsplitlora_flwr.models.split import WholeModel
+from hsplitlora_flwr.training.client import TrainingRecord
+from hsplitlora_flwr.training.memory import trim_heap
+from hsplitlora_flwr.training.schedule import AdapterOptimizer
+from hsplitlora_flwr.training.server import StepReport
+
+
+def train_whole(
+    model: WholeModel,
+    optimizer: AdapterOptimizer,
+    batches: Iterator[Batch],
+    *,
+    first_step: int,
+    steps: int,
+    micro_batch_size: int = 0,
+    report: Callable[[StepReport], None] = lambda _: None,
+) -> TrainingRecord:
+    """Train a whole model for ``steps`` steps; the same step as :func:`hsplitlora_flwr.training.client.train_client`.
+
+    Parameters
+    ----------
+    model : WholeModel
+        With its adapters, or with weights that train.
+    optimizer : AdapterOptimizer
+        Over those.
+    batches : Iterator[Batch]
+        One per step.
+    first_step, steps : int
+        Global step of the first batch, and the number of steps.
+    micro_batch_size : int
+        Rows of one forward pass; gradients accumulate over the batch. 0 = the whole batch.
+    report : Callable[[StepReport], None], optional
+        Called after every step.
+    """
+    record = TrainingRecord()
+    started = time.perf_counter()
+    device = next(model.parameters()).device
+    largest = 0
+    for step in range(first_step, first_step + steps):
+        batch = next(batches)
+        if batch.input_ids.numel() > largest:  # about to set a new peak: without the leftovers of smaller batches
+            largest = batch.input_ids.numel()
+            trim_heap()
+        loss = 0.0
+        for micro in batch.micro_batches(micro_batch_size) if micro_batch_size else [batch]:
+            ids, mask, labels = (t.to(device) for t in (micro.input_ids, micro.attention_mask, micro.labels))
+            output = model(ids, mask, labels, batch.label_tokens)
+            output.loss.backward()
+            loss += float(output.loss.detach())
+        optimizer.step(step, other_square=0.0)
+        tokens = int(batch.attention_mask.sum())
+        record.losses.append(loss)
+        record.label_tokens += batch.label_tokens
+        record.tokens += tokens
+        report(StepReport(step, loss, batch.label_tokens, tokens))
+    record.seconds = time.perf_counter() - started
+    return record

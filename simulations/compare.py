@@ -1,0 +1,182 @@
+"""Methods x client settings x seeds: ``python -m simulations.compare [options] [overrides]``.
+
+Chooses every method's learning rate from the same grid, on a seed and on held-out rows that no reported run uses; then
+runs what has no result yet, and writes ``table.md``, ``results.json`` and plots from whatever is finished. A second
+call goes on where the first one stopped. Overrides are those of ``python -m simulations.run`` and hold for every run;
+a setting is a file of ``conf/experiment``. The exit status is 0 if every run finished, 1 if one failed, 2 if the
+settings or the data are wrong.
+
+::
+
+    python -m simulations.compare data.path=e2e/
+    python -m simulations.compare data.path=e2e/ --methods hsplitlora,splitlora --seeds 1,2 train.rounds=2
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from hsplitlora_flwr.config import Config
+from simulations.run import PROJECT, Launcher, Listener, launch, prepare, with_absolute_paths
+from simulations.study import EACH, Line, Options, Study, tuning_changes, vary
+from simulations.superlink import SuperLink, open_superlink
+
+
+class FlowerRuns:
+    """Runs of this project's app, one after the other on one SuperLink; after a failed run the next has a new one.
+
+    Parameters
+    ----------
+    launcher : Launcher
+    log : Path
+        The log of the SuperLink.
+    """
+
+    def __init__(self, launcher: Launcher, log: Path) -> None:
+        self._launcher, self._log = launcher, log
+        self._stack = ExitStack()
+        self._superlink: SuperLink | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._close()
+
+    def __call__(self, config: Config, listener: Listener) -> int:
+        if self._superlink is None:
+            opening = open_superlink(self._launcher.superlink, PROJECT, self._log)
+            self._superlink = self._stack.enter_context(opening)
+        status = launch(config, PROJECT, self._launcher, listener, self._superlink)
+        if status:
+            self._close()
+        return status
+
+    def _close(self) -> None:
+        self._superlink = None
+        self._stack.close()
+
+
+def compose_setting(setting: str, overrides: Sequence[str]) -> tuple[Config, Launcher]:
+    """The settings of a run in a client setting, without those that a comparison chooses.
+
+    Raises
+    ------
+    ConfigError, HydraException, OmegaConfBaseException
+        If a key or a value is wrong, or there is no such setting.
+    """
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        composed = compose("config", [f"experiment={setting}", *overrides])
+    values: Any = OmegaConf.to_container(composed, resolve=True)
+    launcher = Launcher.from_mapping(values.pop("launcher"))
+    return vary(Config.from_mapping(values), {"run.dir": ""}), launcher
+
+
+def parse(arguments: Sequence[str] | None = None) -> Options:
+    """Read the command line.
+
+    Raises
+    ------
+    ConfigError
+        If a value is not allowed. Options that do not exist end the program with status 2, as argparse does.
+    """
+    default = Options()
+    parser = argparse.ArgumentParser(
+        prog="python -m simulations.compare",
+        description="Compare methods over client settings and seeds; a second call goes on where the first stopped.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+
+    def listed(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+        def read(text: str) -> tuple[Any, ...]:
+            return tuple(kind(part.strip()) for part in text.split(","))
+
+        read.__name__ = f"comma-separated {kind.__name__}"  # argparse's messages name it
+        return read
+
+    def target(text: str) -> float | str:
+        try:
+            return float(text)
+        except ValueError:
+            return text
+
+    def option(name: str, kind: Callable[[str], Any], text: str) -> None:
+        value = getattr(default, name)
+        shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=shown, help=text)
+
+    option("settings", listed(str), "client settings: files of conf/experiment")
+    option("methods", listed(str), "methods")
+    option("seeds", listed(int), "seeds that are reported")
+    option("lrs", listed(float), "learning rates that every method chooses from; one = no choice")
+    option("tune_in", str, f"setting in which they choose; '{EACH}' = every setting for itself")
+    option("tune_seed", int, "seed of that choice; none of --seeds")
+    option("tune_rows", int, "held-out rows of that choice, after the reported ones; 0 = as many")
+    option("tune_rounds", int, "rounds of that choice; 0 = as many")
+    option("target", target, "target perplexity: a number, or a method whose final perplexity it is")
+    option("out", Path, "results folder")
+    option("work", Path, "folder for the runs while they last; what failed stays there")
+    parser.add_argument("--keep", action="store_true", help="keep the folders of all runs")
+    parser.add_argument("overrides", nargs="*", help="settings of every run, such as data.path=FOLDER train.rounds=2")
+    values = vars(parser.parse_intermixed_args(arguments))
+    return Options(**values | {"overrides": tuple(values["overrides"])})
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read and check everything, then run and draw what is finished; returns the exit status."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print("error: the plots need matplotlib: pip install 'hsplitlora_flwr[compare]'", file=sys.stderr)
+        return 2
+    from simulations.plots import plot
+
+    console = Console(highlight=False)
+    try:
+        options = parse(arguments)
+        bases, launcher = _prepared(options, console)
+        runs = FlowerRuns(launcher, options.work / "superlink.log")
+        study = Study(options, bases, runs, console)
+    except (ValueError, HydraException, OmegaConfBaseException) as error:  # all errors of settings, data and models
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    options.work.mkdir(parents=True, exist_ok=True)
+    try:
+        with runs:
+            status = study.run()
+    finally:
+        plot(study.comparison(), options.out)
+    console.print(f"results in {options.out}: table.md, results.json and plots", soft_wrap=True)
+    return status
+
+
+def _prepared(options: Options, console: Console) -> tuple[dict[str, Config], Launcher]:
+    """The checked settings by name; the model is there."""
+    composed = {name: compose_setting(name, options.overrides) for name in options.all_settings}
+    bases = {setting: config for setting, (config, _) in composed.items()}
+    trials = [vary(bases[name], tuning_changes(options, bases[name])) for name in options.tuning_settings]
+    for config in [*bases.values(), *trials]:
+        prepare(with_absolute_paths(config), Line(console.print))
+    return bases, composed[options.settings[0]][1]
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGHUP, lambda number, frame: sys.exit(128 + number))
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("interrupted; the same call goes on from here", file=sys.stderr)
+        sys.exit(130)

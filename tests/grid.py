@@ -1,0 +1,62 @@
+"""A Flower grid whose nodes run in this process, one after another: whole runs without a SuperLink, over the stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+
+class LocalGrid(Grid):
+    """Calls one ``ClientApp`` for every node, as an engine of Flower does, and turns what it raises into an error.
+
+    Parameters
+    ----------
+    app : ClientApp
+        The clients' app.
+    node_configs : Mapping[int, dict]
+        The configuration of every node, by its id.
+    """
+
+    def __init__(self, app: ClientApp, node_configs: Mapping[int, dict[str, Any]]) -> None:
+        self.node_configs = dict(node_configs)
+        self.sent: list[Message] = []
+        self._app = app
+        # what an engine says to the process of a task before it runs
+        TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 0
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.node_configs)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        messages = list(messages)
+        self.sent += messages
+        return [self._answer(message) for message in messages]
+
+    def _answer(self, message: Message) -> Message:
+        node = message.metadata.dst_node_id
+        context = Context(0, node, self.node_configs[node], RecordDict(), {})
+        try:
+            reply = self._app(message, context)
+        except Exception as error:
+            reply = Message(Error(code=0, reason=f"{type(error).__name__}: {error}"), reply_to=message)
+        reply.metadata.__dict__["_src_node_id"] = node
+        return reply
+
+    def set_run(self, run: Any) -> None: ...
+
+    @property
+    def run(self) -> Any: ...
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        raise NotImplementedError
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        raise NotImplementedError
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        raise NotImplementedError

@@ -1,0 +1,324 @@
+"""A comparison whose runs are faked: what is run, kept, chosen and written."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from hsplitlora_flwr.config import METHODS, Config, ConfigError
+from simulations.compare import compose_setting, main, parse
+from simulations.plots import plot
+from simulations.results import Comparison
+from simulations.run import Listener
+from simulations.study import Options, Study, tuning_changes, vary
+
+UNEVEN = Config.from_run_config(
+    {"data.source": "e2e", "data.path": "e2e", "data.partition": "dirichlet", "data.eval_rows": 100, "train.rounds": 2}
+)
+EVEN = vary(UNEVEN, {"data.partition": "iid", "clients.memory_gb": "1.3"})
+BASES = {"uneven": UNEVEN, "even": EVEN}
+
+
+class FakeRuns:
+    """Writes the summary of a run that ends at ``final(config)``, or fails with the text of its ValueError."""
+
+    def __init__(self, final: Callable[[Config], float] = lambda config: 4.0) -> None:
+        self.final = final
+        self.configs: list[Config] = []
+
+    def __call__(self, config: Config, listener: Listener) -> int:
+        self.configs.append(config)
+        folder = Path(config.run.dir)
+        folder.mkdir(parents=True)
+        (folder / "adapter.bin").touch()
+        listener.handle({"kind": "status", "text": "under way"})
+        try:
+            final = self.final(config)
+        except ValueError as error:
+            listener.handle({"kind": "failed", "error": str(error)})
+            return 1
+        (folder / "summary.json").write_text(json.dumps(summary(final, config.train.rounds)))
+        return 0
+
+    @property
+    def ran(self) -> list[tuple[str, str, int, float]]:
+        return [(c.data.partition, c.method.name, c.run.seed, c.train.lr) for c in self.configs]
+
+
+def summary(final: float, rounds: int) -> dict[str, Any]:
+    row = {"trainable_parameters": 1000, "measured_bytes": 900, "budget_bytes": 1000, "tokens": 10}
+    row |= {"bytes_up": 3, "bytes_down": 4}
+    return {
+        "status": "finished",
+        "versions": {"torch": "2.13"},
+        "perplexity_before": 16.0,
+        "seconds": 5.0,
+        "rounds": [{"perplexity": final + rounds - done, "clients": [row, row]} for done in range(1, rounds + 1)],
+    }
+
+
+def options(folder: Path, **changes: Any) -> Options:
+    values: dict[str, Any] = {
+        "settings": ("uneven", "even"),
+        "methods": ("hsplitlora", "splitlora"),
+        "seeds": (1, 2),
+        "lrs": (1e-3,),
+        "tune_in": "uneven",
+        "out": folder / "out",
+        "work": folder / "work",
+    }
+    return Options(**values | changes)
+
+
+def study(wanted: Options, runs: FakeRuns, bases: Mapping[str, Config] = BASES) -> int:
+    return Study(wanted, bases, runs, Console(quiet=True)).run()
+
+
+def numbers(wanted: Options) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((wanted.out / "results.json").read_text())
+    return values
+
+
+def test_every_cell_is_run_once_and_reported(tmp_path):
+    wanted, runs = options(tmp_path), FakeRuns(lambda config: 4.0 + config.run.seed)
+    assert study(wanted, runs) == 0
+
+    cells = [(p, m, s, 1e-3) for p in ("dirichlet", "iid") for m in ("hsplitlora", "splitlora") for s in (1, 2)]
+    assert sorted(runs.ran) == sorted(cells)
+    found = numbers(wanted)["summary"]["even"]["splitlora"]["final_perplexity"]
+    assert found == {"mean": 5.5, "sd": pytest.approx(0.5**0.5), "n": 2, "unreached": 0}
+    assert "| splitlora | 0.001 | 2 | 5.500 ± 0.707 |" in (wanted.out / "table.md").read_text()
+    assert not any(wanted.work.iterdir())  # adapters are not kept
+
+
+def test_run_folders_are_kept_on_request(tmp_path):
+    study(options(tmp_path, keep=True), FakeRuns())
+    assert (tmp_path / "work" / "even-splitlora-seed2" / "adapter.bin").is_file()
+
+
+def test_a_second_call_does_nothing_again(tmp_path):
+    study(options(tmp_path), FakeRuns())
+    again = FakeRuns()
+    assert study(options(tmp_path), again) == 0
+    assert again.ran == []
+
+
+def test_a_wider_comparison_does_only_what_is_new(tmp_path):
+    study(options(tmp_path), FakeRuns())
+    again = FakeRuns()
+    study(options(tmp_path, seeds=(1, 2, 3), settings=("uneven",)), again)
+    assert sorted(again.ran) == [("dirichlet", "hsplitlora", 3, 1e-3), ("dirichlet", "splitlora", 3, 1e-3)]
+
+
+def test_a_result_of_other_settings_does_not_count(tmp_path):
+    study(options(tmp_path), FakeRuns())
+    again = FakeRuns()
+    study(options(tmp_path), again, BASES | {"even": vary(EVEN, {"clients.memory_gb": "1.4"})})
+    assert len(again.ran) == 4
+    assert {config.clients.memory_gb for config in again.configs} == {"1.4"}
+
+
+def test_a_half_written_result_does_not_count(tmp_path):
+    wanted = options(tmp_path)
+    study(wanted, FakeRuns())
+    record = wanted.out / "records" / "even-splitlora-seed1.json"
+    record.write_text(record.read_text()[:100])
+    again = FakeRuns()
+    study(wanted, again)
+    assert again.ran == [("iid", "splitlora", 1, 1e-3)]
+
+
+def test_a_comparison_that_is_killed_in_a_run_goes_on_with_that_run(tmp_path):
+    wanted = options(tmp_path)
+
+    def killed(config: Config) -> float:
+        if len(runs.configs) == 3:
+            raise KeyboardInterrupt
+        return 4.0
+
+    runs = FakeRuns(killed)
+    with pytest.raises(KeyboardInterrupt):
+        study(wanted, runs)
+    assert len(numbers(wanted)["runs"]) == 2  # reported as far as it came
+    again = FakeRuns()
+    assert study(wanted, again) == 0
+    assert again.ran[0] == runs.ran[2]
+    assert len(again.ran) == 6
+
+
+def test_a_failed_run_is_recorded_with_its_cause_and_tried_again(tmp_path):
+    wanted = options(tmp_path)
+
+    def fails(config: Config) -> float:
+        if config.method.name == "splitlora" and config.run.seed == 1:
+            raise ValueError("PlanError: misses 7 bytes")
+        return 4.0
+
+    runs = FakeRuns(fails)
+    assert study(wanted, runs) == 1
+    assert len(runs.ran) == 8
+    failed = [run for run in numbers(wanted)["runs"] if run["cause"]]
+    assert [(run["setting"], run["seed"]) for run in failed] == [("uneven", 1), ("even", 1)]
+    assert "- even, splitlora, seed 1: PlanError: misses 7 bytes" in (wanted.out / "table.md").read_text()
+    assert (wanted.work / "even-splitlora-seed1" / "adapter.bin").is_file()  # the evidence
+
+    again = FakeRuns()
+    assert study(wanted, again) == 0
+    assert {(method, seed) for _, method, seed, _ in again.ran} == {("splitlora", 1)}
+    assert "Failed" not in (wanted.out / "table.md").read_text()
+
+
+def test_a_run_without_a_usable_summary_has_failed(tmp_path):
+    class Silent(FakeRuns):
+        def __call__(self, config: Config, listener: Listener) -> int:
+            super().__call__(config, listener)
+            (Path(config.run.dir) / "summary.json").write_text('{"status": "running", "rounds": []}')
+            return 0
+
+    wanted = options(tmp_path, settings=("even",), seeds=(1,))
+    assert study(wanted, Silent()) == 1
+    assert {run["cause"] for run in numbers(wanted)["runs"]} == {
+        "ValueError: summary.json says 'running' after 0 rounds"
+    }
+
+
+BEST = {"hsplitlora": 3e-3, "splitlora": 1e-3}
+
+
+def tuned(config: Config) -> float:
+    """Lowest at a learning rate of the method's own."""
+    return 4.0 if config.train.lr == BEST[config.method.name] else 5.0
+
+
+def test_every_method_runs_with_the_learning_rate_that_suits_it(tmp_path):
+    wanted, runs = options(tmp_path, lrs=(1e-3, 3e-3), tune_rounds=1), FakeRuns(tuned)
+    assert study(wanted, runs) == 0
+
+    trials, reported = runs.configs[:4], runs.configs[4:]
+    assert all(config.run.seed == 0 and config.data.partition == "dirichlet" for config in trials)
+    assert all((c.data.eval_skip, c.data.eval_rows, c.train.rounds) == (100, 100, 1) for c in trials)
+    assert len(reported) == 8
+    assert all(config.train.lr == BEST[config.method.name] for config in reported)
+    assert all((c.data.eval_skip, c.data.eval_rows, c.train.rounds) == (0, 100, 2) for c in reported)
+    choices = {one["method"]: one["choice"] for one in numbers(wanted)["tuning"]}
+    assert choices == BEST
+    assert study(wanted, again := FakeRuns(tuned)) == 0
+    assert again.ran == []
+
+
+def test_settings_may_each_choose_for_themselves(tmp_path):
+    def by_setting(config: Config) -> float:
+        return 4.0 if (config.train.lr == 1e-3) == (config.data.partition == "iid") else 5.0
+
+    runs = FakeRuns(by_setting)
+    study(options(tmp_path, lrs=(1e-3, 3e-3), tune_in="each"), runs)
+    assert {(partition, lr) for partition, _, seed, lr in runs.ran if seed} == {("iid", 1e-3), ("dirichlet", 3e-3)}
+
+
+def test_a_learning_rate_that_diverges_is_not_chosen(tmp_path):
+    def diverges(config: Config) -> float:
+        if config.train.lr == 3e-3:
+            raise ValueError("FloatingPointError: the held-out loss is nan")
+        return 4.0
+
+    wanted, runs = options(tmp_path, lrs=(1e-3, 3e-3)), FakeRuns(diverges)
+    assert study(wanted, runs) == 0
+    assert {config.train.lr for config in runs.configs if config.run.seed} == {1e-3}
+    assert (
+        "| hsplitlora | uneven | 4.000 | failed | 0.001, an end of the grid |" in (wanted.out / "table.md").read_text()
+    )
+
+
+def test_central_methods_run_once_and_stand_in_every_setting(tmp_path):
+    wanted = options(tmp_path, methods=("hsplitlora", "cenlora"), target=3.0, seeds=(1,))
+    runs = FakeRuns()
+    study(wanted, runs)
+    assert [method for _, method, _, _ in runs.ran].count("cenlora") == 1
+    found = numbers(wanted)["summary"]
+    assert found["uneven"]["cenlora"] == found["even"]["cenlora"]
+    assert found["even"]["cenlora"]["final_perplexity"]["n"] == 1
+
+    again = FakeRuns()
+    study(options(tmp_path, methods=("cenlora",), target=3.0, seeds=(1,), settings=("even",)), again)
+    assert again.ran == []  # clients make no difference to it
+
+
+def test_settings_that_differ_in_more_than_clients_cannot_share_a_central_run(tmp_path):
+    bases = BASES | {"even": vary(EVEN, {"train.rounds": 3})}
+    with pytest.raises(ConfigError, match=r"cenlora has no clients .* differ in train\.rounds"):
+        study(options(tmp_path, methods=("cenlora", "splitlora")), FakeRuns(), bases)
+
+
+def test_tuning_needs_rows_that_are_kept_apart():
+    with pytest.raises(ConfigError, match=r"data\.source=dialogues cannot keep held-out rows"):
+        tuning_changes(Options(), Config())
+
+
+def test_what_is_finished_is_drawn(tmp_path):
+    wanted = options(tmp_path, methods=("hsplitlora", "cenlora", "fedit"), target=3.0)
+    fails = FakeRuns(lambda config: 4.0 if config.method.name != "fedit" else [][0])
+    done = Study(wanted, BASES, fails, Console(quiet=True))
+    done.run()
+    drawn = plot(done.comparison(), tmp_path)
+    assert [path.name for path in drawn] == [
+        "uneven-rounds.png",
+        "uneven-bytes.png",
+        "even-rounds.png",
+        "even-bytes.png",
+    ]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+    empty = Comparison(["uneven"], ["hsplitlora"], [1], [], 3.0)
+    assert plot(empty, tmp_path) == []
+
+
+@pytest.mark.parametrize("setting", ["heterogeneous", "homogeneous"])
+def test_every_method_has_a_valid_config_in_every_setting(setting):
+    config, launcher = compose_setting(setting, ["data.path=somewhere", "train.steps=2"])
+    assert launcher.superlink == ""
+    assert (config.clients.count, config.train.rounds, config.train.steps, config.plan.over_budget) == (5, 4, 2, True)
+    for method in METHODS:
+        assert vary(config, {"method.name": method}).method.name == method
+
+
+def test_the_two_settings_differ_in_clients_alone():
+    uneven, even = (
+        compose_setting(name, ["data.path=somewhere"])[0].to_run_config() for name in ("heterogeneous", "homogeneous")
+    )
+    differ = {key for key in uneven if uneven[key] != even[key]}
+    assert differ == {"clients.memory_gb", "data.partition"}
+
+
+def test_the_command_line():
+    found = parse(["data.path=x", "--seeds", "4,5", "--lrs", "1e-3", "train.rounds=3", "--target", "4.5", "--keep"])
+    assert (found.seeds, found.lrs, found.target, found.keep) == ((4, 5), (1e-3,), 4.5, True)
+    assert found.overrides == ("data.path=x", "train.rounds=3")
+    assert found.methods == METHODS
+    assert parse([]) == Options()
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        (["train.lr=1"], "train.lr=1: this is what a comparison chooses"),
+        (["+method.name=full"], "method.name=full: this is what a comparison chooses"),
+        (["--methods", "hsplitlora,lora"], "--methods: unknown lora"),
+        (["--methods", "hsplitlora,hsplitlora"], "each once"),
+        (["--methods", "hsplitlora"], "--target=splitlora is not among --methods"),
+        (["--target", "nan"], "--target=nan must be a perplexity above 0"),
+        (["--seeds", "0,1"], "--tune-seed=0 is among --seeds"),
+        (["--seeds=-1"], "at least 0"),
+        (["--lrs", "0,1"], "must be numbers above 0"),
+        (["--settings", "nowhere"], "nowhere"),
+        (["data.path=x", "train.rounds=0"], "train.rounds=0 is out of range"),
+        (["data.path=x", "data.pth=y"], "pth"),
+        (["--settings=homogeneous", "data.path=nowhere"], "cannot read"),
+    ],
+)
+def test_wrong_settings_have_status_2(arguments, text, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert text in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())

@@ -1,0 +1,134 @@
+"""A plan from a model's configuration alone."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from transformers import LlamaConfig
+
+from hsplitlora_flwr.config import Config, ConfigError
+from hsplitlora_flwr.planning import make_plan
+from simulations.plan import PARTS, Forecast, forecast, run
+from simulations.run import PROJECT
+from tests.tiny import tiny_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder that holds a configuration and nothing else."""
+    path = tmp_path_factory.mktemp("model")
+    tiny_model("llama").config.save_pretrained(path)
+    return path
+
+
+def composed(folder: Path, *overrides: str) -> DictConfig:
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        return compose("config", [f"model.path={folder}", "data.max_length=16", *overrides])
+
+
+def planned(folder: Path, *overrides: str) -> Forecast:
+    settings: Any = OmegaConf.to_container(composed(folder, *overrides), resolve=True)
+    del settings["launcher"]
+    return forecast(Config.from_mapping(settings))
+
+
+def shown(folder: Path, *overrides: str) -> str:
+    out = io.StringIO()
+    assert run(composed(folder, *overrides), Console(file=out, width=200)) == 0
+    return out.getvalue()
+
+
+def test_the_plan_is_that_of_the_planner_for_uniform_importance(folder: Path) -> None:
+    overrides = ("clients.count=4", "clients.memory_gb=[2,3]", "clients.gflops=[5]", "clients.mbit_up=[8,16]")
+    result = planned(folder, *overrides, "plan.server_gflops=7", "plan.server_memory_gb=9", "train.steps=3")
+    budgets = list(result.budgets.values())
+    assert [budget.memory_bytes for budget in budgets] == [2 * 10**9, 3 * 10**9] * 2
+    assert {budget.flops for budget in budgets} == {5e9}
+    assert [budget.up for budget in budgets] == [1e6, 2e6] * 2
+    assert {budget.down for budget in budgets} == {None}
+    assert (result.server.memory_bytes, result.server.flops) == (9 * 10**9, 7e9)
+    assert min(budget.process_bytes for budget in budgets) > 10**7
+    uniform = dict.fromkeys((layer.name for layer in result.cost.layers), 0.5)
+    again = make_plan(result.budgets, uniform, result.cost, server=result.server, steps=3)
+    assert result.plan.clients == again.clients
+    assert result.plan.seconds == again.seconds
+
+
+def test_what_is_printed(folder: Path) -> None:
+    text = shown(folder, "clients.count=2", "clients.memory_gb=[2]")
+    result = planned(folder, "clients.count=2", "clients.memory_gb=[2]")
+    assert "4 blocks" in text
+    assert "importance: uniform" in text
+    assert all(part in text for part in PARTS)
+    assert text.count("2.00 GB") == 2
+    assert f"exact {result.plan.objective:.4f}, greedy {result.plan.greedy_objective:.4f}" in text
+    # 8 x 16 tokens of 32 float32 numbers, and up also mask and labels of 8 bytes each
+    assert "wire: 0.0 MB up and 0.0 MB down" in text
+    assert "round:" not in text, "without a speed seconds mean nothing"
+    assert "round:" in shown(folder, "clients.memory_gb=[2]", "clients.gflops=[1]")
+
+
+def test_clients_that_are_left_out_are_named_with_what_they_miss(folder: Path) -> None:
+    text = shown(folder, "clients.count=2", "clients.memory_gb=[2,0.001]")
+    assert "client 1 is left out: it misses " in text
+    assert "bytes of its 1.0 MB" in text
+
+
+@pytest.mark.parametrize("method", ["fedit", "splitlora", "hetlora"])
+def test_other_methods(folder: Path, method: str) -> None:
+    text = shown(folder, f"method={method}", "clients.memory_gb=[2]")
+    assert method in text
+    assert "objective" not in text
+
+
+def test_a_bare_configuration_file_will_do(folder: Path) -> None:
+    assert planned(folder / "config.json").plan.clients.keys() == {"0", "1", "2"}
+
+
+def test_a_model_of_70_billion_parameters(tmp_path: Path) -> None:
+    LlamaConfig(
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        vocab_size=128256,
+    ).save_pretrained(tmp_path)
+    budgets = "clients.memory_gb=[24,40,80]"
+    result = planned(tmp_path, budgets, "model.dtype=bfloat16", "plan.server_memory_gb=600")
+    assert result.cost.total_parameters == 70_553_706_496
+    assert len(result.plan.clients) == 3
+    assert result.plan.server_bytes <= 600e9
+    assert result.plan.bound * 0.98 <= result.plan.objective <= result.plan.bound
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("clients.memory_gb=[0.001]",), "no client can hold even 1 block(s)"),
+        (("clients.memory_gb=[]",), "clients.memory_gb is empty"),
+        (("model.path=/nowhere",), "model.path=/nowhere"),
+        (("method=cenlora",), "method.name=cenlora trains in one place"),
+        (("plan.deadline=1",), "deadline=1 needs a speed"),
+        (("plan.deadline=1e-9", "clients.gflops=[1]"), "no plan meets the deadline"),
+        (("lora.targets=nothing",), "lora.targets names ['nothing']"),
+    ],
+)
+def test_errors_are_one_clear_line(
+    folder: Path, overrides: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(composed(folder, *overrides), Console(file=io.StringIO())) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_settings_are_checked(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"clients\.gflops"):
+        planned(folder, "clients.gflops=[-1]")

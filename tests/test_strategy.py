@@ -1,0 +1,276 @@
+"""Whole runs of every method, over the real stream, against the same rounds calculated plainly in NumPy."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hsplitlora_flwr.central import CentralTraining
+from hsplitlora_flwr.client_app import split_client_app
+from hsplitlora_flwr.config import METHODS as NAMES
+from hsplitlora_flwr.config import Config
+from hsplitlora_flwr.data.collate import tokenize, training_batches
+from hsplitlora_flwr.data.partition import partition
+from hsplitlora_flwr.data.sources import load_text
+from hsplitlora_flwr.lora.layers import AdapterSpec, extract, inject
+from hsplitlora_flwr.methods import METHODS
+from hsplitlora_flwr.models import find_family
+from hsplitlora_flwr.models.split import WholeModel, whole_model
+from hsplitlora_flwr.strategy import ClientFailedError, HSplitLoRA
+from hsplitlora_flwr.training.schedule import AdapterOptimizer
+from hsplitlora_flwr.training.whole import train_whole
+from tests.grid import LocalGrid
+
+Matrix = npt.NDArray[np.float64]
+Pair = tuple[Matrix, Matrix]
+
+GB = {0: 20.0, 1: 30.0, 2: 40.0}
+"""Plenty: the process of the tests holds everything else too."""
+
+
+def settings(folder: Path, tmp_path: Path, **changes: Any) -> Config:
+    values = {
+        "model.path": str(folder),
+        "data.eval_rows": 30,
+        "data.max_length": 48,
+        "data.train_rows": 90,
+        "lora.ranks": "0,2,4",
+        "lora.rank": 3,
+        "plan.over_budget": True,
+        "train.rounds": 2,
+        "train.steps": 3,
+        "train.batch_size": 4,
+        "train.lr": 0.02,
+        "run.dir": str(tmp_path),
+    }
+    return Config.from_run_config(values | changes)
+
+
+def grid_of(gigabytes: dict[int, float] = GB) -> LocalGrid:
+    count = len(gigabytes)
+    nodes = {
+        10 + index: {"partition-id": index, "num-partitions": count, "memory-gb": gb} for index, gb in gigabytes.items()
+    }
+    return LocalGrid(split_client_app(), nodes)
+
+
+def run(config: Config, folder: Path, grid: LocalGrid | None = None) -> dict[str, Any]:
+    text = load_text(config.data, config.run.seed)
+    if METHODS[config.method.name].central:
+        CentralTraining(config, text.held_out, folder, text.train).start(grid or grid_of())
+    else:
+        HSplitLoRA(config, text.held_out, folder).start(grid or grid_of())
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return summary
+
+
+def fresh_model(config: Config, update: dict[str, Matrix]) -> WholeModel:
+    model = AutoModelForCausalLM.from_pretrained(config.model.path)
+    for name, change in update.items():
+        model.get_submodule(name).weight.data += torch.from_numpy(change).float()
+    return whole_model(model, find_family(model.config))
+
+
+def expected_update(config: Config, summary: dict[str, Any]) -> dict[str, Matrix]:
+    """The update after the last round: every client trains the whole model by itself, and NumPy adds them up."""
+    method = METHODS[config.method.name]
+    examples = load_text(config.data, config.run.seed).train
+    parts = partition(examples, config.data, len(GB), config.run.seed)
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    rows = [tokenize([examples[i] for i in part], tokenizer, config.data.max_length) for part in parts]
+    shares = np.array([len(part) for part in parts]) / len(examples)
+    update: dict[str, Matrix] = {}
+    adapter: dict[str, Pair] = {}
+    for server_round in range(config.train.rounds):
+        plan = [p for p in summary["plans"] if p["round"] <= server_round + 1][-1]
+        updates: list[dict[str, Pair]] = []
+        for client, row in enumerate(plan["clients"]):
+            model = fresh_model(config, {} if method.carries else update)
+            specs = {name: AdapterSpec(rank, 2.0 * rank) for name, rank in row["ranks"].items()}
+            owner = "all" if method.carries else f"{server_round + 1}/{client}"
+            start = {
+                name: (torch.from_numpy(b[:, : specs[name].rank]), torch.from_numpy(a[: specs[name].rank]))
+                for name, (b, a) in adapter.items()
+                if name in specs
+            }
+            optimizer = AdapterOptimizer(
+                inject(model, specs, f"{config.run.seed}/{owner}", start, freeze_a=method.freeze_a), config.train
+            )
+            first = server_round * config.train.steps
+            batches = training_batches(rows[client], config.train.batch_size, client, first)
+            train_whole(model.train(), optimizer, batches, first_step=first, steps=config.train.steps)
+            updates.append({n: (b.double().numpy(), a.double().numpy()) for n, (b, a) in extract(model).items()})
+        if method.carries:
+            adapter = {name: RULES[method.rule](name, updates, shares) for name in updates[0]}
+            update = {name: b @ a for name, (b, a) in adapter.items()}
+        else:
+            for name in {name for each in updates for name in each}:
+                total = sum(
+                    p * each[name][0] @ each[name][1] for p, each in zip(shares, updates, strict=True) if name in each
+                )
+                update[name] = update.get(name, np.zeros(1)) + total
+    return update
+
+
+def mean(name: str, updates: list[dict[str, Pair]], shares: Matrix) -> Pair:
+    return (
+        np.sum([p * u[name][0] for p, u in zip(shares, updates, strict=True)], axis=0),
+        np.sum([p * u[name][1] for p, u in zip(shares, updates, strict=True)], axis=0),
+    )
+
+
+def padded(name: str, updates: list[dict[str, Pair]]) -> list[dict[str, Pair]]:
+    width = max(u[name][1].shape[0] for u in updates)
+    pads = [width - u[name][1].shape[0] for u in updates]
+    return [
+        {name: (np.pad(u[name][0], ((0, 0), (0, pad))), np.pad(u[name][1], ((0, pad), (0, 0))))}
+        for u, pad in zip(updates, pads, strict=True)
+    ]
+
+
+def by_norm(name: str, updates: list[dict[str, Pair]], shares: Matrix) -> Pair:
+    norms = np.array([np.linalg.norm(u[name][0] @ u[name][1]) for u in updates])
+    return mean(name, padded(name, updates), norms / norms.sum())
+
+
+def by_svd(name: str, updates: list[dict[str, Pair]], shares: Matrix) -> Pair:
+    dense = np.sum([p * u[name][0] @ u[name][1] for p, u in zip(shares, updates, strict=True)], axis=0)
+    u, s, vh = np.linalg.svd(dense)
+    rank = min(dense.shape)
+    return u[:, :rank] * np.sqrt(s), np.sqrt(s)[:, None] * vh[:rank]
+
+
+RULES = {
+    "mean": mean,
+    "mean_b": mean,
+    "zero_pad": lambda name, updates, shares: mean(name, padded(name, updates), shares),
+    "zero_pad_by_norm": by_norm,
+    "svd": by_svd,
+}
+
+FEDERATED = [name for name in NAMES if not METHODS[name].central]
+
+
+@pytest.mark.parametrize("name", FEDERATED)
+def test_a_run_is_its_rounds_calculated_plainly(name: str, tiny_folder: Path, tmp_path: Path) -> None:
+    config = settings(tiny_folder, tmp_path, **{"method.name": name})
+    summary = run(config, tmp_path)
+    assert summary["status"] == "finished"
+    assert summary["perplexity_after"] < summary["perplexity_before"]
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_folder), tmp_path / "adapter")
+    merged = tuned.merge_and_unload()
+    moved = 0.0
+    for layer, expected in expected_update(config, summary).items():
+        found = (merged.get_submodule(layer).weight - base.get_submodule(layer).weight).detach().double().numpy()
+        assert np.abs(found - expected).max() < 2e-3 * np.abs(expected).max() + 1e-6, layer
+        moved += float(np.abs(expected).sum())
+    assert moved > 1
+
+
+def test_methods_differ_where_they_say_so(tiny_folder: Path, tmp_path: Path) -> None:
+    rows = {}
+    for name in ("splitlora", "fedit", "ffa"):
+        config = settings(tiny_folder, tmp_path / name, **{"method.name": name, "train.rounds": 1})
+        rows[name] = run(config, tmp_path / name)["rounds"][0]["clients"][0]
+    assert rows["splitlora"]["split"] < 4 == rows["fedit"]["split"]
+    whole = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny_folder).parameters())
+    assert rows["splitlora"]["resident_parameters"] < whole == rows["fedit"]["resident_parameters"]
+    per_block = {"q_proj": (32, 32), "k_proj": (16, 32), "v_proj": (16, 32), "o_proj": (32, 32)}
+    per_block |= {"gate_proj": (64, 32), "up_proj": (64, 32), "down_proj": (32, 64)}
+    assert rows["fedit"]["trainable_parameters"] == 4 * 3 * sum(map(sum, per_block.values()))
+    assert rows["ffa"]["trainable_parameters"] == 4 * 3 * sum(rows for rows, _ in per_block.values())
+    assert rows["splitlora"]["trainable_parameters"] == 4 * 3 * (32 + 32 + 16 + 32)
+    # a method without a split sends adapters and nothing else
+    assert rows["fedit"]["bytes_up"] == 4 * rows["fedit"]["trainable_parameters"]
+    assert rows["fedit"]["bytes_down"] == 0
+
+
+def test_central_lora_is_one_long_training_run(tiny_folder: Path, tmp_path: Path) -> None:
+    config = settings(tiny_folder, tmp_path, **{"method.name": "cenlora"})
+    summary = run(config, tmp_path)
+    examples = load_text(config.data, 0).train
+    rows = tokenize(examples, AutoTokenizer.from_pretrained(tiny_folder), config.data.max_length)
+    model = fresh_model(config, {})
+    specs = {name: AdapterSpec(3, 6.0) for name, _ in model.linears()}
+    optimizer = AdapterOptimizer(inject(model, specs, "0/all"), config.train)
+    steps = 2 * 3 * config.clients.count
+    record = train_whole(model.train(), optimizer, training_batches(rows, 4, 0), first_step=0, steps=steps)
+    losses = [loss for each in summary["rounds"] for loss in each["clients"][0]["losses"]]
+    assert losses == pytest.approx(record.losses, rel=1e-4)
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_folder), tmp_path / "adapter")
+
+
+def test_full_fine_tuning_trains_every_weight_and_leaves_a_model(tiny_folder: Path, tmp_path: Path) -> None:
+    config = settings(tiny_folder, tmp_path, **{"method.name": "full", "train.lr": 0.003})
+    summary = run(config, tmp_path)
+    assert summary["perplexity_after"] < summary["perplexity_before"]
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert summary["rounds"][0]["clients"][0]["trainable_parameters"] == sum(p.numel() for p in base.parameters())
+    changed = {name for name, weight in base.named_parameters() if not torch.equal(weight, tuned.get_parameter(name))}
+    assert changed == {name for name, _ in base.named_parameters()}
+    assert all((tmp_path / name).is_file() for name in summary["results"])
+
+
+def test_the_plan_is_kept_until_budgets_change_or_importance_drifts(tiny_folder: Path, tmp_path: Path) -> None:
+    config = settings(tiny_folder, tmp_path, **{"plan.drift": 0.9, "train.rounds": 3})
+    grid = grid_of()
+    original = grid.send_and_receive
+    describes = 0
+
+    def changing(messages: Any, *, timeout: float | None = None) -> Any:
+        nonlocal describes
+        messages = list(messages)
+        describes += messages[0].metadata.message_type == "query.describe"
+        if describes == 3:
+            grid.node_configs[10]["memory-gb"] = 25.0
+        return original(messages, timeout=timeout)
+
+    grid.send_and_receive = changing  # type: ignore[method-assign]
+    summary = run(config, tmp_path / "budget", grid)
+    assert [(plan["round"], plan["reason"]) for plan in summary["plans"]] == [
+        (1, ""),
+        (3, "budgets changed"),
+    ]
+    assert [entry["round"] for entry in summary["importance_drift"]] == [1, 2, 3]
+    assert summary["importance_drift"][1]["drift"] > 0
+    assert sum(summary["importance"].values()) == pytest.approx(1)
+
+    config = settings(tiny_folder, tmp_path, **{"plan.drift": 0.0})
+    plans = run(config, tmp_path / "drift")["plans"]
+    assert [plan["round"] for plan in plans] == [1, 2]
+    assert re.fullmatch(r"importance moved by 0\.\d{3}, more than plan\.drift=0", plans[1]["reason"])
+
+
+def test_a_rank_cap_bounds_the_adapter_and_says_what_it_dropped(tiny_folder: Path, tmp_path: Path) -> None:
+    config = settings(tiny_folder, tmp_path, **{"lora.rank_cap": 2})
+    summary = run(config, tmp_path)
+    assert all(0 < each["dropped_energy"] < 1 for each in summary["rounds"])
+    adapter = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert max(adapter["r"], *adapter["rank_pattern"].values(), 0) <= 2
+
+
+def test_an_unsplit_client_that_cannot_hold_the_model_is_left_out(tiny_folder: Path, tmp_path: Path) -> None:
+    config = settings(tiny_folder, tmp_path, **{"method.name": "hetlora", "plan.over_budget": False})
+    summary = run(config, tmp_path, grid_of({0: 0.1, 1: 30.0, 2: 40.0}))
+    row = summary["plans"][0]["clients"][0]
+    assert row["left_out"].startswith("misses ")
+    assert [client["client"] for client in summary["rounds"][0]["clients"]] == ["1", "2"]
+
+
+def test_a_client_that_fails_is_named_with_its_reason(tiny_folder: Path, tmp_path: Path) -> None:
+    grid = grid_of()
+    grid.node_configs[11]["memory-gb"] = -1
+    with pytest.raises(ClientFailedError, match=r"client 11 failed: .*memory-gb=-1 of the node"):
+        run(settings(tiny_folder, tmp_path), tmp_path, grid)
+    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "failed"
