@@ -6,6 +6,7 @@ in :data:`METHODS`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -146,7 +147,7 @@ def make_round_plan(
     PlanError
         If no plan is possible.
     """
-    method, split, plan = METHODS[config.method.name], config.split, config.plan
+    method, split, plan, train = METHODS[config.method.name], config.split, config.plan, config.train
     if not method.split:
         return whole_plan(
             budgets,
@@ -176,6 +177,6 @@ def make_round_plan(
         important_share=plan.important_share,
         tolerance=plan.tolerance,
         deadline=plan.deadline or None,
-        steps=config.train.steps,
+        steps=train.steps * math.ceil(train.batch_size / (train.micro_batch_size or train.batch_size)),
         wire_item_bytes=getattr(torch, config.transport.wire).itemsize,
     )
