@@ -111,7 +111,9 @@ def cost_model(config: Config, rows: int, length: int) -> CostModel:
     """
     method, model = METHODS[config.method.name], read_config(config.model.path)
     workload = Workload(rows, length, config.model.dtype, config.train.optimizer, bool(config.train.momentum))
-    cost = CostModel(model, find_family(model), workload, config.targets)
+    family, grows = find_family(model), config.train.rounds * config.clients.count * max(config.ranks)
+    update_rank = config.lora.rank_cap or max(grows, config.lora.rank)
+    cost = CostModel(model, family, workload, config.targets, update_rank)
     if config.lora.targets.strip() != "auto" or method.targets is None:
         return cost
     names = {layer.name.rpartition(".")[2] for layer in cost.layers}
@@ -121,7 +123,7 @@ def cost_model(config: Config, rows: int, length: int) -> CostModel:
             f"method.name={config.method.name} puts adapters on query and value, and none of this model's layers has "
             f"one of their names: {sorted(names)}; name its layers in lora.targets"
         )
-    return CostModel(model, find_family(model), workload, targets)
+    return CostModel(model, family, workload, targets, update_rank)
 
 
 def make_round_plan(

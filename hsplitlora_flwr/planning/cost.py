@@ -112,6 +112,8 @@ class CostModel:
         Batch, length and dtype of a step.
     targets : tuple of str, optional
         Names of the linear layers that may get an adapter; all when None.
+    update_rank : int, optional
+        The highest rank that the accumulated update of a layer can reach; when None it may become dense.
 
     Raises
     ------
@@ -120,7 +122,12 @@ class CostModel:
     """
 
     def __init__(
-        self, config: PretrainedConfig, family: Family, workload: Workload, targets: tuple[str, ...] | None = None
+        self,
+        config: PretrainedConfig,
+        family: Family,
+        workload: Workload,
+        targets: tuple[str, ...] | None = None,
+        update_rank: int | None = None,
     ) -> None:
         self.num_blocks = int(config.num_hidden_layers)
         self.workload = workload
@@ -153,6 +160,13 @@ class CostModel:
         ]
         matrices = [layer.in_features * layer.out_features for layer in trace.layers.values()]
         self.linear_parameters, self._largest_matrix = sum(matrices), max(matrices)
+        self._block_update = 4 * sum(
+            min(layer.in_features * layer.out_features, layer.adapter_parameters(update_rank))
+            if update_rank is not None
+            else layer.in_features * layer.out_features
+            for layer in self.layers
+            if layer.block == 0
+        )
         self.block_bytes = trace.kept
         self.cut_bytes = self.rows * int(config.hidden_size) * workload.item
         every = {layer.name: 1 for layer in self.all_layers}
@@ -322,8 +336,8 @@ class CostModel:
         return layer.adapter_parameters(rank) * self.workload.adapter_parameter_bytes + low
 
     def update_bytes(self, split: int) -> int:
-        """The accumulated update of the client's blocks at its largest: the dense fp32 matrices, in a message."""
-        return split * self.linear_parameters * 4
+        """The accumulated update of the client's blocks at its largest, fp32, in a message: dense or factors."""
+        return split * self._block_update
 
 
 def _last_names(names: Iterable[str]) -> set[str]:

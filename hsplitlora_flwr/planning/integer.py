@@ -82,7 +82,7 @@ def solve_counts(problem: Problem, below: Array, aim: Aim, prices: Array, width:
         constraints=LinearConstraint(
             sparse.vstack(constraints, format="csr"), np.concatenate(lower), np.concatenate(upper)
         ),
-        options={"mip_rel_gap": gap / 2, "node_limit": _NODES, "presolve": False},
+        options={"mip_rel_gap": gap / 2, "node_limit": _NODES},
     )
     bound = -np.inf if result.mip_dual_bound is None else float(result.mip_dual_bound) * unit
     if result.x is None:

@@ -254,3 +254,15 @@ def test_unknown_target() -> None:
     with pytest.raises(PlanError, match=r"query.*blocks of this model have.*q_proj"):
         cost_of("llama", ("q_proj", "query"))
     assert {layer.name.rpartition(".")[2] for layer in cost_of("llama", ("q_proj",)).layers} == {"q_proj"}
+
+
+def test_the_update_is_as_large_as_its_rank_allows() -> None:
+    config = tiny_model("llama").config
+    family = find_family(config)
+    shapes = [(layer.out_features, layer.in_features) for layer in cost_of("llama").all_layers if layer.block == 0]
+    for rank in (1, 3, 1000):
+        cost = CostModel(config, family, Workload(4, 16), update_rank=rank)
+        assert cost.update_bytes(3) == 3 * 4 * sum(min(rows * cols, rank * (rows + cols)) for rows, cols in shapes)
+    assert cost.update_bytes(3) == cost_of("llama").update_bytes(3)
+    narrow = CostModel(config, family, Workload(4, 16), targets=("q_proj",), update_rank=1)
+    assert narrow.update_bytes(2) == 2 * 4 * (32 + 32)
