@@ -21,6 +21,7 @@ from hsplitlora_flwr.planning.problem import Array, Choice, Problem
 
 EPS = 1e-9
 """Relative slack of comparisons of seconds, which are not whole numbers as bytes are."""
+_GAP = 2e-5  # of an integer program
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ class Knapsack:
                 LinearConstraint(sparse.hstack([taken, -kept], format="csr"), -np.inf, 0),
                 LinearConstraint(np.array(joint), -np.inf, most),
             ],
-            options={"mip_rel_gap": 2e-5, "presolve": False},
+            options={"mip_rel_gap": _GAP, "presolve": False},  # little is left for presolve to do
         )
         if result.x is None:
             return None, bound

@@ -47,7 +47,7 @@ def served(cost: CostModel, plan: Plan) -> dict[str, tuple[int, Any]]:
     return {name: (client.split, client.ranks) for name, client in plan.clients.items()}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     st.lists(st.integers(0, 2 * CEILING), min_size=1, max_size=4),
     importances(COST),
@@ -167,7 +167,7 @@ def plan_of(instance: dict[str, Any], **options_: Any) -> Plan:
     return make_plan(instance["budgets"], instance["importance"], cost, ranks=(0, 8), **given, **options_)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(instances())
 def test_the_exact_objective_is_that_of_brute_force(instance: dict[str, Any]) -> None:
     assume(any(instance["importance"].values()))
@@ -184,7 +184,7 @@ def test_the_exact_objective_is_that_of_brute_force(instance: dict[str, Any]) ->
     assert 0 <= plan.greedy_objective <= best * (1 + 1e-9)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(instances(), st.floats(0.02, 0.5))
 def test_the_round_is_the_shortest_within_the_tolerance(instance: dict[str, Any], tolerance: float) -> None:
     assume(any(instance["importance"].values()))
@@ -197,7 +197,7 @@ def test_the_round_is_the_shortest_within_the_tolerance(instance: dict[str, Any]
     assert plan.seconds <= every.seconds[good].min() * (1 + 1.5 * TIME_GAP)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(instances(), st.floats(0, 1))
 def test_a_deadline_is_met_by_the_best_plan_within_it(instance: dict[str, Any], looseness: float) -> None:
     assume(any(instance["importance"].values()))
@@ -215,7 +215,7 @@ def test_a_deadline_is_met_by_the_best_plan_within_it(instance: dict[str, Any], 
         plan_of(instance, deadline=shortest * 0.99)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     st.lists(st.integers(FLOOR, CEILING), min_size=1, max_size=3),
     importances(COST),
@@ -238,7 +238,7 @@ def test_more_memory_is_never_worth_less(
     assert objective(memories, int(room * growth)) >= before * slack
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.lists(st.integers(FLOOR, CEILING), min_size=1, max_size=4), importances(COST), st.floats(0, 1))
 def test_exact_is_never_worse_than_greedy(memories: list[int], importance: dict[str, float], share: float) -> None:
     budgets = {str(i): Budget(memory) for i, memory in enumerate(memories)}
