@@ -96,13 +96,15 @@ METHODS: dict[str, Method] = {
 assert tuple(METHODS) == NAMES  # the schema names them without importing anything
 
 
-def cost_model(config: Config, rows: int, length: int) -> CostModel:
+def cost_model(config: Config, rows: int, length: int, clients: int = 0) -> CostModel:
     """What plans of a run cost, from the configuration of its model.
 
     Parameters
     ----------
     rows, length : int
         Of a micro-batch.
+    clients : int
+        How many may add to the update in a round; 0 = ``clients.count``.
 
     Raises
     ------
@@ -111,8 +113,8 @@ def cost_model(config: Config, rows: int, length: int) -> CostModel:
     """
     method, model = METHODS[config.method.name], read_config(config.model.path)
     workload = Workload(rows, length, config.model.dtype, config.train.optimizer, bool(config.train.momentum))
-    family, grows = find_family(model), config.train.rounds * config.clients.count * max(config.ranks)
-    update_rank = config.lora.rank_cap or max(grows, config.lora.rank)
+    family, highest = find_family(model), max(*config.ranks, config.lora.rank)
+    update_rank = config.lora.rank_cap or config.train.rounds * (clients or config.clients.count) * highest
     cost = CostModel(model, family, workload, config.targets, update_rank)
     if config.lora.targets.strip() != "auto" or method.targets is None:
         return cost

@@ -155,7 +155,7 @@ class HSplitLoRA(Strategy):
         longest = max(description.longest for description in self._descriptions.values())
         train = self.config.train
         rows = min(train.micro_batch_size or train.batch_size, train.batch_size)
-        self._cost = cost_model(self.config, rows, longest)
+        self._cost = cost_model(self.config, rows, longest, len(self._nodes))
         make_round_plan(self.config, self._budgets_by_name(), None, {}, self._cost)
         self._open()
 

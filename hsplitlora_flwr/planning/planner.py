@@ -144,7 +144,8 @@ def make_plan(
     left_out = {client: count for client, count in missing.items() if count > 0}
     able = {client: budget for client, budget in budgets.items() if client not in left_out}
     if not able:
-        raise _nobody(budgets, left_out, min_split)
+        what = f"even {min_split} block(s) without an adapter"
+        raise nobody_fits(budgets, left_out, what, "Raise clients.memory_gb (memory-gb of the node)")
     problem = Problem(
         able,
         server,
@@ -222,15 +223,13 @@ def _plan(
     )
 
 
-def _nobody(budgets: Mapping[str, Budget], left_out: Mapping[str, int], min_split: int) -> PlanError:
+def nobody_fits(budgets: Mapping[str, Budget], left_out: Mapping[str, int], what: str, remedy: str) -> PlanError:
+    """The error of a plan in which nobody takes part: who has how many bytes, and how many are missing for ``what``."""
     who = "; ".join(
         f"client {client} has {budgets[client].memory_bytes:,} bytes and misses {missing:,}"
         for client, missing in left_out.items()
     )
-    return PlanError(
-        f"no client can hold even {min_split} block(s) without an adapter: {who}. Raise clients.memory_gb "
-        "(memory-gb of the node), or lower train.batch_size or data.max_length"
-    )
+    return PlanError(f"no client can hold {what}: {who}. {remedy}, or lower train.batch_size or data.max_length")
 
 
 def _check(

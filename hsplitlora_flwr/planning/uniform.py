@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from hsplitlora_flwr.planning.cost import CostModel, PlanError
-from hsplitlora_flwr.planning.planner import Budget, ClientPlan, Plan
+from hsplitlora_flwr.planning.planner import Budget, ClientPlan, Plan, nobody_fits
 
 
 def whole_plan(
@@ -41,7 +41,9 @@ def whole_plan(
             plans[client] = ClientPlan(cost.num_blocks, offers[best], prices[best])
         else:
             left_out[client] = prices[0] - budget.memory_bytes
-    _see_that_some_take_part(plans, left_out, budgets, "the whole model", "Set plan.over_budget, raise")
+    if not plans:
+        remedy = "Set plan.over_budget, raise clients.memory_gb (memory-gb of the node), lower the ranks"
+        raise nobody_fits(budgets, left_out, "the whole model", remedy)
     return Plan(plans, left_out, _objective(plans, cost))
 
 
@@ -92,7 +94,9 @@ def equal_plan(
             plans[client] = ClientPlan(depth, offer, price)
         else:
             left_out[client] = price - budget.memory_bytes
-    _see_that_some_take_part(plans, left_out, budgets, f"{depth} block(s) with adapters of rank {rank}", "Raise")
+    if not plans:
+        remedy = "Raise clients.memory_gb (memory-gb of the node), lower lora.rank"
+        raise nobody_fits(budgets, left_out, f"{depth} block(s) with adapters of rank {rank}", remedy)
     served = cost.server_bytes(
         {client: (plan.split, plan.ranks) for client, plan in plans.items()}, server.process_bytes if server else 0
     )
@@ -108,18 +112,3 @@ def _objective(plans: Mapping[str, ClientPlan], cost: CostModel) -> float:
     """The planner's objective where all weights count the same."""
     values = (math.log2(1 + rank) for plan in plans.values() for rank in plan.ranks.values())
     return sum(values) / len(cost.layers)
-
-
-def _see_that_some_take_part(
-    plans: Mapping[str, ClientPlan], left_out: Mapping[str, int], budgets: Mapping[str, Budget], what: str, remedy: str
-) -> None:
-    if plans:
-        return
-    who = "; ".join(
-        f"client {client} has {budgets[client].memory_bytes:,} bytes and misses {missing:,}"
-        for client, missing in left_out.items()
-    )
-    raise PlanError(
-        f"no client can hold {what}: {who}. {remedy} clients.memory_gb (memory-gb of the node), or lower "
-        "lora.rank, train.batch_size or data.max_length"
-    )
