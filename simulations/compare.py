@@ -1,10 +1,10 @@
 """Methods x client settings x seeds: ``python -m simulations.compare [options] [overrides]``.
 
-Chooses every method's learning rate from the same grid, on a seed and on held-out rows that no reported run uses; then
-runs what has no result yet, and writes ``table.md``, ``results.json`` and plots from whatever is finished. A second
-call goes on where the first one stopped. Overrides are those of ``python -m simulations.run`` and hold for every run;
-a setting is a file of ``conf/experiment``. The exit status is 0 if every run finished, 1 if one failed, 2 if the
-settings or the data are wrong.
+Chooses every method's learning rate from the same grid, on a seed and on held-out rows that no reported run uses (an
+ablation takes that of the whole method); then runs what has no result yet, and writes ``table.md``, ``results.json``
+and plots from whatever is finished. A second call goes on where the first one stopped. Overrides are those of
+``python -m simulations.run`` and hold for every run; a setting is a file of ``conf/experiment``. The exit status is 0
+if every run finished, 1 if one failed, 2 if the settings or the data are wrong.
 
 ::
 

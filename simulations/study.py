@@ -238,7 +238,7 @@ class Study:
         for seed in options.seeds:
             for setting in options.settings:
                 for method in options.methods:
-                    chosen = tuning.get(self._row(options.tuning_setting(setting), method))
+                    chosen = tuning.get(self._row(options.tuning_setting(setting), self._tuned_as(method)))
                     # Where no trial finished, the run itself will say why.
                     rate = (chosen and chosen.choice) or options.lrs[0]
                     job = self._job(setting, method, {"run.seed": seed, "train.lr": rate})
@@ -251,7 +251,7 @@ class Study:
         jobs: dict[str, Job] = {}
         for setting in options.tuning_settings:
             changes = tuning_changes(options, self._bases[setting])
-            for method in options.methods:
+            for method in dict.fromkeys(map(self._tuned_as, options.methods)):
                 for rate in options.lrs:
                     job = self._job(setting, method, {**changes, "train.lr": rate}, trial=True)
                     jobs.setdefault(job.name, job)
@@ -260,6 +260,11 @@ class Study:
     def _job(self, setting: str, method: str, changes: Mapping[str, Any], trial: bool = False) -> Job:
         config = vary(self._bases[setting], {"method.name": method, **changes})
         return Job(self._row(setting, method)[0], config, trial)
+
+    def _tuned_as(self, method: str) -> str:
+        """Whose learning rate a method takes: an ablation differs from the whole in nothing else."""
+        whole = method.partition("-no-")[0]
+        return whole if whole in self._options.methods else method
 
     @staticmethod
     def _row(setting: str, method: str) -> tuple[str, str]:

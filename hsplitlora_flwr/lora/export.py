@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -44,6 +43,8 @@ def save_peft_adapter(
     base_name : str
         What the adapter names as its base model: the hub name or the folder.
     """
+    from peft import LoraConfig  # takes seconds to import, and a client never gets here
+
     factors = {name: _factors(change) for name, change in changes.items()}
     factors = {name: (b, a) for name, (b, a) in factors.items() if b.shape[1]}
     if not factors:  # an update of zero: PEFT needs one layer, and a zero adapter on it says the same

@@ -209,6 +209,14 @@ def test_every_method_runs_with_the_learning_rate_that_suits_it(tmp_path):
     assert again.ran == []
 
 
+def test_an_ablation_runs_with_the_learning_rate_of_the_whole(tmp_path):
+    wanted = options(tmp_path, methods=("hsplitlora", "hsplitlora-no-naa"), lrs=(1e-3, 3e-3), target=3.0, seeds=(1,))
+    runs = FakeRuns(lambda config: 4.0 if config.train.lr == 3e-3 else 5.0)
+    study(wanted, runs)
+    assert "hsplitlora-no-naa" not in {config.method.name for config in runs.configs if config.run.seed == 0}
+    assert {config.train.lr for config in runs.configs if config.run.seed} == {3e-3}
+
+
 def test_settings_may_each_choose_for_themselves(tmp_path):
     def by_setting(config: Config) -> float:
         return 4.0 if (config.train.lr == 1e-3) == (config.data.partition == "iid") else 5.0
