@@ -1,60 +1,50 @@
-"""The client: it describes itself, scores its weights, and trains its part of the model on data that stay with it."""
+"""The Flower ``ClientApp``: a client describes itself, scores its weights, and trains its part on data that stay."""
 
 from __future__ import annotations
 
+import logging
+import random
 import zlib
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import lru_cache
 
-import torch
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from hsplitlora_flwr.budget import (
+    is_measured,
+    load_memory_budget,
+    measured_flops,
+    partition_of,
+    stated_speeds,
+)
 from hsplitlora_flwr.config import Config, ConfigError, DataConfig
-from hsplitlora_flwr.control import DESCRIBE, PROBE, Description, Outcome, Task, read_settings
-from hsplitlora_flwr.data.collate import Tokens, tokenize, training_batches
-from hsplitlora_flwr.data.partition import partition
+from hsplitlora_flwr.control import DESCRIBE, FORGET, PROBE, TURN, Description, Progress, Task, read_settings
+from hsplitlora_flwr.data.collate import tokenize
+from hsplitlora_flwr.data.partition import cached_partition
 from hsplitlora_flwr.data.sources import Example, load_text
-from hsplitlora_flwr.lora.delta import unpack
-from hsplitlora_flwr.lora.layers import extract, inject
-from hsplitlora_flwr.models.loading import load_tokenizer, pick_device, read_config
-from hsplitlora_flwr.models.split import WholeModel
-from hsplitlora_flwr.planning.importance import scoring
-from hsplitlora_flwr.training.client import load_client, load_whole, train_client
+from hsplitlora_flwr.lora.delta import DeltaError
+from hsplitlora_flwr.models.loading import load_tokenizer, read_config
+from hsplitlora_flwr.node import NodeStore
+from hsplitlora_flwr.participant import OwnText, Participant
 from hsplitlora_flwr.training.memory import PeakMemory, process_bytes, return_freed_memory
-from hsplitlora_flwr.training.schedule import AdapterOptimizer
-from hsplitlora_flwr.training.whole import train_whole
-from hsplitlora_flwr.transport.stream import StreamLink
+from hsplitlora_flwr.transport.frames import Failure, Frame
+from hsplitlora_flwr.transport.messages import add_frames, frame_bytes, read_frames
+from hsplitlora_flwr.transport.stream import StreamError, StreamLink, Unreachable
+
+log = logging.getLogger(__name__)
 
 LoadData = Callable[[Context, Config], Sequence[Example]]
-"""Gives a client its training examples."""
+"""Gives a client its examples."""
 LoadBudget = Callable[[Context, Config], int]
 """Gives a client its memory budget in bytes."""
 
 
 def load_partition(context: Context, config: Config) -> Sequence[Example]:
     """A client's share of the configured data set, by the ``partition-id`` and ``num-partitions`` of its node."""
-    index, count = _partition_of(context)
+    index, count = partition_of(context)
     return _partitions(config.data, count, config.run.seed)[index]
-
-
-def load_memory_budget(context: Context, config: Config) -> int:
-    """``memory-gb`` of the node's configuration, else the entry of ``clients.memory_gb`` for its partition.
-
-    Raises
-    ------
-    ConfigError
-        If neither says a budget.
-    """
-    stated = context.node_config.get("memory-gb")
-    if stated is not None:
-        if not isinstance(stated, int | float) or not stated > 0:
-            raise ConfigError(f"memory-gb={stated!r} of the node must be a number above 0")
-        return int(stated * 1e9)
-    if not config.memory_bytes:
-        raise ConfigError("the node states no memory-gb in its --node-config, and clients.memory_gb is empty")
-    return config.memory_bytes[_partition_of(context)[0] % len(config.memory_bytes)]
 
 
 def split_client_app(load_data: LoadData = load_partition, load_budget: LoadBudget = load_memory_budget) -> ClientApp:
@@ -63,126 +53,186 @@ def split_client_app(load_data: LoadData = load_partition, load_budget: LoadBudg
     Parameters
     ----------
     load_data : Callable[[Context, Config], Sequence[Example]]
-        Gives this client its training examples; they do not leave it.
+        Gives this client its examples; they do not leave it.
     load_budget : Callable[[Context, Config], int]
         Gives this client's memory budget in bytes.
     """
     app = ClientApp()
+    client = _Client(load_data, load_budget)
 
-    @app.query(DESCRIBE.partition(".")[2])
+    @app.query(_action(DESCRIBE))
     def describe(message: Message, context: Context) -> Message:
-        """Say the budget and the amount of data."""
-        config = read_settings(message.content)
-        rows = _rows(context, config, load_data)
-        description = Description(
-            name=_name_of(context),
-            examples=len(rows),
-            memory_bytes=load_budget(context, config),
-            process_bytes=process_bytes(read_config(config.model.path)),
-            longest=max(map(len, rows)),
-            version=0,
-            flops=_speed(context, config, "gflops") * 1e9,
-            up=_speed(context, config, "mbit_up") * 1e6 / 8,
-            down=_speed(context, config, "mbit_down") * 1e6 / 8,
-        )
+        """Say the budget, the amount of data, and the version of the weights that this node holds."""
+        config, store = read_settings(message.content), NodeStore(context)
+        store.note(process=process_bytes(read_config(config.model.path)))
+        description = client.describe(context, config, store, client.text(context, config))
         return Message(description.to_records(), reply_to=message)
 
-    @app.train(PROBE.partition(".")[2])
+    @app.train(_action(PROBE))
     def probe(message: Message, context: Context) -> Message:
         """Score the weights that this client holds, on a few batches."""
-        return _take_part(message, context, load_data, scores_weights=True)
+        return client.take_part(message, context)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        """Train this client's adapters over the stream."""
-        return _take_part(message, context, load_data, scores_weights=False)
+        """Train this client's adapters."""
+        return client.take_part(message, context)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        """Measure the model on examples that this client keeps out of training."""
+        return client.take_part(message, context)
+
+    @app.train(_action(TURN))
+    def turn(message: Message, context: Context) -> Message:
+        """Go on with a task over messages."""
+        return client.go_on(message, context)
+
+    @app.query(_action(FORGET))
+    def forget(message: Message, context: Context) -> Message:
+        """Remove what this node kept of the run."""
+        NodeStore(context).forget()
+        return Message(RecordDict(), reply_to=message)
 
     return app
 
 
-def _take_part(message: Message, context: Context, load_data: LoadData, *, scores_weights: bool) -> Message:
-    return_freed_memory()  # before tensors come: where they lie is settled when they are made
-    task = Task.from_records(message.content)
-    config, train = task.config, task.config.train
-    rows = _rows(context, config, load_data)
-    batches = training_batches(rows, train.batch_size, _data_seed(config, task.client), task.first_step)
+@dataclass(frozen=True)
+class _Client:
+    """What a node does with its messages; nothing is remembered between them but what is on its disk."""
 
-    with PeakMemory() as memory:
-        device, method = pick_device(config.model.device), task.method
-        path, dtype, changes = config.model.path, config.model.dtype, dict(unpack(task.changes))
-        model = (
-            load_client(path, task.split, dtype, device, changes)
-            if method.split
-            else load_whole(path, dtype, device, changes)
+    load_data: LoadData
+    load_budget: LoadBudget
+
+    def text(self, context: Context, config: Config) -> OwnText:
+        """The client's examples as tokens; those that it keeps out of training are drawn by seed.
+
+        Raises
+        ------
+        ConfigError
+            If there are none to train on.
+        """
+        examples, apart = self.load_data(context, config), config.evaluation.client_rows
+        if len(examples) <= apart:
+            kept = f", and evaluation.client_rows={apart} keeps them out of training" if apart else ""
+            raise ConfigError(f"client {_name_of(context)} has {len(examples) or 'no'} training examples{kept}")
+        rows = tokenize(examples, load_tokenizer(config.model.path), config.data.max_length)
+        held_out = set(random.Random(_data_seed(config, _name_of(context))).sample(range(len(rows)), apart))
+        return OwnText(
+            train=[row for index, row in enumerate(rows) if index not in held_out],
+            held_out=[rows[index] for index in sorted(held_out)],
         )
-        task.changes.clear()
-        changes.clear()
-        parameters = inject(model, task.specs, task.seed, task.start, freeze_a=method.freeze_a)
-        optimizer = AdapterOptimizer(parameters, train)
-        model.train()
-        importance: dict[str, float] = {}
-        bytes_up = bytes_down = 0
-        if isinstance(model, WholeModel):
-            record = train_whole(
-                model,
-                optimizer,
-                batches,
-                first_step=task.first_step,
-                steps=task.steps,
-                micro_batch_size=train.micro_batch_size,
-            )
+
+    def describe(self, context: Context, config: Config, store: NodeStore, text: OwnText) -> Description:
+        """What a plan needs to know of this client."""
+        memory, (flops, up, down) = self.load_budget(context, config), stated_speeds(context, config)
+        if is_measured(context, config):
+            memory = int(store.steady("memory", memory))
+            flops = flops or store.number("flops") or store.steady("flops", measured_flops(config))
+            up, down = up or store.number("up"), down or store.number("down")
+        delta = store.delta()
+        return Description(
+            name=_name_of(context),
+            examples=len(text.train),
+            memory_bytes=memory,
+            process_bytes=int(store.number("process")),
+            longest=max(map(len, (*text.train, *text.held_out))),
+            held=delta.held(),
+            version=delta.version,
+            flops=flops,
+            up=up,
+            down=down,
+        )
+
+    def take_part(self, message: Message, context: Context) -> Message:
+        """Do a task over the stream, or take the first turn over messages."""
+        progress = Progress()
+        return_freed_memory()  # before tensors come: where they lie is settled when they are made
+        task, store = Task.from_records(message.content), NodeStore(context)
+        text, frames = self.text(context, task.config), list[Frame]()
+        with PeakMemory() as memory:
+            try:
+                changes = {} if task.from_base else store.update(task.patch).changes()
+            except DeltaError as error:  # then the server sends all of it
+                log.warning("the update on disk is not what it was: %s", error)
+                return Message(self.describe(context, task.config, store, text).to_records(), reply_to=message)
+            participant = Participant(task, text, changes, _data_seed(task.config, task.client), task.start)
+            changes = {}
+            progress.begin()
+            done = participant.is_whole or (bool(task.token) and _over_stream(participant, context, store, progress))
+            if participant.is_whole:
+                participant.work_alone()
+            elif not done:
+                frames, done = participant.take_turn([])
+        progress.peak = max(progress.peak, memory.bytes)
+        return self._reply(message, context, participant, frames, done, progress)
+
+    def go_on(self, message: Message, context: Context) -> Message:
+        """Take the next turn of a task over messages, from what the turn before left on disk."""
+        return_freed_memory()
+        store, answers = NodeStore(context), read_frames(message.content)
+        if isinstance(answers[0], Failure):
+            store.end_training()
+            raise StreamError(f"the server shard failed: {answers[0].error}")
+        tensors, kept = store.load_training()
+        config, progress = Config.from_run_config(kept["settings"]), Progress(**kept["progress"])
+        task = Task.from_text(config, kept["task"])
+        text = self.text(context, config)
+        with PeakMemory() as memory:
+            changes = {} if task.from_base else store.delta().changes()
+            participant = Participant(task, text, changes, _data_seed(config, task.client))
+            changes = {}
+            participant.restore(tensors, kept["state"])
+            frames, done = participant.take_turn(answers)
+        progress.bytes_down += frame_bytes(message.content)
+        progress.peak = max(progress.peak, memory.bytes)
+        return self._reply(message, context, participant, frames, done, progress)
+
+    def _reply(
+        self,
+        message: Message,
+        context: Context,
+        participant: Participant,
+        frames: Sequence[Frame],
+        done: bool,
+        progress: Progress,
+    ) -> Message:
+        """Frames for the server, and with the last of them the outcome."""
+        task, store, records = participant.task, NodeStore(context), RecordDict()
+        if frames:
+            add_frames(records, frames)
+            progress.bytes_up += frame_bytes(records)
+        if done:
+            store.end_training()
+            description = self.describe(context, task.config, store, participant.text)
+            records.update(participant.outcome(progress, description).to_records())
         else:
-            probing: AbstractContextManager[dict[str, float]] = (
-                scoring(model, config.plan.cost, config.lora.rank) if scores_weights else nullcontext(importance)
-            )
-            with StreamLink(task.address, task.token) as link, probing as importance:
-                record = train_client(
-                    model,
-                    optimizer,
-                    batches,
-                    link,
-                    first_step=task.first_step,
-                    steps=task.steps,
-                    # |W * gradient| is not additive over parts of a batch, so a probe takes the batch whole
-                    micro_batch_size=0 if scores_weights else train.micro_batch_size,
-                    wire=getattr(torch, config.transport.wire),
-                )
-            bytes_up, bytes_down = link.bytes_up, link.bytes_down
-
-    outcome = Outcome(
-        adapters=extract(model),
-        importance=importance,
-        losses=record.losses,
-        metrics={
-            "measured-bytes": memory.bytes,
-            "resident-parameters": model.resident_parameters(),
-            "tokens": record.tokens,
-            "label-tokens": record.label_tokens,
-            "bytes-up": bytes_up,
-            "bytes-down": bytes_down,
-            "seconds": record.seconds,
-        },
-    )
-    return Message(outcome.to_records(), reply_to=message)
+            tensors, state = participant.state()
+            kept = {"settings": task.config.to_run_config(), "task": task.to_text(), "progress": vars(progress)}
+            store.save_training(tensors, kept | {"state": state})
+        return Message(records, reply_to=message)
 
 
-def _rows(context: Context, config: Config, load_data: LoadData) -> list[Tokens]:
-    examples = load_data(context, config)
-    if not examples:
-        raise ConfigError(f"client {_name_of(context)} has no training examples")
-    return tokenize(examples, load_tokenizer(config.model.path), config.data.max_length)
+def _over_stream(participant: Participant, context: Context, store: NodeStore, progress: Progress) -> bool:
+    """Do a task over the stream; False if none opens and messages are to take its place."""
+    task = participant.task
+    try:
+        with StreamLink(task.endpoint, task.token, task.config.transport.in_flight) as link:
+            if is_measured(context, task.config) and not store.number("up"):
+                up, down = link.measure()
+                store.note(up=up, down=down)
+            participant.work(link)
+    except Unreachable as error:
+        if task.config.transport.kind == "stream":
+            raise
+        log.warning("going on over messages: %s", error)
+        return False
+    progress.bytes_up, progress.bytes_down = link.bytes_up, link.bytes_down
+    return True
 
 
-def _speed(context: Context, config: Config, key: str) -> float:
-    """``gflops``, ``mbit-up`` or ``mbit-down`` of the node's configuration, else of ``clients``; 0 when not stated."""
-    name = key.replace("_", "-")
-    stated = context.node_config.get(name)
-    if stated is not None:
-        if isinstance(stated, bool) or not isinstance(stated, int | float) or not stated > 0:
-            raise ConfigError(f"{name}={stated!r} of the node must be a number above 0")
-        return float(stated)
-    speeds = config.speeds(key)
-    return speeds[_partition_of(context)[0] % len(speeds)] if speeds else 0.0
+def _action(message_type: str) -> str:
+    return message_type.partition(".")[2]
 
 
 def _name_of(context: Context) -> str:
@@ -194,27 +244,11 @@ def _data_seed(config: Config, client: str) -> int:
     return config.run.seed * 1_000_003 + number % 1_000_003
 
 
-def _partition_of(context: Context) -> tuple[int, int]:
-    """Index and number of partitions of this node.
-
-    Raises
-    ------
-    ConfigError
-        If the node's configuration does not say them.
-    """
-    try:
-        return int(context.node_config["partition-id"]), int(context.node_config["num-partitions"])
-    except KeyError as missing:
-        raise ConfigError(
-            f"the node's configuration has no {missing}; start it with --node-config 'partition-id=0 num-partitions=3'"
-        ) from None
-
-
 @lru_cache(maxsize=1)
 def _partitions(data: DataConfig, count: int, seed: int) -> list[list[Example]]:
     """Every client's examples; a worker process of a simulation serves many clients and reads the files once."""
     examples = load_text(data, seed).train
-    return [[examples[row] for row in rows] for rows in partition(examples, data, count, seed)]
+    return [[examples[row] for row in rows] for rows in cached_partition(examples, data, count, seed)]
 
 
 app = split_client_app()

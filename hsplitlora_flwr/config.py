@@ -18,6 +18,7 @@ from typing import Any
 Scalar = int | float | bool | str
 
 DTYPES = ("float32", "bfloat16", "float64")
+WIRES = ("float32", "bfloat16", "float16", "int8", "float64")
 METHODS = (
     "hsplitlora",
     "splitlora",
@@ -84,7 +85,10 @@ class ClientsConfig:
 
     count: int = _setting(3, "clients that the run waits for before it starts", low=1)
     wait: int = _setting(120, "seconds to wait for them", low=1)
-    memory_gb: str = _setting("1.0,1.3,1.8", "budget in GB (1e9 bytes) of client 0, 1, ... ; repeats when shorter")
+    min: int = _setting(1, "fewest clients of a round; the run ends when failures leave fewer", low=1)
+    memory_gb: str = _setting(
+        "", "budget in GB (1e9 bytes) of client 0, 1, ... ; repeats when shorter; empty = what each states or measures"
+    )
     gflops: str = _setting("", "speed in 1e9 operations/s of client 0, 1, ... ; empty = all alike")
     mbit_up: str = _setting("", "link to the server in 1e6 bit/s of client 0, 1, ... ; empty = all alike")
     mbit_down: str = _setting("", "link from the server in 1e6 bit/s of client 0, 1, ... ; empty = all alike")
@@ -96,6 +100,11 @@ class SplitConfig:
 
     min: int = _setting(1, "fewest blocks on a client; a floor for privacy", low=1)
     max: int = _setting(0, "most blocks on a client; 0 = all but one", low=0)
+    labels: str = _setting(
+        "server",
+        "who computes the loss; client = it holds norm and head too, and its labels stay",
+        choices=("server", "client"),
+    )
     point: int = _setting(0, "methods with one split for all: that split; 0 = the deepest that all can hold", low=0)
 
 
@@ -151,8 +160,11 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What is measured on held-out text, on the server."""
+    """What is measured on held-out text, on the server and on request by the clients."""
 
+    client_rows: int = _setting(
+        0, "examples that each client keeps out of training and is measured on after every round; 0 = none", low=0
+    )
     batch_size: int = _setting(16, "examples of one forward pass", low=1)
     generate: bool = _setting(False, "after the last round, write a text for every held-out prompt and score them")
     beams: int = _setting(1, "generate: beams of the search; 1 = greedy", low=1)
@@ -161,11 +173,29 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class TransportConfig:
-    """The data plane: the stream of cut activations and gradients."""
+    """The data plane: how cut activations and gradients travel."""
 
-    address: str = _setting("127.0.0.1", "address that the server listens on and clients connect to")
-    port: int = _setting(0, "port of the stream; 0 = any free one", low=0)
-    wire: str = _setting("float32", "dtype of activations and gradients on the wire", choices=DTYPES)
+    kind: str = _setting(
+        "stream",
+        "a stream on a port of its own, Flower messages (slower, no port), or auto: messages where no stream opens",
+        choices=("stream", "messages", "auto"),
+    )
+    address: str = _setting("", "name or address of the server that clients connect to; empty = this machine's")
+    port: int = _setting(0, "port that the server listens on; 0 = any free one", low=0)
+    bind: str = _setting("", "address that the server listens on, where it is not the one that clients connect to")
+    public_port: int = _setting(
+        0, "port that clients connect to, where it is not the server's; 0 = the server's", low=0
+    )
+    tls: bool = _setting(True, "encrypt the stream; without it anyone on the way can read activations and labels")
+    certificate: str = _setting("", "PEM file of the server's certificate; empty = one made for the run")
+    private_key: str = _setting("", "PEM file of that certificate's key")
+    up: str = _setting(
+        "float32", "numbers of the cut activation on the wire; int8 has a scale per token", choices=WIRES
+    )
+    down: str = _setting("float32", "numbers of its gradient on the wire; int8 has a scale per token", choices=WIRES)
+    in_flight: int = _setting(
+        1, "micro-batches of a client that may be under way at once, each with its activations in memory", low=1
+    )
 
 
 @dataclass(frozen=True)
@@ -198,6 +228,7 @@ class Config:
         for key, spec, value in _walk(self):
             _check_value(key, spec, value)
         _check_lists(self)
+        _check_pairs(self)
 
     @classmethod
     def from_mapping(cls, nested: Mapping[str, Any]) -> Config:
@@ -342,12 +373,23 @@ def _check_lists(config: Config) -> None:
         )
     if config.split.max and config.split.max < config.split.min:
         raise ConfigError(f"split.max={config.split.max} is below split.min={config.split.min}")
-    if config.transport.port > 65535:
-        raise ConfigError(f"transport.port={config.transport.port} is out of range; at most 65535")
+    for key, port in (("port", config.transport.port), ("public_port", config.transport.public_port)):
+        if port > 65535:
+            raise ConfigError(f"transport.{key}={port} is out of range; at most 65535")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.model.device):
         raise ConfigError(f"model.device={config.model.device!r} is not allowed; use auto, cpu, cuda or cuda:N")
     if config.data.source != "dialogues" and not config.data.path:
         raise ConfigError(f"data.path is empty; data.source={config.data.source} needs the path of its files")
+
+
+def _check_pairs(config: Config) -> None:
+    if bool(config.transport.certificate) != bool(config.transport.private_key):
+        raise ConfigError(
+            "transport.certificate and transport.private_key belong together; name both files, or neither to have a "
+            "certificate made for the run"
+        )
+    if config.clients.min > config.clients.count:
+        raise ConfigError(f"clients.min={config.clients.min} is more than clients.count={config.clients.count}")
 
 
 def _numbers(key: str, text: str, kind: type[int] | type[float]) -> list[Any]:

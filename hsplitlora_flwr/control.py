@@ -6,6 +6,8 @@ else.
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,12 +18,16 @@ from torch import Tensor
 
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.lora.aggregation import Factors
+from hsplitlora_flwr.lora.delta import Patch
 from hsplitlora_flwr.lora.layers import AdapterSpec
 from hsplitlora_flwr.methods import METHODS, Method
 from hsplitlora_flwr.planning.planner import Budget
+from hsplitlora_flwr.transport.stream import Endpoint
 
-DESCRIBE, PROBE, TRAIN = "query.describe", "train.probe", "train"
+DESCRIBE, PROBE, TRAIN, EVALUATE = "query.describe", "train.probe", "train", "evaluate"
 """Message types, in the order of a round."""
+TURN, FORGET = "train.turn", "query.forget"
+"""A step over messages; and the end of the run, when nodes remove what they kept of it."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +48,10 @@ class Description:
         What its process takes before a model is loaded.
     longest : int
         Tokens of its longest example.
+    held : Mapping[str, str]
+        The state of each layer's accumulated update that it holds; see :meth:`hsplitlora_flwr.lora.delta.Delta.held`.
     version : int
-        The version of the accumulated update that it holds.
+        The version that it held last.
     """
 
     name: str
@@ -51,10 +59,16 @@ class Description:
     memory_bytes: int
     process_bytes: int
     longest: int
-    version: int
+    held: Mapping[str, str] = field(default_factory=dict)
+    version: int = 0
     flops: float = 0.0
     up: float = 0.0
     down: float = 0.0
+
+    @staticmethod
+    def is_all_of(records: RecordDict) -> bool:
+        """Whether a reply's content is a description and nothing else."""
+        return set(records) == {"description"}
 
     @property
     def budget(self) -> Budget:
@@ -63,51 +77,56 @@ class Description:
 
     def to_records(self) -> RecordDict:
         """As the content of a reply."""
-        return RecordDict({"description": ConfigRecord(dict(vars(self)))})
+        return RecordDict({"description": ConfigRecord(vars(self) | {"held": json.dumps(dict(self.held))})})
 
     @classmethod
     def from_records(cls, records: RecordDict) -> Description:
         """Read from the content of a reply."""
         values: dict[str, Any] = dict(records.config_records["description"])
-        return cls(**values)
+        return cls(**values | {"held": json.loads(values["held"])})
 
 
 @dataclass(frozen=True)
 class Task:
-    """The content of a ``probe`` or ``train`` message.
+    """The content of a ``probe``, ``train`` or ``evaluate`` message.
 
     Parameters
     ----------
     config : Config
         The settings of the run.
+    kind : str
+        The message type.
     client : str
         The client's name.
     round : int
-        The round, from 1; 0 for the probe.
+        The round, from 1.
     split : int
         Number of blocks that the client holds; all of them where the method does not split.
     specs : Mapping[str, AdapterSpec]
-        Its adapters by absolute layer name; empty in a probe.
+        Its adapters by absolute layer name; empty where nothing trains.
     first_step, steps : int
         Position in the learning-rate schedule, and the number of steps.
-    address, token : str
-        Of the stream; empty where the method does not split.
-    changes : dict[str, Tensor]
-        The accumulated update of the client's layers; see :func:`hsplitlora_flwr.lora.delta.pack`.
+    endpoint : Endpoint
+        Of the stream.
+    token : str
+        That opens it, once; empty where no stream is to be opened.
+    patch : Patch
+        What the client's accumulated update lacks.
     start : Mapping[str, Factors]
         Adapters of the client's layers to go on from, scale folded in; empty where adapters start afresh.
     """
 
     config: Config
+    kind: str
     client: str
     round: int
     split: int
     specs: Mapping[str, AdapterSpec]
     first_step: int
     steps: int
-    address: str
-    token: str
-    changes: dict[str, Tensor] = field(default_factory=dict)
+    endpoint: Endpoint = field(default_factory=lambda: Endpoint("", "", ""))
+    token: str = ""
+    patch: Patch = field(default_factory=lambda: Patch(0, {}))
     start: Mapping[str, Factors] = field(default_factory=dict)
 
     @property
@@ -121,32 +140,69 @@ class Task:
         owner = "all" if self.method.carries else f"{self.round}/{self.client}"
         return f"{self.config.run.seed}/{owner}"
 
-    def with_token(self, token: str) -> Task:
-        """The same task with the token of its stream."""
-        return replace(self, token=token)
+    @property
+    def labels_stay(self) -> bool:
+        """The client computes the loss."""
+        return self.method.split and self.config.split.labels == "client"
+
+    @property
+    def from_base(self) -> bool:
+        """What trains goes on from a global adapter over the base itself, not from an update in its weights."""
+        return self.method.carries and self.kind == TRAIN
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return self.patch.nbytes + sum(b.nbytes + a.nbytes for b, a in self.start.values())
+
+    def over_stream(self, endpoint: Endpoint, token: str) -> Task:
+        """The same task with a stream to do it over."""
+        return replace(self, endpoint=endpoint, token=token)
+
+    def without_tensors(self) -> Task:
+        """The same task once its tensors are where they belong."""
+        return replace(self, patch=Patch(self.patch.version, {}), start={})
+
+    def to_text(self) -> dict[str, Any]:
+        """All but the tensors, the endpoint and the token, as Flower's records and JSON hold it."""
+        return {
+            "kind": self.kind,
+            "client": self.client,
+            "round": self.round,
+            "split": self.split,
+            "layers": list(self.specs),
+            "ranks": [spec.rank for spec in self.specs.values()],
+            "alphas": [spec.alpha for spec in self.specs.values()],
+            "first-step": self.first_step,
+            "steps": self.steps,
+        }
+
+    @classmethod
+    def from_text(cls, config: Config, text: Mapping[str, Any], **more: Any) -> Task:
+        """The inverse of :meth:`to_text`; ``more`` is what that leaves out."""
+        triples = zip(text["layers"], text["ranks"], text["alphas"], strict=True)
+        return cls(
+            config=config,
+            kind=str(text["kind"]),
+            client=str(text["client"]),
+            round=int(text["round"]),
+            split=int(text["split"]),
+            specs={str(name): AdapterSpec(int(r), float(a), config.lora.dropout) for name, r, a in triples},
+            first_step=int(text["first-step"]),
+            steps=int(text["steps"]),
+            **more,
+        )
 
     def to_records(self) -> RecordDict:
         """As the content of a message."""
-        task = ConfigRecord(
-            {
-                "client": self.client,
-                "round": self.round,
-                "split": self.split,
-                "layers": list(self.specs),
-                "ranks": [spec.rank for spec in self.specs.values()],
-                "alphas": [spec.alpha for spec in self.specs.values()],
-                "first-step": self.first_step,
-                "steps": self.steps,
-                "address": self.address,
-                "token": self.token,
-            }
-        )
-        settings = ConfigRecord(dict(self.config.to_run_config()))
+        tensors, text = self.patch.pack()
         return RecordDict(
             {
-                "task": task,
-                "settings": settings,
-                "update": to_arrays(self.changes),
+                "task": ConfigRecord(self.to_text()),
+                "settings": ConfigRecord(dict(self.config.to_run_config())),
+                "stream": ConfigRecord(vars(self.endpoint) | {"token": self.token}),
+                "patch": ConfigRecord(dict(text)),
+                "update": to_arrays(tensors),
                 "start": to_arrays(_pack(self.start)),
             }
         )
@@ -154,27 +210,21 @@ class Task:
     @classmethod
     def from_records(cls, records: RecordDict) -> Task:
         """Read from the content of a message, whose arrays are taken out of it."""
-        task: dict[str, Any] = dict(records.config_records["task"])
-        config = read_settings(records)
-        triples = zip(task["layers"], task["ranks"], task["alphas"], strict=True)
-        return cls(
-            config=config,
-            client=str(task["client"]),
-            round=int(task["round"]),
-            split=int(task["split"]),
-            specs={str(name): AdapterSpec(int(r), float(a), config.lora.dropout) for name, r, a in triples},
-            first_step=int(task["first-step"]),
-            steps=int(task["steps"]),
-            address=str(task["address"]),
-            token=str(task["token"]),
-            changes=take_tensors(records.array_records["update"]),
+        tables: dict[str, dict[str, Any]] = {name: dict(record) for name, record in records.config_records.items()}
+        token = tables["stream"].pop("token")
+        return cls.from_text(
+            read_settings(records),
+            tables["task"],
+            endpoint=Endpoint(**tables["stream"]),
+            token=token,
+            patch=Patch.unpack(take_tensors(records.array_records["update"]), tables["patch"]),
             start=_unpack(take_tensors(records.array_records["start"])),
         )
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The content of a reply to ``train`` or ``probe``.
+    """The content of a client's last reply to ``train``, ``probe`` or ``evaluate``.
 
     Parameters
     ----------
@@ -186,24 +236,34 @@ class Outcome:
         The loss of every step.
     metrics : Mapping[str, float]
         ``measured-bytes`` (peak memory), ``resident-parameters`` (base parameters held), ``tokens``, ``label-tokens``,
-        ``bytes-up``, ``bytes-down`` (on the stream), ``seconds`` (training).
+        ``bytes-up``, ``bytes-down`` (frames), ``seconds`` (training), ``seconds-before`` (from the start of the
+        process's work on the message to the first step); of an evaluation ``nll`` and ``label-tokens``.
+    description : Description
+        The client's, as it is now: another round need not ask for it.
     """
 
     adapters: Mapping[str, Factors]
     importance: Mapping[str, float]
     losses: list[float]
     metrics: Mapping[str, float]
+    description: Description
 
     def to_records(self) -> RecordDict:
         """As the content of a reply."""
         return RecordDict(
             {
+                **self.description.to_records(),
                 "adapters": to_arrays(_pack(self.adapters)),
                 "importance": MetricRecord(dict(self.importance)),
                 "losses": MetricRecord({"losses": self.losses}),
                 "metrics": MetricRecord(dict(self.metrics)),
             }
         )
+
+    @staticmethod
+    def is_in(records: RecordDict) -> bool:
+        """Whether a reply's content is, or ends with, an outcome."""
+        return "losses" in records
 
     @classmethod
     def from_records(cls, records: RecordDict) -> Outcome:
@@ -214,7 +274,45 @@ class Outcome:
             importance={name: float(value) for name, value in numbers["importance"].items()},
             losses=[float(loss) for loss in numbers["losses"]["losses"]],
             metrics={name: float(value) for name, value in numbers["metrics"].items()},
+            description=Description.from_records(records),
         )
+
+
+@dataclass
+class Progress:
+    """What a client notes of its way through a task, over all of its messages.
+
+    Parameters
+    ----------
+    started : float
+        When it took the task up, in seconds since the epoch.
+    before : float
+        Seconds from then until the first step: reading text, weights and the update.
+    peak : int
+        Peak memory in bytes.
+    bytes_up, bytes_down : int
+        Frames to and from the server.
+    """
+
+    started: float = field(default_factory=time.time)
+    before: float = 0.0
+    peak: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+    def begin(self) -> None:
+        """Training starts."""
+        self.before = time.time() - self.started
+
+    def metrics(self, seconds: float) -> dict[str, float]:
+        """For an :class:`Outcome`; ``seconds`` of training where one process knows them."""
+        return {
+            "measured-bytes": self.peak,
+            "bytes-up": self.bytes_up,
+            "bytes-down": self.bytes_down,
+            "seconds-before": self.before,
+            "seconds": seconds or time.time() - self.started - self.before,
+        }
 
 
 def settings_records(config: Config) -> RecordDict:

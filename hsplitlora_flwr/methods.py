@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
-
 from hsplitlora_flwr.config import METHODS as NAMES
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.models.loading import read_config
@@ -112,9 +110,18 @@ def cost_model(config: Config, rows: int, length: int, clients: int = 0) -> Cost
         If the model cannot be read or cut, or has none of the layers that are to get adapters.
     """
     method, model = METHODS[config.method.name], read_config(config.model.path)
-    workload = Workload(rows, length, config.model.dtype, config.train.optimizer, bool(config.train.momentum))
+    train, micro_batches = config.train, math.ceil(config.train.batch_size / rows)
+    workload = Workload(
+        rows,
+        length,
+        config.model.dtype,
+        train.optimizer,
+        bool(train.momentum),
+        labels=config.split.labels if method.split else "server",
+        in_flight=min(config.transport.in_flight, micro_batches) if method.split else 1,
+    )
     family, highest = find_family(model), max(*config.ranks, config.lora.rank)
-    update_rank = config.lora.rank_cap or config.train.rounds * (clients or config.clients.count) * highest
+    update_rank = config.lora.rank_cap or train.rounds * (clients or config.clients.count) * highest
     cost = CostModel(model, family, workload, config.targets, update_rank)
     if config.lora.targets.strip() != "auto" or method.targets is None:
         return cost
@@ -182,5 +189,5 @@ def make_round_plan(
         tolerance=plan.tolerance,
         deadline=plan.deadline or None,
         steps=train.steps * math.ceil(train.batch_size / (train.micro_batch_size or train.batch_size)),
-        wire_item_bytes=getattr(torch, config.transport.wire).itemsize,
+        wire=(config.transport.up, config.transport.down),
     )

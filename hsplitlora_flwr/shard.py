@@ -1,17 +1,25 @@
-"""The server shard: the base model, and the server's half of every client's training behind the stream."""
+"""The server shard: the base model, and the server's half of every client's part in a round."""
 
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Mapping
 
-from hsplitlora_flwr.config import Config
+from hsplitlora_flwr.config import Config, TransportConfig
+from hsplitlora_flwr.control import EVALUATE, Task
 from hsplitlora_flwr.lora.aggregation import Factors
-from hsplitlora_flwr.lora.layers import AdapterSpec, inject
+from hsplitlora_flwr.lora.layers import inject
 from hsplitlora_flwr.models.loading import pick_device
+from hsplitlora_flwr.models.split import BodyModel, ServerModel
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
-from hsplitlora_flwr.training.server import ServerTrainer, SharedBase, StepReport
+from hsplitlora_flwr.training.server import ServerEvaluator, ServerTrainer, SharedBase, StepReport
+from hsplitlora_flwr.transport.certificates import Identity, make_identity, read_identity
+from hsplitlora_flwr.transport.frames import Failure, Frame
 from hsplitlora_flwr.transport.stream import StreamServer
+
+Worker = ServerTrainer | ServerEvaluator
+"""The server's half of a client's task."""
 
 
 class Shard:
@@ -24,59 +32,111 @@ class Shard:
 
     Raises
     ------
-    StreamError
-        If the port cannot be opened; it is, before the model is loaded.
+    StreamError, CertificateError
+        If the port cannot be opened or the certificate cannot be used; before the model is loaded.
     """
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._stream = StreamServer(config.transport.address, config.transport.port)
+        self._stream = None if config.transport.kind == "messages" else open_stream(config.transport)
+        self._workers: dict[str, Worker] = {}
         self.base = SharedBase(config.model.path, config.model.dtype, pick_device(config.model.device))
 
-    @property
-    def address(self) -> str:
-        """``host:port`` of the stream."""
-        return self._stream.address
-
-    def admit(
-        self,
-        split: int,
-        specs: Mapping[str, AdapterSpec],
-        seed: str,
-        start: Mapping[str, Factors],
-        *,
-        freeze_a: bool,
-        report: Callable[[StepReport], None],
-    ) -> tuple[str, ServerTrainer]:
-        """Set up the server's half of one client's training.
+    def admit(self, task: Task, start: Mapping[str, Factors], report: Callable[[StepReport], None]) -> Task:
+        """Set up the server's half of a client's task.
 
         Parameters
         ----------
-        split : int
-            Number of blocks of the client.
-        specs, seed, start, freeze_a
-            Its adapters, as for :func:`hsplitlora_flwr.lora.layers.inject`; the same on the client.
+        task : Task
+            What the client is to do.
+        start : Mapping[str, Factors]
+            Adapters of the whole model to go on from.
         report : Callable[[StepReport], None]
-            Called after every step.
+            Called after every training step.
 
         Returns
         -------
-        tuple[str, ServerTrainer]
-            The token that the client's stream must show, and the trainer behind it.
+        Task
+            The same task, with the stream's address and a fresh token where there is a stream.
         """
-        model = self.base.server_part(split)
-        optimizer = AdapterOptimizer(inject(model, specs, seed, start, freeze_a=freeze_a), self._config.train)
-        trainer = ServerTrainer(model.train(), optimizer, report, self._threads)
-        return self._stream.admit(trainer), trainer
+        model = self._part(task)
+        worker: Worker
+        if task.kind == EVALUATE:
+            worker = ServerEvaluator(model, self._config.transport.down)
+        else:
+            adapters = inject(model, task.specs, task.seed, start, freeze_a=task.method.freeze_a)
+            optimizer = AdapterOptimizer(adapters, self._config.train)
+            worker = ServerTrainer(model.train(), optimizer, report, self._threads, self._config.transport.down)
+        self._workers[task.client] = worker
+        if self._stream is None:
+            return task
+        return task.over_stream(self._stream.endpoint, self._stream.admit(worker, self._longest_frame(model)))
+
+    def trainer(self, client: str) -> ServerTrainer:
+        """The server's half of a client's training."""
+        worker = self._workers[client]
+        assert isinstance(worker, ServerTrainer)
+        return worker
+
+    def answer(self, client: str, frames: list[Frame]) -> list[Frame]:
+        """The answers to frames that came in a message; a failure instead when they cannot be answered."""
+        try:
+            return [self._workers[client](frame) for frame in frames]
+        except Exception as error:  # the client must learn why, whatever it is
+            return [Failure(f"{type(error).__name__}: {error}")]
 
     def dismiss_all(self) -> None:
-        """End the life of the round's tokens."""
-        self._stream.dismiss_all()
-
-    def _threads(self) -> int:
-        """Threads for each of the clients that train now."""
-        return max((os.cpu_count() or 1) // max(self._stream.open_streams, 1), 1)
+        """End the round: forget adapters and optimizers, and the tokens with the streams that they opened."""
+        self._workers.clear()
+        if self._stream:
+            self._stream.dismiss_all()
 
     def stop(self) -> None:
         """Close the port."""
-        self._stream.stop()
+        if self._stream:
+            self._stream.stop()
+
+    def _part(self, task: Task) -> ServerModel | BodyModel:
+        return self.base.body_part(task.split) if task.labels_stay else self.base.server_part(task.split)
+
+    def _longest_frame(self, model: ServerModel | BodyModel) -> int:
+        """Bytes that no frame of a client exceeds: nothing is allocated for one that claims more."""
+        config = self._config
+        rows = max(config.train.batch_size, config.evaluation.batch_size)
+        # the activation in float64 at most, its scale, the attention mask and the labels; and the header
+        per_token = 8 * int(model.decoder.config.hidden_size) + 4 + 8 + 8
+        return rows * config.data.max_length * per_token + 2**16
+
+    def _threads(self) -> int:
+        """Threads for each of the clients that train now."""
+        streams = self._stream.open_streams if self._stream else 1
+        return max((os.cpu_count() or 1) // max(streams, 1), 1)
+
+
+def open_stream(transport: TransportConfig) -> StreamServer:
+    """The stream's port, open, under the certificate that the settings name or a new one."""
+    address = transport.address or own_address()
+    return StreamServer(
+        transport.bind or address,
+        transport.port,
+        identity=_identity(transport, address) if transport.tls else None,
+        public=address,
+        public_port=transport.public_port,
+        in_flight=transport.in_flight,
+    )
+
+
+def _identity(transport: TransportConfig, address: str) -> Identity:
+    if transport.certificate:
+        return read_identity(transport.certificate, transport.private_key)
+    return make_identity(address)
+
+
+def own_address() -> str:
+    """This machine's address in its network, as others reach it; the loopback address without a network."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # a documentation address: chooses a route, sends nothing
+            return str(probe.getsockname()[0])
+        except OSError:
+            return "127.0.0.1"

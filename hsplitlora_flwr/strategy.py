@@ -3,9 +3,11 @@
     describe  -> every node says its budget, its number of examples, and the version of the weights that it holds
     score     -> which weights matter, on a few batches of every client                     (planning/importance.py)
     plan      -> importance + budgets give every client a split point and ranks             (planning/)
-    train     -> clients and server run K steps over the stream, adapters only              (training/, transport/)
+    train     -> clients and server run K steps, adapters only, over streams or messages    (training/, transport/)
     aggregate -> both sides' adapters of all clients, one noise-free sum, a new version     (lora/)
-    evaluate  -> perplexity of held-out text under the global model
+    evaluate  -> perplexity of held-out text under the global model, and on request of the clients' own
+
+A client that fails at any point is left out of the round, and asked again in the next.
 
 The strategy hosts the server shard: the frozen base, and for every client of a round its adapters above the split
 point. The methods that HSplitLoRA is compared with take the same round; :mod:`hsplitlora_flwr.methods` says what each
@@ -21,21 +23,31 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import psutil
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from hsplitlora_flwr.config import Config
-from hsplitlora_flwr.control import DESCRIBE, PROBE, TRAIN, Description, Outcome, Task, settings_records
+from hsplitlora_flwr.control import (
+    DESCRIBE,
+    EVALUATE,
+    FORGET,
+    PROBE,
+    TRAIN,
+    TURN,
+    Description,
+    Outcome,
+    Task,
+    settings_records,
+)
 from hsplitlora_flwr.data.collate import evaluation_batches, tokenize
 from hsplitlora_flwr.data.sources import Example
 from hsplitlora_flwr.lora.aggregation import Factors, aggregate, truncate
-from hsplitlora_flwr.lora.delta import Delta, pack
+from hsplitlora_flwr.lora.delta import Delta
 from hsplitlora_flwr.lora.export import TOLERANCE, save_delta, save_merged_model, save_peft_adapter
 from hsplitlora_flwr.lora.layers import AdapterSpec, extract
 from hsplitlora_flwr.methods import METHODS, cost_model, make_round_plan
@@ -48,8 +60,10 @@ from hsplitlora_flwr.shard import Shard
 from hsplitlora_flwr.training.evaluation import evaluate
 from hsplitlora_flwr.training.generation import generate_and_score
 from hsplitlora_flwr.training.memory import process_bytes, resting_bytes
-from hsplitlora_flwr.training.server import ServerTrainer, StepReport
+from hsplitlora_flwr.training.server import StepReport
+from hsplitlora_flwr.transport.messages import add_frames, converse, read_frames
 
+FORGET_SECONDS = 60.0
 ADAPTER_FILES = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json")
 
 
@@ -84,12 +98,15 @@ class HSplitLoRA(Strategy):
         self.importance: dict[str, float] = {}
         self.plans: dict[int, ClientPlan] = {}
         self._held_out = held_out
+        self._cost_shape = (0, 0)  # longest example and number of clients that the cost model is for
         self._timeout: float = config.run.timeout
         self._descriptions: dict[int, Description] = {}
+        self._fresh: dict[int, Description] = {}  # of the clients of the last round
         self._planned_budgets: dict[int, Budget] = {}
         self._planned_importance: dict[str, float] = {}
-        self._trainers: dict[int, ServerTrainer] = {}
+        self._tasks: dict[int, Task] = {}  # under way, without their tensors
         self._sent: dict[int, int] = {}  # bytes of the tensors in the message to each node
+        self._took: dict[int, float] = {}  # seconds from the message to each node until its last reply
 
     # ------------------------------------------------------------------ the run
 
@@ -138,8 +155,11 @@ class HSplitLoRA(Strategy):
                 result.train_metrics_clientapp[server_round] = self.train_round(grid, server_round)
                 self.checkpoint()
                 result.evaluate_metrics_serverapp[server_round] = self.evaluate(server_round)
+                if measured := self.evaluate_clients(grid, server_round):
+                    result.evaluate_metrics_clientapp[server_round] = measured
             self.generate()
             self.export()
+            self.forget(grid)
         except BaseException as error:
             self.report.failed(error)
             raise
@@ -150,12 +170,8 @@ class HSplitLoRA(Strategy):
     def prepare(self, grid: Grid) -> None:
         """Wait for the clients, see that a plan is possible, and only then load the base."""
         self._process_bytes = process_bytes(read_config(self.config.model.path))
-        self._nodes = self._wait_for_clients(grid)
+        self._wait_for_clients(grid)
         self.describe(grid)
-        longest = max(description.longest for description in self._descriptions.values())
-        train = self.config.train
-        rows = min(train.micro_batch_size or train.batch_size, train.batch_size)
-        self._cost = cost_model(self.config, rows, longest, len(self._nodes))
         make_round_plan(self.config, self._budgets_by_name(), None, {}, self._cost)
         self._open()
 
@@ -163,28 +179,37 @@ class HSplitLoRA(Strategy):
         """One round: describe, score, plan, train, aggregate."""
         self._round_started = time.time()
         if server_round > 1:
-            self.describe(grid)
+            self.describe(grid, server_round)
         self.score_weights(grid, server_round)
         self.make_plans(server_round)
         messages = self.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid)
-        replies = grid.send_and_receive(messages, timeout=self._timeout)
+        replies = self._exchange(grid, messages, server_round)
         _, metrics = self.aggregate_train(server_round, replies)
         return metrics or MetricRecord()
 
-    def describe(self, grid: Grid) -> None:
-        """Ask every node for its budget and amount of data."""
-        replies = grid.send_and_receive(
-            [Message(settings_records(self.config), node, DESCRIBE) for node in self._nodes], timeout=self._timeout
-        )
-        self._descriptions = {
-            reply.metadata.src_node_id: Description.from_records(reply.content)
-            for reply in self._checked(replies, {node: str(node) for node in self._nodes}, 0)
-        }
+    def describe(self, grid: Grid, server_round: int = 0) -> None:
+        """Ask nodes for their budget, their amount of data, and the update that they hold.
+
+        Clients of the round before said so with their last reply.
+        """
+        nodes = sorted(grid.get_node_ids())
+        self._descriptions = {node: self._fresh[node] for node in nodes if node in self._fresh}
+        messages = [Message(settings_records(self.config), node, DESCRIBE) for node in nodes if node not in self._fresh]
+        needed = max(self.config.clients.min - len(self._descriptions), 0)
+        for reply in self._exchange(grid, messages, server_round, needed):
+            self._descriptions[reply.metadata.src_node_id] = Description.from_records(reply.content)
+        self._fresh = {}
+        self._descriptions = dict(sorted(self._descriptions.items(), key=lambda item: item[1].name))
         names = [description.name for description in self._descriptions.values()]
         if twins := {name for name in names if names.count(name) > 1}:
             raise ClientFailedError(
                 f"several nodes call themselves client {', '.join(sorted(twins))}; give each a partition-id of its own"
             )
+        shape = max(description.longest for description in self._descriptions.values()), len(self._descriptions)
+        if shape != self._cost_shape:
+            train, self._cost_shape = self.config.train, shape
+            rows = min(train.micro_batch_size or train.batch_size, train.batch_size)
+            self._cost = cost_model(self.config, rows, *shape)
 
     def score_weights(self, grid: Grid, server_round: int) -> None:
         """Measure which weights matter, when a measurement is due, and let it move the importance known so far."""
@@ -204,6 +229,8 @@ class HSplitLoRA(Strategy):
         moved = drift(self.importance, self._planned_importance)
         if not self.plans:
             reason = ""
+        elif budgets.keys() != self._planned_budgets.keys():
+            reason = "clients came or went"
         elif budgets != self._planned_budgets:
             reason = "budgets changed"
         elif moved > self.config.plan.drift:
@@ -238,18 +265,19 @@ class HSplitLoRA(Strategy):
         updates: list[Mapping[str, Factors]] = []
         weights: list[float] = []
         clients: list[dict[str, Any]] = []
-        names = {node: self._descriptions[node].name for node in self.plans}
-        for reply in self._checked(replies, names, server_round):
+        for reply in replies:
             node = reply.metadata.src_node_id
             outcome, upper = Outcome.from_records(reply.content), {}
             if self.method.split:
-                if not self._trainers[node].finished:
-                    raise ClientFailedError(f"client {names[node]} replied before its last step was taken")
-                upper = extract(self._trainers[node].model)
+                trainer = self.shard.trainer(self._descriptions[node].name)
+                if not trainer.finished:
+                    raise ClientFailedError(f"client {self._descriptions[node].name} replied before its last step")
+                upper = extract(trainer.model)
             updates.append({**outcome.adapters, **upper})
             weights.append(self._descriptions[node].examples)
             clients.append(self._report_client(server_round, node, outcome, updates[-1]))
-        self._dismiss()
+            self._fresh[node] = outcome.description
+        self.shard.dismiss_all()
         update = aggregate(updates, weights, rule=self.method.rule)
         if self.method.carries:
             self.adapter = update
@@ -272,6 +300,15 @@ class HSplitLoRA(Strategy):
             )
         self.report.evaluated(server_round, found.perplexity, found.tokens, time.time() - started)
         return MetricRecord({"perplexity": found.perplexity, "tokens": found.tokens})
+
+    def evaluate_clients(self, grid: Grid, server_round: int) -> MetricRecord | None:
+        """On request, the perplexity of what the clients keep out of training, measured where it lies."""
+        if not self.config.evaluation.client_rows or self.method.central:
+            return None
+        self.report.status("measuring the clients' own text")
+        messages = self.configure_evaluate(server_round, ArrayRecord(), ConfigRecord(), grid)
+        replies = self._exchange(grid, messages, server_round, needed=0)
+        return self.aggregate_evaluate(server_round, replies)
 
     def checkpoint(self) -> None:
         """Put the accumulated update on disk: a finished round is not lost."""
@@ -303,17 +340,37 @@ class HSplitLoRA(Strategy):
             save_merged_model(self.base.merged(), load_tokenizer(path), self.folder / "merged")
         self.report.finished(ADAPTER_FILES, adapter={"folder": "adapter", "relative_error": TOLERANCE})
 
+    def forget(self, grid: Grid) -> None:
+        """Tell the nodes that the run is over: they remove what they kept of it."""
+        messages = [Message(RecordDict(), node, FORGET) for node in self._descriptions]
+        for _ in converse(grid, messages, lambda reply: None, min(self._timeout, FORGET_SECONDS)):
+            pass
+
     # ------------------------------------------------------------------ what Flower's Strategy also asks for
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """No messages: the server evaluates."""
-        return []
+        """One message per client that trained, to measure what it keeps out of training."""
+        return [
+            self._admit(node, EVALUATE, server_round, plan.split, {}, 0)
+            for node, plan in self.plans.items()
+            if node in self._descriptions
+        ]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Nothing: the server evaluates."""
-        return None
+        """Perplexity over the tokens of all clients together."""
+        nll: dict[str, tuple[float, float]] = {}
+        for reply in replies:
+            metrics = Outcome.from_records(reply.content).metrics
+            nll[self._descriptions[reply.metadata.src_node_id].name] = metrics["nll"], metrics["label-tokens"]
+        self.shard.dismiss_all()
+        if not nll:
+            return None
+        pooled = math.exp(sum(total for total, _ in nll.values()) / sum(tokens for _, tokens in nll.values()))
+        each = {client: math.exp(total / tokens) for client, (total, tokens) in nll.items()}
+        self.report.evaluated_clients(server_round, pooled, each)
+        return MetricRecord({"perplexity": pooled, "clients": len(each)})
 
     def summary(self) -> None:
         """Say what is in force."""
@@ -351,18 +408,17 @@ class HSplitLoRA(Strategy):
     def _dropped(self) -> dict[str, float]:
         return {"dropped_energy": self.delta.dropped} if self.config.lora.rank_cap else {}
 
-    def _wait_for_clients(self, grid: Grid) -> list[int]:
+    def _wait_for_clients(self, grid: Grid) -> None:
         wanted, patience = self.config.clients.count, self.config.clients.wait
         self.report.status(f"waiting for {wanted} clients")
         deadline = time.monotonic() + patience
-        while len(nodes := sorted(grid.get_node_ids())) < wanted:
+        while len(nodes := list(grid.get_node_ids())) < wanted:
             if time.monotonic() > deadline:
                 raise ClientFailedError(
                     f"only {len(nodes)} of clients.count={wanted} clients came within {patience} s; in a simulation "
                     f"pass --federation-config 'num-supernodes={wanted}', or lower clients.count"
                 )
             time.sleep(0.2)
-        return nodes
 
     def _budgets(self) -> dict[int, Budget]:
         return {node: description.budget for node, description in self._descriptions.items()}
@@ -387,12 +443,11 @@ class HSplitLoRA(Strategy):
                 if split is None:  # it cannot take part at all; the planner says by how many bytes
                     continue
                 messages.append(self._admit(node, PROBE, server_round, split, {}, config.plan.probe_batches))
-                upper = self._trainers[node].model
+                upper = self.shard.trainer(self._descriptions[node].name).model
                 above[node] = stack.enter_context(scoring(upper, config.plan.cost, config.lora.rank))
-            names = {node: self._descriptions[node].name for node in above}
-            replies = self._checked(grid.send_and_receive(messages, timeout=self._timeout), names, server_round)
-        self._dismiss()
-        total = sum(self._descriptions[node].examples for node in above)
+            replies = self._exchange(grid, messages, server_round)
+        self.shard.dismiss_all()
+        total = sum(self._descriptions[reply.metadata.src_node_id].examples for reply in replies)
         measured = []
         for reply in replies:
             node = reply.metadata.src_node_id
@@ -404,65 +459,89 @@ class HSplitLoRA(Strategy):
         self, node: int, kind: str, server_round: int, split: int, specs: Mapping[str, AdapterSpec], steps: int
     ) -> Message:
         """Set the server's half of one client up, if there is one, and write the message that starts the client's."""
-        description, carries = self._descriptions[node], self.method.carries and kind == TRAIN
+        description = self._descriptions[node]
         held = {layer.name for layer in self._cost.all_layers if layer.block < split}
         start = {name: truncate(factors, specs[name].rank) for name, factors in self.adapter.items() if name in specs}
         task = Task(
             config=self.config,
+            kind=kind,
             client=description.name,
             round=server_round,
             split=split,
             specs=specs,
             first_step=(server_round - 1) * self.config.train.steps,
             steps=steps,
-            address=self.shard.address,
-            token="",
-            changes={} if carries else pack(self.delta.below(held)),
             start={name: factors for name, factors in start.items() if name in held},
         )
-        self._sent[node] = sum(t.nbytes for t in (*task.changes.values(), *chain.from_iterable(task.start.values())))
         if self.method.split:
-            report = self._report_step if kind == TRAIN else _say_nothing
-            token, trainer = self.shard.admit(
-                split,
-                specs,
-                task.seed,
-                start,
-                freeze_a=self.method.freeze_a,
-                report=lambda step: report(task, step),
-            )
-            self._trainers[node] = trainer
-            task = task.with_token(token)
-        return Message(task.to_records(), node, kind)
+            task = self.shard.admit(task, start, lambda step: self._report_step(task, step))
+        self._tasks[node] = task.without_tensors()
+        return self._send(node, task)
 
-    def _dismiss(self) -> None:
-        """Forget the round's adapters, optimizers and tokens."""
-        self._trainers.clear()
-        self.shard.dismiss_all()
+    def _send(self, node: int, task: Task) -> Message:
+        """The message that starts a task, with what the client's weights lack."""
+        description = self._descriptions[node]
+        if not task.from_base:
+            held = {layer.name for layer in self._cost.all_layers if layer.block < task.split}
+            task = replace(task, patch=self.delta.since(description.held, held))
+            # what the client will hold once it has the message
+            states = {name: state for name, state in self.delta.held().items() if name in held}
+            self._descriptions[node] = replace(description, held={**description.held, **states})
+        self._sent[node] = task.nbytes
+        return Message(task.to_records(), node, task.kind)
 
-    def _checked(self, replies: Iterable[Message], names: Mapping[int, str], server_round: int) -> list[Message]:
-        """The replies, if every client sent one without an error.
+    def _exchange(
+        self, grid: Grid, messages: Iterable[Message], server_round: int, needed: int | None = None
+    ) -> list[Message]:
+        """Send messages and answer frames, until every client sent its last reply; clients that fail are left out.
 
         Raises
         ------
         ClientFailedError
-            With the first failure's cause.
+            If fewer than ``needed`` clients are left, ``clients.min`` by default; with every failure's cause.
         """
-        replies = list(replies)
-        failures = []
-        for reply in replies:
+        messages = list(messages)
+        silent = {message.metadata.dst_node_id for message in messages}
+        replies, failures, started = [], [], time.monotonic()
+        for node, reply in converse(grid, messages, self._answer, self._timeout):
+            silent.discard(node)
             if reply.has_error():
-                client = names.get(reply.metadata.src_node_id, str(reply.metadata.src_node_id))
-                reason = _reason(str(reply.error.reason))
-                failures.append(f"client {client} failed: {reason}")
-                self.report.client_failed(server_round, client, reason)
-        if failures:
-            raise ClientFailedError("; ".join(failures))
-        if silent := set(names) - {reply.metadata.src_node_id for reply in replies}:
-            raise ClientFailedError(
-                f"no reply within {self._timeout:.0f} s (run.timeout) from {len(silent)} of {len(names)} clients"
-            )
-        return replies
+                failures.append(self._leave_out(node, _reason(str(reply.error.reason)), server_round))
+            else:
+                self._took[node] = time.monotonic() - started
+                replies.append(reply)
+        self._tasks = {}
+        for node in silent:
+            reason = f"no reply within {self._timeout:.0f} s (run.timeout)"
+            failures.append(self._leave_out(node, reason, server_round))
+        needed = self.config.clients.min if needed is None else needed
+        if len(replies) < needed:
+            few = f"{len(replies)} clients are left, and clients.min={needed}" if replies else "no client is left"
+            raise ClientFailedError(f"{few}: {'; '.join(failures)}" if failures else few)
+        return sorted(replies, key=lambda reply: self._order(reply.metadata.src_node_id))
+
+    def _order(self, node: int) -> str:
+        """Where a client stands in sums, the same in every run whatever the nodes' ids."""
+        known = self._descriptions.get(node)
+        return known.name if known else str(node)
+
+    def _answer(self, reply: Message) -> Message | None:
+        """The next message to a client: answers to its frames, or its task again; None to its last reply."""
+        node, frames = reply.metadata.src_node_id, read_frames(reply.content)
+        answers = self.shard.answer(self._descriptions[node].name, frames) if frames else []
+        if frames and not Outcome.is_in(reply.content):
+            return Message(add_frames(RecordDict(), answers), node, TURN)
+        if Description.is_all_of(reply.content) and node in self._tasks:  # its update is not what we thought
+            self._descriptions[node] = Description.from_records(reply.content)
+            return self._send(node, self._tasks.pop(node))
+        return None
+
+    def _leave_out(self, node: int, reason: str, server_round: int) -> str:
+        """Go on without a client in this round; returns what happened."""
+        known = self._descriptions.pop(node, None)
+        client = known.name if known else str(node)
+        self.report.client_failed(server_round, client, reason)
+        return f"client {client} failed: {reason}"
 
     def _report_plan(self, server_round: int, reason: str, plan: Plan) -> None:
         rows = []
@@ -485,6 +564,8 @@ class HSplitLoRA(Strategy):
         self.report.planned(server_round, reason, figures, rows)
 
     def _report_step(self, task: Task, step: StepReport) -> None:
+        if task.kind != TRAIN:  # a probe trains nothing, so its steps are no progress
+            return
         self.report.step(
             round=task.round,
             rounds=self.config.train.rounds,
@@ -519,14 +600,12 @@ class HSplitLoRA(Strategy):
             "bytes_up": int(metrics["bytes-up"]) + sum(b.nbytes + a.nbytes for b, a in outcome.adapters.values()),
             "bytes_down": int(metrics["bytes-down"]) + self._sent[node],
             "seconds": metrics["seconds"],
+            "seconds_before": metrics["seconds-before"],
+            "seconds_around": self._took[node] - metrics["seconds"] - metrics["seconds-before"],
             "losses": outcome.losses,
         }
         self.report.client_finished(server_round, row)
         return row
-
-
-def _say_nothing(task: Task, step: StepReport) -> None:
-    """A probe trains nothing, so its steps are no progress."""
 
 
 def _reason(text: str) -> str:

@@ -39,11 +39,12 @@ from hsplitlora_flwr.models.loading import load_causal_lm, read_config, split_mo
 from hsplitlora_flwr.models.split import IGNORED, ClientModel, ServerModel
 from hsplitlora_flwr.planning import CostModel, Workload, scoring
 from hsplitlora_flwr.planning.trace import LiveBytes
-from hsplitlora_flwr.training.client import load_client, train_client
+from hsplitlora_flwr.training.client import ClientTrainer, load_client, train_client
 from hsplitlora_flwr.training.memory import PeakMemory, process_bytes, return_freed_memory
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.training.server import ServerTrainer, SharedBase
-from hsplitlora_flwr.transport.stream import StreamLink, StreamServer
+from hsplitlora_flwr.transport.certificates import make_identity
+from hsplitlora_flwr.transport.stream import Endpoint, StreamLink, StreamServer
 
 Row = Mapping[str, float | str]
 Benchmark = Callable[[str], Iterator[Row]]
@@ -68,7 +69,7 @@ class ClientRun:
     """``(out, in)`` of the client's linear layers, by absolute name."""
     updated: bool
     """Whether it gets an accumulated update, dense for every layer."""
-    address: str
+    endpoint: Endpoint
     token: str
 
     def measure(self) -> tuple[int, int]:
@@ -78,13 +79,13 @@ class ClientRun:
         own = process_bytes(config)
         changes = {n: Change(matrix=torch.full(shape, 1e-6)) for n, shape in self.layers.items() if self.updated}
         with PeakMemory() as memory:
-            model = load_client(self.path, self.split, "float32", "cpu", changes)
+            model, _ = load_client(self.path, self.split, "float32", "cpu", changes)
             changes.clear()
             optimizer = AdapterOptimizer(inject(model, specs(self.layers), ""), TrainConfig())
             model.train()
             batches = spread_batches(self.rows, self.length, int(config.vocab_size))
-            with StreamLink(self.address, self.token) as link:
-                train_client(model, optimizer, batches, link, first_step=0, steps=STEPS)
+            with StreamLink(self.endpoint, self.token) as link:
+                train_client(ClientTrainer(model, optimizer, batches, first_step=0), link, STEPS)
         return own, memory.bytes
 
 
@@ -92,7 +93,7 @@ def memory(path: str) -> Iterator[Row]:
     """Predicted and measured peak of a client in a process of its own, which trains against a server in this one."""
     config = read_config(path)
     base = SharedBase(path)
-    stream = StreamServer("127.0.0.1", 0)
+    stream = StreamServer("127.0.0.1", 0, identity=make_identity("127.0.0.1"))
     last = int(config.num_hidden_layers) - 1
     splits = sorted({1, (last + 1) // 6, (last + 1) // 3, 2 * (last + 1) // 3, last} - {0})
     runs = [(split, shape, False) for split in splits for shape in SHAPES] + [(last, SHAPES[0], True)]
@@ -103,7 +104,7 @@ def memory(path: str) -> Iterator[Row]:
             above = inject(part, specs(name for name, _ in part.linears()), "")
             token = stream.admit(ServerTrainer(part, AdapterOptimizer(above, TrainConfig())))
             layers = {la.name: (la.out_features, la.in_features) for la in cost.layers if la.block < split}
-            run = ClientRun(path, split, rows, length, layers, updated, stream.address, token)
+            run = ClientRun(path, split, rows, length, layers, updated, stream.endpoint, token)
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
                 own, measured = process.submit(run.measure).result()
             predicted = cost.client_bytes(split, dict.fromkeys(layers, RANK), own, updated=updated)

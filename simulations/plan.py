@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -117,7 +116,7 @@ def show(result: Forecast, console: Console) -> None:
     for client, missing in plan.left_out.items():
         say(f"client {client} is left out: it misses {missing:,} bytes of its {format_bytes(_memory(result, client))}")
     if METHODS[config.method.name].split:
-        up, down = cost.wire_bytes(getattr(torch, config.transport.wire).itemsize)
+        up, down = cost.wire_bytes(config.transport.up, config.transport.down)
         say(f"wire: {format_bytes(up)} up and {format_bytes(down)} down, a client and step")
         budget = (
             "memory not stated" if server.memory_bytes == sys.maxsize else f"of {format_bytes(server.memory_bytes)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from pathlib import Path
@@ -24,8 +25,13 @@ def e2e_folder() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Tiny tensors gain nothing from threads, and threads that wait for each other on a busy machine cost seconds."""
+    """Tiny tensors gain nothing from threads, and threads that wait for each other on a busy machine cost seconds.
+
+    Measuring memory collects garbage, which takes most of a second in a process that has imported everything; what is
+    imported by now is no garbage.
+    """
     torch.set_num_threads(1)
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -25,6 +26,10 @@ class LocalGrid(Grid):
     def __init__(self, app: ClientApp, node_configs: Mapping[int, dict[str, Any]]) -> None:
         self.node_configs = dict(node_configs)
         self.sent: list[Message] = []
+        self.contexts: dict[int, Context] = {}
+        self._waiting: dict[str, Message] = {}
+        self._folder = tempfile.TemporaryDirectory()
+        self.disk = self._folder.name
         self._app = app
         # what an engine says to the process of a task before it runs
         TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 0
@@ -32,14 +37,28 @@ class LocalGrid(Grid):
     def get_node_ids(self) -> Iterable[int]:
         return list(self.node_configs)
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        messages = list(messages)
-        self.sent += messages
-        return [self._answer(message) for message in messages]
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = []
+        for message in messages:
+            ids.append(str(len(self.sent)))
+            self._waiting[ids[-1]] = message
+            self.sent.append(message)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        replies = []
+        for message_id in message_ids:
+            if message_id in self._waiting:
+                reply = self._answer(self._waiting.pop(message_id))
+                reply.metadata.__dict__["_reply_to_message_id"] = message_id
+                replies.append(reply)
+        return replies
 
     def _answer(self, message: Message) -> Message:
         node = message.metadata.dst_node_id
-        context = Context(0, node, self.node_configs[node], RecordDict(), {})
+        config = {"state-dir": self.disk} | self.node_configs[node]
+        context = self.contexts.setdefault(node, Context(1, node, config, RecordDict(), {}))
+        context.node_config = config
         try:
             reply = self._app(message, context)
         except Exception as error:
@@ -55,8 +74,5 @@ class LocalGrid(Grid):
     def create_message(self, *args: Any, **kwargs: Any) -> Message:
         raise NotImplementedError
 
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        raise NotImplementedError
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         raise NotImplementedError

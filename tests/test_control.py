@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import torch
 
 from hsplitlora_flwr.config import Config
-from hsplitlora_flwr.control import Description, Outcome, Task, read_settings, settings_records
-from hsplitlora_flwr.lora import AdapterSpec
+from hsplitlora_flwr.control import PROBE, TRAIN, Description, Outcome, Task, read_settings, settings_records
+from hsplitlora_flwr.lora import AdapterSpec, Change
+from hsplitlora_flwr.lora.delta import LayerPatch, Patch
+from hsplitlora_flwr.transport.stream import Endpoint
 
 
 def test_description() -> None:
-    description = Description("2", 40, 10**12, 700_000_000, 77, 0)
+    description = Description("2", 40, 10**12, 700_000_000, 77, {"model.layers.0.q": "1-abc"}, 1, up=2.5)
     assert Description.from_records(description.to_records()) == description
 
 
@@ -22,29 +27,45 @@ def test_settings() -> None:
 def test_task() -> None:
     config = Config.from_run_config({"lora.dropout": 0.25})
     specs = {"model.layers.0.q": AdapterSpec(4, 8.0, 0.25), "model.layers.1.q": AdapterSpec(16, 32.0, 0.25)}
-    changes = {"model.layers.0.q:B": torch.randn(4, 2), "model.layers.0.q:A": torch.randn(2, 4)}
-    records = Task(config, "1", 3, 2, specs, 24, 12, "127.0.0.1:5", "secret", changes).to_records()
+    change = Change(factors=(torch.randn(4, 2), torch.randn(2, 4)))
+    patch = Patch(2, {"model.layers.0.q": LayerPatch("0", "2-ab", (change,))})
+    start = {"model.layers.1.q": (torch.randn(4, 3), torch.randn(3, 4))}
+    sent = Task(config, TRAIN, "1", 3, 2, specs, 24, 12, patch=patch, start=start)
+    sent = sent.over_stream(Endpoint("127.0.0.1:5", "PEM", "name"), "secret")
+    records = sent.to_records()
     task = Task.from_records(records)
     assert (task.client, task.round, task.split, task.first_step, task.steps) == ("1", 3, 2, 24, 12)
-    assert (task.address, task.token, task.seed) == ("127.0.0.1:5", "secret", "0/3/1")
+    assert (task.endpoint, task.token, task.seed) == (sent.endpoint, "secret", "0/3/1")
     assert task.config == config
     assert task.specs == specs
-    assert all(torch.equal(task.changes[name], tensor) for name, tensor in changes.items())
+    [part] = task.patch.layers.values()
+    assert (part.start, part.end, task.patch.version) == ("0", "2-ab", 2)
+    for mine, theirs in zip(part.updates[0].tensors, change.tensors, strict=True):
+        assert torch.equal(mine, theirs)
+    assert all(
+        torch.equal(x, y) for x, y in zip(task.start["model.layers.1.q"], start["model.layers.1.q"], strict=True)
+    )
     assert not records.array_records["update"], "the message must not hold on to the bytes"
+    assert Task.from_text(config, json.loads(json.dumps(task.to_text()))) == replace(
+        sent.without_tensors(), endpoint=Endpoint("", "", ""), token="", patch=Patch(0, {})
+    )
 
 
 def test_an_empty_task_is_a_probe() -> None:
-    task = Task.from_records(Task(Config(), "0", 0, 1, {}, 0, 2, "a:1", "t").to_records())
+    task = Task.from_records(Task(Config(), PROBE, "0", 0, 1, {}, 0, 2).to_records())
     assert task.specs == {}
-    assert task.changes == {}
+    assert task.patch.layers == {}
 
 
 def test_outcome() -> None:
     adapters = {"model.layers.0.q": (torch.randn(4, 2), torch.randn(2, 8))}
-    outcome = Outcome(adapters, {"model.layers.0.q": 0.5}, [3.0, 2.0], {"seconds": 1.5})
+    outcome = Outcome(
+        adapters, {"model.layers.0.q": 0.5}, [3.0, 2.0], {"seconds": 1.5}, Description("2", 40, 10, 7, 77)
+    )
     back = Outcome.from_records(outcome.to_records())
     assert back.importance == outcome.importance
     assert back.losses == outcome.losses
+    assert back.description == outcome.description
     assert back.metrics == outcome.metrics
     for mine, theirs in zip(back.adapters["model.layers.0.q"], adapters["model.layers.0.q"], strict=True):
         assert torch.equal(mine, theirs)

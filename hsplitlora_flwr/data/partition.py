@@ -7,12 +7,44 @@ client k a share that grows with k + 1, ``dirichlet`` draws each group's shares 
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import random
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
+
+import platformdirs
 
 from hsplitlora_flwr.config import DataConfig
 from hsplitlora_flwr.data.sources import DataError, Example
+
+
+def cached_partition(
+    examples: Sequence[Example], config: DataConfig, num_clients: int, seed: int, folder: Path | None = None
+) -> list[list[int]]:
+    """As :func:`partition`, from a file of ``folder`` where the same was asked for before.
+
+    A node of a deployment is a new process for every message, and what deals rows takes seconds to import.
+
+    Parameters
+    ----------
+    folder : Path, optional
+        By default ``partitions`` in the user's cache directory.
+    """
+    asked = [config.partition, config.alpha, num_clients, seed, [example.group for example in examples]]
+    digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+    file = (folder or platformdirs.user_cache_path("hsplitlora_flwr") / "partitions") / f"{digest}.json"
+    try:
+        parts: list[list[int]] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        parts = partition(examples, config, num_clients, seed)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draft = file.with_suffix(f".{os.getpid()}")
+        draft.write_text(json.dumps(parts), encoding="utf-8")
+        draft.replace(file)
+    return parts
 
 
 def partition(examples: Sequence[Example], config: DataConfig, num_clients: int, seed: int) -> list[list[int]]:

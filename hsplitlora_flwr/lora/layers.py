@@ -91,21 +91,39 @@ class AdaptedLinear(nn.Module):
 
 
 class SeededDropout(nn.Module):
-    """Dropout whose masks follow from a seed and the number of forwards, on whatever machine or thread they run.
+    """Dropout whose masks follow from a seed and the micro-batch, on whatever machine or thread they are drawn.
 
-    A layer then drops the same inputs whether its model is cut or not, and whichever clients train beside it.
+    A layer then drops the same inputs whether its model is cut or not, whichever clients train beside it, and when a
+    forward pass is computed again (:func:`draw_masks`).
     """
 
     def __init__(self, probability: float, seed: int) -> None:
         super().__init__()
         self._keep = 1 - probability
-        self._generator = torch.Generator().manual_seed(seed)
+        self._seed = seed
+        self._generator = torch.Generator()
+        self.draw(0, 0)
+
+    def draw(self, step: int, index: int) -> None:
+        """Go on with the masks of a micro-batch."""
+        self._generator.manual_seed(_number(f"{self._seed}/{step}/{index}"))
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
         mask = torch.empty(x.shape, dtype=x.dtype).bernoulli_(self._keep, generator=self._generator)
         return x * mask.div_(self._keep).to(x.device)
+
+
+def draw_masks(part: ModelPart, step: int, index: int) -> None:
+    """Make the next forward pass of ``part`` drop what belongs to micro-batch ``index`` of global step ``step``."""
+    for module in part.modules():
+        if isinstance(module, SeededDropout):
+            module.draw(step, index)
+
+
+def _number(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def inject(
@@ -141,8 +159,7 @@ def inject(
     for name, module in list(part.linears()):
         if name in specs:
             layer = _adapted(part, name, module)
-            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-            layer.add_adapter(specs[name], int.from_bytes(digest[:8], "big") >> 1, (start or {}).get(name))
+            layer.add_adapter(specs[name], _number(f"{seed}/{name}"), (start or {}).get(name))
             layer.lora_A.requires_grad_(not freeze_a)
             parameters += [layer.lora_B] if freeze_a else [layer.lora_A, layer.lora_B]
     return parameters

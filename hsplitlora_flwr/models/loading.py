@@ -7,10 +7,10 @@ are read: safetensors files are memory-mapped, so bytes that belong to the other
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from accelerate import init_empty_weights
@@ -23,7 +23,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from hsplitlora_flwr.models.demo import demo_model, is_demo_model
 from hsplitlora_flwr.models.families import FAMILIES, Family
 from hsplitlora_flwr.models.proof import find_family
-from hsplitlora_flwr.models.split import ClientModel, ServerModel, check_split, client_part, server_part
+from hsplitlora_flwr.models.split import (
+    BodyModel,
+    ClientModel,
+    HeadModel,
+    ServerModel,
+    body_part,
+    check_split,
+    client_part,
+    head_part,
+    server_part,
+)
 
 
 class ModelFilesError(ValueError):
@@ -49,7 +59,7 @@ def load_causal_lm(path: str, dtype: str = "float32", device: str = "cpu") -> Pr
     """
     checkpoint = Checkpoint(path)
     model = empty_model(checkpoint.config, dtype)
-    _materialise(model, "", checkpoint, dtype, device)
+    _materialise({"": model}, checkpoint, dtype, device)
     model.requires_grad_(False).eval()
     return model
 
@@ -62,18 +72,63 @@ def load_client_model(path: str, split: int, dtype: str = "float32", device: str
     ModelFilesError, SplitError, UnsupportedModelError
         If the files cannot be read, the split is out of range, or the model cannot be cut.
     """
+    return load_client_parts(path, split, dtype, device, head=False)[0]
+
+
+@overload
+def load_client_parts(
+    path: str, split: int, dtype: str = ..., device: str = ..., *, head: Literal[True] = ...
+) -> tuple[ClientModel, HeadModel]: ...
+@overload
+def load_client_parts(
+    path: str, split: int, dtype: str = ..., device: str = ..., *, head: bool
+) -> tuple[ClientModel, HeadModel | None]: ...
+def load_client_parts(
+    path: str, split: int, dtype: str = "float32", device: str = "cpu", *, head: bool = True
+) -> tuple[ClientModel, HeadModel | None]:
+    """What a client holds: embeddings and blocks ``0 .. split - 1``, and with ``head`` the final norm and the head.
+
+    No other tensor is read. A head that is tied to the embeddings is one tensor with them.
+
+    Parameters
+    ----------
+    path, dtype, device : str
+        As for :func:`load_causal_lm`.
+    split : int
+        Number of blocks of the client, ``1 <= split <= L - 1``.
+    head : bool
+        Whether the client computes the loss, so that its labels stay with it.
+
+    Raises
+    ------
+    ModelFilesError, SplitError, UnsupportedModelError
+        If the files cannot be read, the split is out of range, or the model cannot be cut.
+    """
     checkpoint = Checkpoint(path)
     family = find_family(checkpoint.config)
     check_split(checkpoint.config, split)
-    client = client_part(empty_model(checkpoint.config, dtype), family, split)
-    _materialise(client.decoder, f"{family.decoder}.", checkpoint, dtype, device)
-    return client.requires_grad_(False)
+    model = empty_model(checkpoint.config, dtype)
+    client, top = client_part(model, family, split), head_part(model, family) if head else None
+    modules = {f"{family.decoder}.": client.decoder} | ({"": top.causal_lm} if top else {})
+    _materialise(modules, checkpoint, dtype, device)
+    return client, top
 
 
-def split_model(model: PreTrainedModel | str, split: int) -> tuple[ClientModel, ServerModel]:
-    """Cut a causal LM after ``split`` blocks.
+@overload
+def split_model(
+    model: PreTrainedModel | str, split: int, labels: Literal["server"] = ...
+) -> tuple[ClientModel, ServerModel]: ...
+@overload
+def split_model(
+    model: PreTrainedModel | str, split: int, labels: Literal["client"]
+) -> tuple[ClientModel, BodyModel, HeadModel]: ...
+def split_model(
+    model: PreTrainedModel | str, split: int, labels: Literal["server", "client"] = "server"
+) -> tuple[ClientModel, ServerModel] | tuple[ClientModel, BodyModel, HeadModel]:
+    """Cut a causal LM after ``split`` blocks and, where the labels stay with the client, before its final norm as well.
 
-    ``server(client(input_ids, attention_mask), attention_mask, labels).loss`` equals the unsplit model's loss.
+    ``server(client(input_ids, attention_mask), attention_mask, labels).loss`` equals the unsplit model's loss, and so
+    does ``head(body(client(input_ids, attention_mask), attention_mask), labels).loss``.
 
     Parameters
     ----------
@@ -82,16 +137,30 @@ def split_model(model: PreTrainedModel | str, split: int) -> tuple[ClientModel, 
         frozen.
     split : int
         Number of blocks of the client, ``1 <= split <= L - 1``.
+    labels : {"server", "client"}
+        Who computes the loss.
+
+    Returns
+    -------
+    tuple
+        ``(client, server)``, or ``(client, body, head)`` where the labels stay with the client.
 
     Raises
     ------
     SplitError, UnsupportedModelError
         If ``split`` is out of range, or the model cannot be cut.
+    ValueError
+        If ``labels`` is neither.
     """
+    if labels not in ("server", "client"):
+        raise ValueError(f"labels={labels!r} is not possible; choose 'server' or 'client'")
     if isinstance(model, str):
         model = load_causal_lm(model)
     family = find_family(model.config)
-    return client_part(model, family, split), server_part(model, family, split)
+    client = client_part(model, family, split)
+    if labels == "client":
+        return client, body_part(model, family, split), head_part(model, family)
+    return client, server_part(model, family, split)
 
 
 @lru_cache(maxsize=1)
@@ -244,23 +313,25 @@ def _local(path: str) -> str:
     return str(demo_model()) if is_demo_model(path) else path
 
 
-def _materialise(module: nn.Module, prefix: str, checkpoint: Checkpoint, dtype: str, device: str) -> None:
-    """Give the parameters of ``module``, called ``prefix`` + their name in the whole model, their values."""
-    tied: dict[int, list[str]] = {}  # names of one and the same parameter
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        tied.setdefault(id(parameter), []).append(name)
-    by_first_name = {names[0]: names for names in tied.values()}
-    base = type(module).base_model_prefix if isinstance(module, PreTrainedModel) else ""
-    stored = checkpoint.tensors([prefix + name for name in by_first_name], base)
-    for full_name, tensor in stored:
-        first = full_name.removeprefix(prefix)
-        if tensor.shape != module.get_parameter(first).shape:
+def _materialise(modules: Mapping[str, PreTrainedModel], checkpoint: Checkpoint, dtype: str, device: str) -> None:
+    """Give the parameters of ``modules`` their values; a parameter is called the module's key + its name there."""
+    tied: dict[int, list[tuple[str, nn.Module, str]]] = {}  # name, owner and attribute of one and the same parameter
+    for prefix, module in modules.items():
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            path, _, attribute = name.rpartition(".")
+            tied.setdefault(id(parameter), []).append((prefix + name, module.get_submodule(path), attribute))
+    by_first_name = {places[0][0]: places for places in tied.values()}
+    base = next(iter(modules.values())).base_model_prefix
+    for name, tensor in checkpoint.tensors(list(by_first_name), base):
+        _, owner, attribute = by_first_name[name][0]
+        wanted = getattr(owner, attribute).shape
+        if tensor.shape != wanted:
             raise ModelFilesError(
-                f"model.path={checkpoint.path}: '{full_name}' has shape {tuple(tensor.shape)}, "
-                f"the configuration says {tuple(module.get_parameter(first).shape)}"
+                f"model.path={checkpoint.path}: '{name}' has shape {tuple(tensor.shape)}, "
+                f"the configuration says {tuple(wanted)}"
             )
         value = nn.Parameter(tensor.to(device=device, dtype=getattr(torch, dtype)), requires_grad=False)
-        for name in by_first_name[first]:
-            parent, _, attribute = name.rpartition(".")
-            setattr(module.get_submodule(parent), attribute, value)
-    module.to(device)  # the computed buffers
+        for _, owner, attribute in by_first_name[name]:
+            setattr(owner, attribute, value)
+    for module in modules.values():
+        module.to(device)  # type: ignore[arg-type]  # the computed buffers

@@ -1,7 +1,8 @@
 """Which family a model belongs to, and the proof that a model that nobody registered can be cut.
 
 The layout of an unregistered model is read off a tiny random model of the same class. That model is then cut at every
-block and must give the unsplit loss and gradients; otherwise the model is refused. It is never silently wrong.
+block, in two and in three, and must give the unsplit loss and gradients; otherwise the model is refused. It is never
+silently wrong.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from __future__ import annotations
 import logging
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from hsplitlora_flwr.models.families import FAMILIES, Family, UnsupportedModelError, list_families, tiny_config
-from hsplitlora_flwr.models.split import client_part, server_part
+from hsplitlora_flwr.models.split import body_part, client_part, head_part, server_part
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def _read_layout(model: PreTrainedModel, model_type: str) -> Family:
 
 
 def prove(model: PreTrainedModel, family: Family) -> None:
-    """Cut a model at every block and compare the loss and the gradient of every linear weight with the whole.
+    """Cut a model at every block, in two and in three, and compare the loss and the gradients with the whole's.
 
     Parameters
     ----------
@@ -95,7 +96,7 @@ def prove(model: PreTrainedModel, family: Family) -> None:
     Raises
     ------
     UnsupportedModelError
-        If a loss or a gradient differs by more than 1e-9.
+        If a loss, or the gradient of a weight that is a matrix, differs by more than 1e-9.
     """
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(3, model.config.vocab_size, (2, 9), generator=generator)
@@ -113,14 +114,24 @@ def prove(model: PreTrainedModel, family: Family) -> None:
 
     for split in range(1, model.config.num_hidden_layers):
         client, server = client_part(model, family, split), server_part(model, family, split)
+        body, head = body_part(model, family, split), head_part(model, family)
         for weight in weights:  # the parts share the model's tensors
             weight.requires_grad_(True)
-        split_loss = server(client(input_ids, attention_mask), attention_mask, labels).loss
-        if not torch.allclose(split_loss, loss, rtol=0, atol=1e-9):
-            raise UnsupportedModelError(f"cut after block {split}, its loss is {split_loss:.9f}, not {loss:.9f}")
-        for got, wanted in zip(torch.autograd.grad(split_loss, weights, allow_unused=True), expected, strict=True):
-            if (got is None) != (wanted is None) or (
-                got is not None and wanted is not None and not torch.allclose(got, wanted, rtol=0, atol=1e-9)
-            ):
-                raise UnsupportedModelError(f"cut after block {split}, its gradients differ from the whole's")
+        cut = client(input_ids, attention_mask)
+        for parts, split_loss in (
+            ("in two", server(cut, attention_mask, labels).loss),
+            ("in three", head(body(cut, attention_mask), labels).loss),
+        ):
+            where = f"cut {parts} after block {split}"
+            if not torch.allclose(split_loss, loss, rtol=0, atol=1e-9):
+                raise UnsupportedModelError(f"{where}, its loss is {split_loss:.9f}, not {loss:.9f}")
+            got = torch.autograd.grad(split_loss, weights, retain_graph=True, allow_unused=True)
+            if not all(map(_equal, got, expected)):
+                raise UnsupportedModelError(f"{where}, its gradients differ from the whole's")
     model.requires_grad_(False)
+
+
+def _equal(got: Tensor | None, wanted: Tensor | None) -> bool:
+    if got is None or wanted is None:
+        return got is wanted
+    return torch.allclose(got, wanted, rtol=0, atol=1e-9)

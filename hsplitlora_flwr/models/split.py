@@ -1,15 +1,21 @@
-"""A causal LM cut in two.
+"""A causal LM cut in two, or in three where the labels stay with the client.
 
     input_ids -> [ embeddings | blocks 0 .. l-1 ] -> cut activation -> [ blocks l .. L-1 | norm | head ] -> loss
                             ClientModel                                             ServerModel
 
-Each part is the model's own decoder with a shorter list of blocks, so masks, rotary positions and attention come from
-the model's code and not from a copy of it. Two things happen on one side only:
+    input_ids -> [ embeddings | blocks 0 .. l-1 ] -> cut activation -> [ blocks l .. L-1 ]
+                            ClientModel                                      BodyModel
+                                             loss <- [ norm | head ] <- hidden state of the last block
+                                                        HeadModel
 
-- *Embeddings and positions.* The server's decoder gets the cut activation where embeddings would go. What it computes
-  before its first block (position embeddings, scaling, dropout) is thrown away: a hook hands the cut activation itself
-  to that block.
-- *Norm and head.* They are absent from the client.
+Each part is the model's own decoder, or the whole causal LM, with a shorter list of blocks, so masks, rotary positions,
+attention and the scaling of logits come from the model's code and not from a copy of it. What a part does not hold is
+passed by:
+
+- *Before the entrance.* A part above the client's gets a hidden state where embeddings would go. What the decoder
+  computes before the first module of the part (position embeddings, scaling, dropout) is thrown away: a hook hands the
+  hidden state itself to that module, a block or, in the head, the final norm.
+- *Behind the exit.* The final norm of a part that ends before it does nothing.
 
 Parts share their tensors with the model they were cut from: cutting costs no memory, and one frozen base serves any
 number of clients with different split points, each with adapters of its own (see :mod:`hsplitlora_flwr.lora.layers`).
@@ -18,7 +24,8 @@ number of clients with different split points, each with adapters of its own (se
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypeVar
@@ -37,7 +44,16 @@ IGNORED = -100
 
 
 class ModelPart(nn.Module):
-    """What both parts have: some blocks of a model, and its linear layers by absolute name.
+    """What all parts have: some blocks of a model, and their linear layers by absolute name.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The decoder with these blocks, or, in a part that ends in the head, the causal LM around it.
+    family : Family
+        The layout of the model.
+    first_block : int
+        Index, in the whole model, of the first block held here.
 
     Attributes
     ----------
@@ -49,16 +65,17 @@ class ModelPart(nn.Module):
         Of the frozen base, and so of the cut activation.
     """
 
-    def __init__(self, family: Family, first_block: int, dtype: torch.dtype) -> None:
+    def __init__(self, model: PreTrainedModel, family: Family, first_block: int) -> None:
         super().__init__()
+        self._model = model
         self.family = family
         self.first_block = first_block
-        self.dtype = dtype
+        self.dtype = model.dtype
 
     @property
     def decoder(self) -> PreTrainedModel:
         """The module that runs the blocks."""
-        raise NotImplementedError
+        return self._model
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -94,13 +111,8 @@ class ClientModel(ModelPart):
     """Embeddings and blocks ``0 .. split - 1``."""
 
     def __init__(self, decoder: PreTrainedModel, family: Family, split: int) -> None:
-        super().__init__(family, 0, decoder.dtype)
-        self._decoder = decoder
+        super().__init__(decoder, family, 0)
         self.split = split
-
-    @property
-    def decoder(self) -> PreTrainedModel:
-        return self._decoder
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The cut activation.
@@ -117,9 +129,60 @@ class ClientModel(ModelPart):
         Tensor
             ``(batch, seq, hidden)`` in the dtype of the base.
         """
-        outputs = self._decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        outputs = self._model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         cut: Tensor = outputs.last_hidden_state
         return cut
+
+
+class Entrance:
+    """Where a part above the client's begins: hands a hidden state to a module in place of what came before it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._hidden: Tensor | None = None
+        module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True)
+
+    @contextmanager
+    def at(self, hidden: Tensor) -> Iterator[Tensor]:
+        """Forward passes inside go on from ``hidden``; what they are to get as ``inputs_embeds`` is yielded."""
+        self._hidden = hidden
+        try:
+            yield hidden.detach()
+        finally:
+            self._hidden = None
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (self._hidden, *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": self._hidden}
+
+
+class BodyModel(ModelPart):
+    """Blocks ``split .. L - 1`` and nothing else: the server's part where the labels stay with the client."""
+
+    def __init__(self, decoder: PreTrainedModel, family: Family, split: int) -> None:
+        super().__init__(decoder, family, split)
+        self.split = split
+        self._entrance = Entrance(self.blocks[0])
+
+    def forward(self, cut: Tensor, attention_mask: Tensor) -> Tensor:
+        """The hidden state of the last block, before the final norm.
+
+        Parameters
+        ----------
+        cut : Tensor
+            The client's cut activation, ``(batch, seq, hidden)``.
+        attention_mask : Tensor
+            1 for tokens and 0 for padding, int64, ``(batch, seq)``.
+
+        Returns
+        -------
+        Tensor
+            ``(batch, seq, hidden)`` in the dtype of the base.
+        """
+        with self._entrance.at(cut) as inputs:
+            outputs = self._model(inputs_embeds=inputs, attention_mask=attention_mask, use_cache=False)
+        hidden: Tensor = outputs.last_hidden_state
+        return hidden
 
 
 @dataclass
@@ -134,14 +197,18 @@ class PredictingPart(ModelPart):
     """A part that ends in the model's norm and head, and so knows the loss."""
 
     def __init__(self, causal_lm: PreTrainedModel, family: Family, first_block: int) -> None:
-        super().__init__(family, first_block, causal_lm.dtype)
-        self._causal_lm = causal_lm
+        super().__init__(causal_lm, family, first_block)
         self._labelled: Tensor | None = None
         causal_lm.get_output_embeddings().register_forward_pre_hook(self._keep_labelled)
 
     @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The Hugging Face model inside, without the blocks that are not held here."""
+        return self._model
+
+    @property
     def decoder(self) -> PreTrainedModel:
-        decoder = self._causal_lm.get_submodule(self.family.decoder)
+        decoder = self._model.get_submodule(self.family.decoder)
         assert isinstance(decoder, PreTrainedModel)
         return decoder
 
@@ -151,13 +218,11 @@ class PredictingPart(ModelPart):
         self._labelled = labelled
         try:
             # The head sees labelled positions only; prompt and padding never cost (tokens x vocabulary).
-            logits = self._causal_lm(**inputs, use_cache=False).logits
+            logits = self._model(**inputs, use_cache=False).logits
         finally:
             self._labelled = None
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         tokens = int(labelled.sum())
-        total = nn.functional.cross_entropy(logits, targets[labelled], reduction="sum")
-        return LossOutput(total / (normalizer or max(tokens, 1)), tokens)
+        return LossOutput(summed_loss(logits, targets[labelled]) / (normalizer or max(tokens, 1)), tokens)
 
     def _keep_labelled(self, head: nn.Module, args: tuple[Any, ...]) -> Any:
         if self._labelled is None:  # generation asks for its own positions
@@ -172,8 +237,7 @@ class ServerModel(PredictingPart):
     def __init__(self, causal_lm: PreTrainedModel, family: Family, split: int) -> None:
         super().__init__(causal_lm, family, split)
         self.split = split
-        self._cut: Tensor | None = None
-        self.blocks[0].register_forward_pre_hook(self._enter_at_cut, with_kwargs=True)
+        self._entrance = Entrance(self.blocks[0])
 
     def forward(self, cut: Tensor, attention_mask: Tensor, labels: Tensor, normalizer: int | None = None) -> LossOutput:
         """The loss of a cut activation.
@@ -191,16 +255,35 @@ class ServerModel(PredictingPart):
             What the summed loss is divided by; the number of labelled tokens by default. The micro-batches of one batch
             pass the batch's number, so that their losses and gradients add up to the batch's.
         """
-        self._cut = cut
-        try:
-            return self._loss(labels, normalizer, inputs_embeds=cut.detach(), attention_mask=attention_mask)
-        finally:
-            self._cut = None
+        with self._entrance.at(cut) as inputs:
+            return self._loss(labels, normalizer, inputs_embeds=inputs, attention_mask=attention_mask)
 
-    def _enter_at_cut(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args:
-            return (self._cut, *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": self._cut}
+
+class HeadModel(PredictingPart):
+    """The final norm, the head and the loss, without a block: on the client, where its labels stay."""
+
+    def __init__(self, causal_lm: PreTrainedModel, family: Family, first_block: int) -> None:
+        super().__init__(causal_lm, family, first_block)
+        final = (getattr(self.decoder, name, None) for name in family.final)
+        first = next((module for module in final if module is not None), causal_lm.get_output_embeddings())
+        self._entrance = Entrance(first)
+
+    def forward(self, hidden: Tensor, labels: Tensor, normalizer: int | None = None) -> LossOutput:
+        """The loss of a hidden state; ``labels`` and ``normalizer`` as for :class:`ServerModel`.
+
+        Parameters
+        ----------
+        hidden : Tensor
+            What :class:`BodyModel` gives, ``(batch, seq, hidden)``.
+        """
+        with self._entrance.at(hidden) as inputs:
+            return self._loss(labels, normalizer, inputs_embeds=inputs)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The logits of every position, ``(batch, seq, vocab)`` in the dtype of the base; ``hidden`` as above."""
+        with self._entrance.at(hidden) as inputs:
+            logits: Tensor = self._model(inputs_embeds=inputs, use_cache=False).logits
+        return logits
 
 
 class WholeModel(PredictingPart):
@@ -208,11 +291,6 @@ class WholeModel(PredictingPart):
 
     def __init__(self, causal_lm: PreTrainedModel, family: Family) -> None:
         super().__init__(causal_lm, family, 0)
-
-    @property
-    def causal_lm(self) -> PreTrainedModel:
-        """The Hugging Face model inside."""
-        return self._causal_lm
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, normalizer: int | None = None
@@ -238,30 +316,40 @@ def check_split(config: PretrainedConfig, split: int) -> None:
 def client_part(model: PreTrainedModel, family: Family, split: int) -> ClientModel:
     """The client's part of ``model``, sharing its tensors."""
     check_split(model.config, split)
-    decoder = _share(model.get_submodule(family.decoder))
-    _keep_blocks(decoder, family, 0, split)
-    for name in family.final:
-        if getattr(decoder, name, None) is not None:
-            setattr(decoder, name, nn.Identity())
-    assert isinstance(decoder, PreTrainedModel)
-    return ClientModel(decoder, family, split)
+    return ClientModel(_bare_decoder(model, family, 0, split), family, split)
+
+
+def body_part(model: PreTrainedModel, family: Family, split: int) -> BodyModel:
+    """The server's part of ``model`` where the labels stay with the client, sharing its tensors."""
+    check_split(model.config, split)
+    return BodyModel(_bare_decoder(model, family, split, model.config.num_hidden_layers), family, split)
 
 
 def server_part(model: PreTrainedModel, family: Family, split: int) -> ServerModel:
     """The server's part of ``model``, sharing its tensors."""
     check_split(model.config, split)
     causal_lm = _share(model)
-    decoder = causal_lm.get_submodule(family.decoder)
-    _keep_blocks(decoder, family, split, model.config.num_hidden_layers)
-    for name in family.embeddings:
-        if getattr(decoder, name, None) is not None:
-            setattr(decoder, name, _Absent())
+    _keep_blocks(causal_lm.get_submodule(family.decoder), family, split, model.config.num_hidden_layers)
     return ServerModel(causal_lm, family, split)
+
+
+def head_part(model: PreTrainedModel, family: Family) -> HeadModel:
+    """The final norm and the head of ``model``, sharing its tensors."""
+    blocks = model.config.num_hidden_layers
+    causal_lm = _share(model)
+    _keep_blocks(causal_lm.get_submodule(family.decoder), family, blocks, blocks)
+    return HeadModel(causal_lm, family, blocks)
 
 
 def whole_model(model: PreTrainedModel, family: Family) -> WholeModel:
     """All of ``model`` as one part, sharing its tensors."""
     return WholeModel(_share(model), family)
+
+
+def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of ``(tokens, vocab)`` logits, summed over ``(tokens,)`` targets, in fp32 or above; a scalar."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return nn.functional.cross_entropy(logits, targets, reduction="sum")
 
 
 class _Absent(nn.Module):
@@ -283,10 +371,29 @@ def _share(module: M) -> M:
     return copy.deepcopy(module, tensors)
 
 
+def _bare_decoder(model: PreTrainedModel, family: Family, first: int, last: int) -> PreTrainedModel:
+    """The decoder of ``model`` with blocks ``first .. last - 1``, which ends before the final norm."""
+    decoder = _share(model.get_submodule(family.decoder))
+    _keep_blocks(decoder, family, first, last)
+    _replace(decoder, family.final, nn.Identity())
+    assert isinstance(decoder, PreTrainedModel)
+    return decoder
+
+
 def _keep_blocks(decoder: nn.Module, family: Family, first: int, last: int) -> None:
+    """Drop all blocks but ``first .. last - 1``, and the embeddings where they lead to another block than the first."""
     blocks = decoder.get_submodule(family.blocks)
     assert isinstance(blocks, nn.ModuleList)
     decoder.set_submodule(family.blocks, nn.ModuleList(list(blocks)[first:last]))
     config = decoder.config
     assert isinstance(config, PretrainedConfig)
     shorten(config, first, last)
+    if first > 0:
+        _replace(decoder, family.embeddings, _Absent())
+
+
+def _replace(decoder: nn.Module, names: Iterable[str], module: nn.Module) -> None:
+    """Put ``module`` in the place of those of ``names`` that this model has."""
+    for name in names:
+        if getattr(decoder, name, None) is not None:
+            setattr(decoder, name, module)

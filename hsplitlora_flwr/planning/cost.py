@@ -8,7 +8,9 @@ needs no weights. A client peaks while it loads or while it trains:
     training = process + weights + adapters x (parameter + gradient + optimizer states)
                + activations kept for backward + the largest temporary
 
-An update that is merged into the weights is gone before training starts; one beside them (bf16) stays.
+An update that is merged into the weights is gone before training starts; one beside them (bf16) stays. Where the labels
+stay with the client it also holds the final norm and the head, and their step may be the largest temporary. Activations
+are kept for every micro-batch that is under way.
 
 The activations are those of a padded batch of the longest sequences. Weights are read through a memory map, so the rows
 of the embeddings that no text has used yet are not resident: a short run stays below the prediction by as much.
@@ -24,14 +26,17 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PretrainedConfig
 
+from hsplitlora_flwr.config import WIRES
 from hsplitlora_flwr.lora.layers import takes_changes
 from hsplitlora_flwr.models.families import Family, shorten
 from hsplitlora_flwr.models.loading import empty_model
-from hsplitlora_flwr.models.split import client_part
-from hsplitlora_flwr.planning.trace import trace_block
+from hsplitlora_flwr.models.split import client_part, head_part
+from hsplitlora_flwr.planning.trace import trace_block, trace_head
 
 OPTIMIZERS = ("adamw", "sgd")
 """Optimizers whose states are known."""
+LABELS = ("server", "client")
+"""Who may hold the labels, and with them the final norm and the head."""
 
 
 class PlanError(ValueError):
@@ -52,6 +57,16 @@ class Workload:
         Of the adapters.
     momentum : bool
         Whether SGD keeps one.
+    labels : {"server", "client"}
+        Who computes the loss, from the final norm on.
+    in_flight : int
+        Micro-batches whose activations are kept at once. A server that computes the loss takes them one by one; then
+        its share of the memory is an upper bound.
+
+    Raises
+    ------
+    PlanError
+        If a value is not one of these.
     """
 
     batch_size: int
@@ -59,10 +74,16 @@ class Workload:
     dtype: str = "float32"
     optimizer: str = "adamw"
     momentum: bool = False
+    labels: str = "server"
+    in_flight: int = 1
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
             raise PlanError(f"optimizer={self.optimizer!r} is unknown; choose one of {', '.join(OPTIMIZERS)}")
+        if self.labels not in LABELS:
+            raise PlanError(f"labels={self.labels!r} is not possible; choose one of {', '.join(LABELS)}")
+        if self.in_flight < 1:
+            raise PlanError(f"in_flight={self.in_flight!r} is out of range; at least 1")
 
     @property
     def adapter_parameter_bytes(self) -> int:
@@ -92,7 +113,7 @@ class Layer:
     input_id: int = field(compare=False)
     """Layers of a block with the same number read the same tensor; it is kept once."""
     input_bytes: int = field(compare=False)
-    """Bytes of that tensor when a block without adapters would not keep it, else 0."""
+    """Bytes of that tensor, in every micro-batch in flight, when a block alone would not keep it, else 0."""
 
     def adapter_parameters(self, rank: int) -> int:
         """Parameters of an adapter of ``rank``."""
@@ -145,15 +166,22 @@ class CostModel:
         self.total_parameters = (
             sum(p.numel() for p in model.parameters()) + (self.num_blocks - 2) * self.block_parameters
         )
-        trace = trace_block(client_part(model, family, 1), workload.batch_size, workload.sequence_length)
+        # What is neither embedding nor block: final norm and head, or the norm alone where the head is tied.
+        self.head_parameters = (
+            self.total_parameters - self.embedding_parameters - self.num_blocks * self.block_parameters
+        )
+        self._client_has_labels = workload.labels == "client"
+        in_flight, shape = workload.in_flight, (workload.batch_size, workload.sequence_length)
+        trace = trace_block(client_part(model, family, 1), *shape)
         if missing := [target for target in targets or () if target not in _last_names(trace.layers)]:
             raise PlanError(
                 f"lora.targets names {missing}; the blocks of this model have {sorted(_last_names(trace.layers))}"
             )
+        traced = {n: dataclasses.replace(la, input_bytes=in_flight * la.input_bytes) for n, la in trace.layers.items()}
         self.all_layers = [
             Layer(f"{family.block_name(index)}.{name}", index, *dataclasses.astuple(layer))
             for index in range(self.num_blocks)
-            for name, layer in trace.layers.items()
+            for name, layer in traced.items()
         ]
         self.layers = [
             layer for layer in self.all_layers if targets is None or layer.name.rpartition(".")[2] in targets
@@ -167,22 +195,27 @@ class CostModel:
             for layer in self.layers
             if layer.block == 0
         )
-        self.block_bytes = trace.kept
+        self.block_bytes = in_flight * trace.kept
         self.cut_bytes = self.rows * int(config.hidden_size) * workload.item
-        every = {layer.name: 1 for layer in self.all_layers}
-        # Frames exist while nothing is computed: one as sent, one as received, and a copy of each inside the stream.
+        # A micro-batch on the wire: one frame as sent, one as received, and a copy of each inside the stream.
         frames = 4 * self.cut_bytes // workload.item * workload.adapter_item
-        self.temporary_bytes = max(trace.peak - self._kept(every, self.all_layers, 0, 1), self.cut_bytes + frames)
-        logits = self.rows * int(config.vocab_size)
-        self.head_bytes = 3 * logits * workload.adapter_item  # log-probabilities, and the gradients around them
-        self._head_flops = 2.0 * logits * int(config.hidden_size)
+        every = {layer.name: 1 for layer in self.all_layers}
+        step = trace.peak - self._kept(every, self.all_layers, 0, 1) // in_flight
+        # All but one may be on the wire while that one is computed on; or all are, and nothing is computed.
+        self.temporary_bytes = max(step + (in_flight - 1) * frames, self.cut_bytes + in_flight * frames)
+        self.head_bytes = trace_head(head_part(model, family), *shape) + (in_flight - 1) * frames
+        self._head_flops = 2.0 * self.rows * int(config.vocab_size) * int(config.hidden_size)
         heads = int(config.num_attention_heads)
         head_size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
         self._attention_flops = 4.0 * self.rows * workload.sequence_length * heads * head_size
 
     def client_parameters(self, split: int) -> int:
-        """Base parameters of a client: embeddings and its blocks."""
-        return self.embedding_parameters + split * self.block_parameters
+        """Base parameters of a client: embeddings, its blocks and, with the labels, the final norm and the head.
+
+        A head that is tied to the embeddings counts once.
+        """
+        above = (self.num_blocks - split) * self.block_parameters
+        return self.total_parameters - above - (0 if self._client_has_labels else self.head_parameters)
 
     def client_bytes(
         self, split: int, ranks: Mapping[str, int], process_bytes: int = 0, *, updated: bool = True
@@ -221,9 +254,13 @@ class CostModel:
             adapters=self.adapter_bytes(ranks, 0, split),
             activations=self.kept_bytes(ranks, 0, split),
             update=self.update_bytes(split) if updated else 0,
-            temporary=self.temporary_bytes,
+            temporary=self._temporary(self._client_has_labels),
             process=process_bytes,
         )
+
+    def _temporary(self, head: bool) -> int:
+        """The largest temporary of a part, with or without the head."""
+        return max(self.temporary_bytes, self.head_bytes) if head else self.temporary_bytes
 
     def _parts(
         self, weights: int, adapters: int, activations: int, update: int, temporary: int, process: int
@@ -249,11 +286,11 @@ class CostModel:
         return process_bytes + base + sum(self.server_share(split, ranks) for split, ranks in clients.values())
 
     def server_share(self, split: int, ranks: Mapping[str, int]) -> int:
-        """What one client costs the server: its adapters and activations from ``split`` up, and the logits."""
+        """What one client costs the server: adapters, activations and temporaries from ``split`` up."""
         return (
             self.adapter_bytes(ranks, split, self.num_blocks)
             + self.kept_bytes(ranks, split, self.num_blocks, everything=True)
-            + max(self.temporary_bytes, self.head_bytes)
+            + self._temporary(not self._client_has_labels)
         )
 
     def whole_bytes(self, ranks: Mapping[str, int], process_bytes: int = 0, *, updated: bool = True) -> int:
@@ -263,7 +300,7 @@ class CostModel:
             adapters=self.adapter_bytes(ranks, 0, self.num_blocks),
             activations=self.kept_bytes(ranks, 0, self.num_blocks),
             update=self.update_bytes(self.num_blocks) if updated else 0,
-            temporary=max(self.temporary_bytes, self.head_bytes),
+            temporary=self._temporary(True),
             process=process_bytes,
         )
         return sum(parts.values())
@@ -271,25 +308,52 @@ class CostModel:
     def client_flops(self, split: int, ranks: Mapping[str, int]) -> float:
         """Floating-point operations of the client in one training step, forward and backward.
 
-        Nothing below the lowest adapted block needs a backward pass. A multiplication and an addition are two.
+        Nothing below the lowest adapted block needs a backward pass. A multiplication and an addition are two. With the
+        labels goes the head, as for :meth:`server_flops`.
         """
-        return self._block_flops(ranks, 0, split)
+        return self._block_flops(ranks, 0, split) + (2 * self._head_flops if self._client_has_labels else 0)
 
     def server_flops(self, split: int, ranks: Mapping[str, int]) -> float:
         """Floating-point operations of the server for one client in one training step.
 
         The backward pass always reaches the cut. Every position is taken as labelled, so the head's share is a bound.
         """
-        return self._block_flops(ranks, split, self.num_blocks, everything=True) + 2 * self._head_flops
+        head = 0 if self._client_has_labels else 2 * self._head_flops
+        return self._block_flops(ranks, split, self.num_blocks, everything=True) + head
 
     def whole_flops(self, ranks: Mapping[str, int]) -> float:
         """Floating-point operations of one training step of the unsplit model."""
         return self._block_flops(ranks, 0, self.num_blocks) + 2 * self._head_flops
 
-    def wire_bytes(self, item_bytes: int = 4) -> tuple[float, float]:
-        """Bytes of one training step on the wire, up and down, at ``item_bytes`` a number of the cut activation."""
-        cut = self.cut_bytes / self.workload.item * item_bytes
-        return cut + 2 * 8 * self.rows, cut  # up also go the attention mask and the labels, int64
+    def wire_bytes(self, up: str = "float32", down: str = "float32") -> tuple[int, int]:
+        """Bytes of the tensors of one training step on the wire, up and down.
+
+        Up go the cut activation, the attention mask and, unless they stay, the labels; down goes the gradient. Where
+        the labels stay, the server's hidden state goes down and its gradient up as well.
+
+        Parameters
+        ----------
+        up, down : str
+            Numbers on the wire, each way: ``float64``, ``float32``, ``bfloat16``, ``float16`` or ``int8``.
+
+        Raises
+        ------
+        PlanError
+            If they are none of these.
+        """
+        tensors = 2 if self._client_has_labels else 1
+        ids = 8 * self.rows  # int64, of the attention mask and of the labels
+        return (
+            tensors * self._packed_bytes(up) + ids + (0 if self._client_has_labels else ids),
+            tensors * self._packed_bytes(down),
+        )
+
+    def _packed_bytes(self, wire: str) -> int:
+        """A hidden state on the wire."""
+        if wire not in WIRES:
+            raise PlanError(f"numbers on the wire cannot be {wire!r}; choose one of {', '.join(WIRES)}")
+        scales = 4 * self.rows if wire == "int8" else 0  # fp32, one per token
+        return self.cut_bytes // self.workload.item * int(getattr(torch, wire).itemsize) + scales
 
     def _block_flops(self, ranks: Mapping[str, int], first: int, last: int, *, everything: bool = False) -> float:
         """Of blocks ``first .. last - 1``; backward reaches down to the lowest adapted one, or to all of them."""
@@ -312,7 +376,7 @@ class CostModel:
         return parameters * self.workload.adapter_parameter_bytes
 
     def kept_bytes(self, ranks: Mapping[str, int], first: int, last: int, *, everything: bool = False) -> int:
-        """Activations that blocks ``first .. last - 1`` keep for backward.
+        """Activations that blocks ``first .. last - 1`` keep for backward, for all micro-batches in flight.
 
         Below the lowest adapter no gradient is needed and nothing is kept, unless ``everything`` says that the input of
         the first block asks for its gradient, as the cut activation does on the server.
@@ -327,13 +391,16 @@ class CostModel:
             return 0
         lowest = first if everything else min(layer.block for layer in adapted)
         inputs = {(layer.block, layer.input_id): layer.input_bytes for layer in adapted}
-        low = sum(ranks[layer.name] for layer in adapted) * self.rows * self.workload.adapter_item
+        low = sum(self._low_rank_bytes(ranks[layer.name]) for layer in adapted)
         return (last - lowest) * self.block_bytes + sum(inputs.values()) + low
 
     def adapter_price(self, layer: Layer, rank: int) -> int:
         """What one more adapter adds to :meth:`adapter_bytes` and :meth:`kept_bytes`, its input apart."""
-        low = rank * self.rows * self.workload.adapter_item
-        return layer.adapter_parameters(rank) * self.workload.adapter_parameter_bytes + low
+        return layer.adapter_parameters(rank) * self.workload.adapter_parameter_bytes + self._low_rank_bytes(rank)
+
+    def _low_rank_bytes(self, rank: int) -> int:
+        """What an adapter of ``rank`` keeps for backward between ``A`` and ``B``, for all micro-batches in flight."""
+        return self.workload.in_flight * rank * self.rows * self.workload.adapter_item
 
     def update_bytes(self, split: int) -> int:
         """The accumulated update of the client's blocks at its largest, fp32, in a message: dense or factors."""

@@ -89,7 +89,7 @@ def make_plan(
     tolerance: float = 0.01,
     deadline: float | None = None,
     steps: int = 1,
-    wire_item_bytes: int = 4,
+    wire: tuple[str, str] = ("float32", "float32"),
 ) -> Plan:
     """Choose a split point and ranks for every client.
 
@@ -118,8 +118,8 @@ def make_plan(
         Exact: longest predicted round in seconds.
     steps : int
         Passes of the cost model's workload in a round of a client.
-    wire_item_bytes : int
-        Bytes of a number of the cut activation on the wire.
+    wire : tuple[str, str]
+        Numbers on the wire, up and down; see :meth:`hsplitlora_flwr.planning.cost.CostModel.wire_bytes`.
 
     Returns
     -------
@@ -155,7 +155,7 @@ def make_plan(
         min_split=min_split,
         max_split=max_split,
         steps=steps,
-        wire_item_bytes=wire_item_bytes,
+        wire=wire,
     )
     bound = math.inf
     if planner == "greedy":

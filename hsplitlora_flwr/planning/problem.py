@@ -96,8 +96,8 @@ class Problem:
         Bounds of the split point, both included.
     steps : int
         Local steps of a round.
-    wire_item_bytes : int
-        Bytes of a number on the wire.
+    wire : tuple[str, str]
+        Numbers on the wire, up and down; see :meth:`hsplitlora_flwr.planning.cost.CostModel.wire_bytes`.
     """
 
     def __init__(
@@ -111,23 +111,23 @@ class Problem:
         min_split: int,
         max_split: int,
         steps: int,
-        wire_item_bytes: int,
+        wire: tuple[str, str],
     ) -> None:
         self.cost, self.server, self.steps = cost, server, steps
         self.ranks = np.array(sorted({rank for rank in ranks if rank > 0}))
         self.splits = range(min_split, max_split + 1)
-        self._read_speeds(budgets, server, wire_item_bytes)
+        self._read_speeds(budgets, server, wire)
         self._read_layers(importance)
         self._read_splits()
 
-    def _read_speeds(self, budgets: Mapping[str, Budget], server: Budget | None, wire_item_bytes: int) -> None:
+    def _read_speeds(self, budgets: Mapping[str, Budget], server: Budget | None, wire: tuple[str, str]) -> None:
         machines = [*budgets.values(), *([server] if server else [])]
         mean = fmean([machine.flops for machine in machines if machine.flops] or [NOMINAL_FLOPS])
-        up, down = self.cost.wire_bytes(wire_item_bytes)
+        up, down = self.cost.wire_bytes(*wire)
         members: dict[tuple[int, float, float], list[str]] = {}
         for name, budget in budgets.items():
-            wire = (up / budget.up if budget.up else 0.0) + (down / budget.down if budget.down else 0.0)
-            key = budget.memory_bytes - budget.process_bytes, budget.flops or mean, wire
+            seconds = (up / budget.up if budget.up else 0.0) + (down / budget.down if budget.down else 0.0)
+            key = budget.memory_bytes - budget.process_bytes, budget.flops or mean, seconds
             members.setdefault(key, []).append(name)
         self.classes = [ClientClass(tuple(names), *key) for key, names in members.items()]
         self.sizes = np.array([len(each.members) for each in self.classes])

@@ -1,6 +1,6 @@
-"""What one block keeps for backward and how much memory its step takes, seen without weights.
+"""What one block keeps for backward and how much memory its step takes, and that of the head, seen without weights.
 
-The block runs forward and backward on fake tensors. They take the way that real tensors take on a CPU, fused attention
+They run forward and backward on fake tensors. Those take the way that real tensors take on a CPU, fused attention
 included, and know how large they are and how long they live, but hold no values: a block of a 70B model takes no more
 than one of a small model.
 """
@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hsplitlora_flwr.lora.layers import AdapterSpec, inject, shape_of, takes_changes
-from hsplitlora_flwr.models.split import ClientModel
+from hsplitlora_flwr.models.split import ClientModel, HeadModel, summed_loss
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,27 @@ def trace_block(client: ClientModel, rows: int, length: int) -> BlockTrace:
             cut = forward()
             cut.backward(torch.empty_like(cut))
     return BlockTrace(kept, live.peak, layers)
+
+
+def trace_head(head: HeadModel, rows: int, length: int) -> int:
+    """Most bytes alive at one time in a step of the final norm, the head and the loss, its weights apart.
+
+    Parameters
+    ----------
+    head : HeadModel
+        Its weights need no memory, and it is not to be used after.
+    rows, length : int
+        Batch size and sequence length. Every position is taken as labelled.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        head.to_empty(device="cpu").train()
+        shape = rows, length, int(head.decoder.config.hidden_size)
+        hidden = torch.empty(shape, dtype=head.dtype, requires_grad=True)
+        targets = torch.zeros(rows * length, dtype=torch.long)
+        with LiveBytes(head.parameters()) as live:
+            summed_loss(head.logits(hidden).flatten(0, 1), targets).backward()
+    peak: int = live.peak
+    return peak
 
 
 class LiveBytes(TorchDispatchMode):

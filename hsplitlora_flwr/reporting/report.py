@@ -79,6 +79,12 @@ class RunReport:
             changes["perplexity_before"] = perplexity
         self._summary.save(**changes, perplexity_after=perplexity, held_out_tokens=tokens)
 
+    def evaluated_clients(self, server_round: int, perplexity: float, clients: Mapping[str, float]) -> None:
+        """Perplexity of what the clients keep out of training: over all their tokens, and of each client."""
+        self._summary.content["rounds"][-1]["client_perplexity"] = {"all": perplexity, **clients}
+        self._summary.save()
+        self._events.emit("status", text=f"perplexity {perplexity:.2f} on the clients' own text")
+
     def generated(self, scores: Mapping[str, float | None]) -> None:
         """Scores of the texts that the model wrote for the held-out prompts; None was not computed."""
         self._summary.save(generation=dict(scores))

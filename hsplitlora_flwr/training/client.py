@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar, cast
 
@@ -12,22 +12,26 @@ from torch import Tensor
 
 from hsplitlora_flwr.data.collate import Batch
 from hsplitlora_flwr.lora.delta import Change
-from hsplitlora_flwr.lora.layers import attach_changes, merge_changes, takes_changes
-from hsplitlora_flwr.models.loading import load_causal_lm, load_client_model
+from hsplitlora_flwr.lora.layers import attach_changes, draw_masks, merge_changes, takes_changes
+from hsplitlora_flwr.models.loading import load_causal_lm, load_client_parts
 from hsplitlora_flwr.models.proof import find_family
-from hsplitlora_flwr.models.split import ClientModel, ModelPart, WholeModel, whole_model
+from hsplitlora_flwr.models.split import ClientModel, HeadModel, ModelPart, WholeModel, whole_model
 from hsplitlora_flwr.training.memory import trim_heap
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
-from hsplitlora_flwr.transport.frames import Activation, Finish, Frame, Gradient
+from hsplitlora_flwr.transport.frames import Activation, Finish, Frame, Gradient, Hidden, HiddenGradient
+from hsplitlora_flwr.transport.wire import pack, unpack
 
 P = TypeVar("P", bound=ModelPart)
 
 
 class Link(Protocol):
-    """What carries frames to the server and its answers back."""
+    """What carries frames to the server and its answers back, in order."""
 
-    def exchange(self, frame: Frame) -> Frame:
-        """Send a frame and wait for its answer."""
+    def send(self, frame: Frame) -> None:
+        """Send a frame."""
+
+    def receive(self) -> Frame:
+        """The next answer."""
 
 
 @dataclass
@@ -40,17 +44,20 @@ class TrainingRecord:
     seconds: float = 0.0
 
 
-def load_client(path: str, split: int, dtype: str, device: str, changes: Mapping[str, Change]) -> ClientModel:
+def load_client(
+    path: str, split: int, dtype: str, device: str, changes: Mapping[str, Change], *, head: bool = False
+) -> tuple[ClientModel, HeadModel | None]:
     """The client's part with the accumulated update: in the weights where they are fp32, else beside them.
 
     Parameters
     ----------
-    path, split, dtype, device
-        As for :func:`hsplitlora_flwr.models.load_client_model`.
+    path, split, dtype, device, head
+        As for :func:`hsplitlora_flwr.models.load_client_parts`.
     changes : Mapping[str, Change]
         The update by absolute layer name.
     """
-    return _with_changes(load_client_model(path, split, dtype, device), changes)
+    model, tail = load_client_parts(path, split, dtype, device, head=head)
+    return _with_changes(model, changes), tail
 
 
 def load_whole(path: str, dtype: str, device: str, changes: Mapping[str, Change]) -> WholeModel:
@@ -68,18 +75,11 @@ def _with_changes(model: P, changes: Mapping[str, Change]) -> P:
     return model
 
 
-def train_client(
-    model: ClientModel,
-    optimizer: AdapterOptimizer,
-    batches: Iterator[Batch],
-    link: Link,
-    *,
-    first_step: int,
-    steps: int,
-    micro_batch_size: int = 0,
-    wire: torch.dtype = torch.float32,
-) -> TrainingRecord:
-    """Train the client's adapters for ``steps`` steps, together with the server behind ``link``.
+class ClientTrainer:
+    """The client's half of one training step after another.
+
+    A step is :meth:`begin`, then for every micro-batch :meth:`forward` and :meth:`backward`, then :meth:`step`. What
+    carries the frames stands outside: :func:`train_client` for a stream, :func:`take_turn` for messages.
 
     Parameters
     ----------
@@ -89,51 +89,159 @@ def train_client(
         Over those adapters.
     batches : Iterator[Batch]
         One per step.
-    link : Link
-        To the server.
     first_step : int
         Global step of the first batch.
-    steps : int
-        Number of steps.
+    head : HeadModel, optional
+        Norm, head and loss, where labels stay with the client.
     micro_batch_size : int
         Rows that travel at once; gradients accumulate over the batch. 0 = the whole batch.
-    wire : torch.dtype
-        Dtype of the cut activation on the wire.
+    up : str
+        Numbers on the wire; see :func:`hsplitlora_flwr.transport.wire.pack`.
+
+    Attributes
+    ----------
+    global_step : int
+        The step that comes next.
+    record : TrainingRecord
+        Of the steps so far.
+    square : float
+        Squared norm of this side's gradient in the last step.
     """
-    record = TrainingRecord()
-    started = time.perf_counter()
-    device = next(model.parameters()).device
-    square, largest = 0.0, 0
-    for step in range(first_step, first_step + steps):
-        batch = next(batches)
-        if batch.input_ids.numel() > largest:  # about to set a new peak: without the leftovers of smaller batches
-            largest = batch.input_ids.numel()
+
+    def __init__(
+        self,
+        model: ClientModel,
+        optimizer: AdapterOptimizer,
+        batches: Iterator[Batch],
+        *,
+        first_step: int,
+        head: HeadModel | None = None,
+        micro_batch_size: int = 0,
+        up: str = "float32",
+    ) -> None:
+        self.model, self.optimizer, self.head = model, optimizer, head
+        self.global_step = first_step
+        self.record = TrainingRecord()
+        self.square = 0.0
+        self.batches, self._micro_batch_size, self._up = batches, micro_batch_size, up
+        self._device = next(model.parameters()).device
+        self._largest = 0
+
+    def begin(self) -> int:
+        """Take the next batch; returns its number of micro-batches."""
+        self._batch = batch = next(self.batches)
+        if batch.input_ids.numel() > self._largest:  # about to set a new peak: without leftovers of smaller batches
+            self._largest = batch.input_ids.numel()
             trim_heap()
-        micro_batches = batch.micro_batches(micro_batch_size) if micro_batch_size else [batch]
-        loss, server_square = 0.0, 0.0
-        for index, micro in enumerate(micro_batches):
-            cut = model(micro.input_ids.to(device), micro.attention_mask.to(device))
-            answer = link.exchange(
-                Activation(
-                    step=step,
-                    cut=cut.detach().to(wire),
-                    attention_mask=micro.attention_mask,
-                    labels=micro.labels,
-                    label_tokens=batch.label_tokens,
-                    last=index == len(micro_batches) - 1,
-                    previous_square=square,
-                )
-            )
-            assert isinstance(answer, Gradient)
-            if cut.requires_grad:  # not when no block of the client has an adapter
-                cut.backward(answer.gradient.to(cut.device, cut.dtype))
-            loss += answer.loss
-            server_square = answer.square
-        square = optimizer.square()
-        optimizer.step(step, server_square)
-        record.losses.append(loss)
-        record.label_tokens += batch.label_tokens
-        record.tokens += int(batch.attention_mask.sum())
-    link.exchange(Finish(square))
-    record.seconds = time.perf_counter() - started
-    return record
+        self._micro_batches = batch.micro_batches(self._micro_batch_size) if self._micro_batch_size else [batch]
+        self._cuts: dict[int, Tensor] = {}
+        self._loss = self._server_square = 0.0
+        return len(self._micro_batches)
+
+    def forward(self, index: int) -> Activation:
+        """Compute a micro-batch up to the cut."""
+        micro, last = self._micro_batches[index], index == len(self._micro_batches) - 1
+        draw_masks(self.model, self.global_step, index)
+        cut = self._cuts[index] = self.model(micro.input_ids.to(self._device), micro.attention_mask.to(self._device))
+        labels = micro.labels if self.head is None else torch.empty(0, dtype=torch.int64)
+        values, scale = pack(cut.detach(), self._up)
+        return Activation(
+            self.global_step, values, scale, micro.attention_mask, labels, self._batch.label_tokens, last, self.square
+        )
+
+    def predict(self, index: int, hidden: Hidden) -> HiddenGradient:
+        """Where labels stay: the loss of what the server made of a micro-batch, and its gradient."""
+        assert self.head is not None
+        micro = self._micro_batches[index]
+        state = unpack(hidden.hidden, hidden.scale, self.model.dtype, self._device).requires_grad_()
+        output = self.head(state, micro.labels.to(self._device), self._batch.label_tokens)
+        output.loss.backward()
+        assert state.grad is not None
+        return HiddenGradient(*pack(state.grad, self._up), float(output.loss.detach()))
+
+    def backward(self, index: int, answer: Frame) -> None:
+        """Take a micro-batch's :class:`Gradient` back through the blocks, into the adapters."""
+        assert isinstance(answer, Gradient)
+        cut = self._cuts.pop(index)
+        if cut.requires_grad:  # not when no block of the client has an adapter
+            cut.backward(unpack(answer.gradient, answer.scale, cut.dtype, cut.device))
+        self._loss += answer.loss
+        self._server_square = answer.square
+
+    def step(self) -> None:
+        """Move the adapters, once every micro-batch of the batch has been through."""
+        self.square = self.optimizer.square()
+        self.optimizer.step(self.global_step, self._server_square)
+        self.global_step += 1
+        self.record.losses.append(self._loss)
+        self.record.label_tokens += self._batch.label_tokens
+        self.record.tokens += int(self._batch.attention_mask.sum())
+
+    def finish(self) -> Finish:
+        """What lets the server take its last step."""
+        return Finish(self.square)
+
+
+def train_client(trainer: ClientTrainer, link: Link, steps: int, in_flight: int = 1) -> TrainingRecord:
+    """Train the client's adapters for ``steps`` steps, together with the server behind ``link``.
+
+    Parameters
+    ----------
+    trainer : ClientTrainer
+    link : Link
+        To the server.
+    steps : int
+        Number of steps.
+    in_flight : int
+        Micro-batches that may be under way at once: the client computes the next while the last one is on the wire or
+        at the server. Gradients are added up in the same order whatever it is.
+    """
+    started = time.perf_counter()
+    for _ in range(steps):
+        count, sent, predicted, done = trainer.begin(), 0, 0, 0
+        while done < count:
+            while sent < min(count, done + in_flight):
+                link.send(trainer.forward(sent))
+                sent += 1
+            answer = link.receive()
+            if isinstance(answer, Hidden):
+                link.send(trainer.predict(predicted, answer))
+                predicted += 1
+            else:
+                trainer.backward(done, answer)
+                done += 1
+        trainer.step()
+    link.send(trainer.finish())
+    link.receive()
+    trainer.record.seconds += time.perf_counter() - started
+    return trainer.record
+
+
+def take_turn(trainer: ClientTrainer, answers: Sequence[Frame], last_step: int) -> list[Frame]:
+    """From the server's answers to the frames that it needs next, for a client that goes away between turns.
+
+    The micro-batches of a step share a turn. No activation outlives it, so the forward pass is computed again before
+    backward; the same masks are dropped.
+
+    Parameters
+    ----------
+    trainer : ClientTrainer
+        At the step that the answers belong to.
+    answers : Sequence[Frame]
+        One for every frame of the turn before; none at the start of a round.
+    last_step : int
+        Global step after which training ends, with a :class:`Finish`.
+    """
+    count = trainer.begin()
+    if answers and isinstance(answers[0], Hidden):
+        return [trainer.predict(index, answer) for index, answer in enumerate(cast(Sequence[Hidden], answers))]
+    if answers:
+        for index, answer in enumerate(answers):
+            trainer.forward(index)
+            trainer.backward(index, answer)
+        trainer.step()
+        if trainer.global_step == last_step:
+            return [trainer.finish()]
+        count = trainer.begin()
+    with torch.no_grad():
+        return [trainer.forward(index) for index in range(count)]

@@ -7,10 +7,10 @@ both sides' gradients together, as one optimizer over the whole model would.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hsplitlora_flwr.config import TrainConfig
 
@@ -71,3 +71,20 @@ class AdapterOptimizer:
             group["lr"] = learning_rate(self._train, step)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The adapters and what the optimizer keeps of them, for :meth:`restore` in another process."""
+        state = self._optimizer.state_dict()["state"]
+        kept = {f"{i}/{name}": torch.as_tensor(value) for i, row in state.items() for name, value in row.items()}
+        return {f"{i}/adapter": p.detach() for i, p in enumerate(self._parameters)} | kept
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what :meth:`tensors` gave; the adapters have the same shapes."""
+        rows: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            index, _, name = key.partition("/")
+            if name == "adapter":
+                self._parameters[int(index)].data.copy_(tensor)
+            else:
+                rows.setdefault(int(index), {})[name] = tensor
+        self._optimizer.load_state_dict(self._optimizer.state_dict() | {"state": rows})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -11,20 +12,32 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hsplitlora_flwr.lora.delta import Change
-from hsplitlora_flwr.lora.layers import attach_changes, merge_changes, reset_weights, takes_changes
+from hsplitlora_flwr.lora.layers import attach_changes, draw_masks, merge_changes, reset_weights, takes_changes
 from hsplitlora_flwr.models.loading import Checkpoint, load_causal_lm
 from hsplitlora_flwr.models.proof import find_family
 from hsplitlora_flwr.models.split import (
+    BodyModel,
     ClientModel,
     ModelPart,
     ServerModel,
     WholeModel,
+    body_part,
     client_part,
     server_part,
     whole_model,
 )
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
-from hsplitlora_flwr.transport.frames import Activation, Finish, Finished, Frame, Gradient
+from hsplitlora_flwr.transport.frames import (
+    Activation,
+    Finish,
+    Finished,
+    Frame,
+    Gradient,
+    Hidden,
+    HiddenGradient,
+    Loss,
+)
+from hsplitlora_flwr.transport.wire import pack, unpack
 
 P = TypeVar("P", bound=ModelPart)
 
@@ -61,6 +74,10 @@ class SharedBase:
     def server_part(self, split: int) -> ServerModel:
         """Blocks from ``split`` up, norm and head, around the shared tensors."""
         return self._with_changes(server_part(self.model, self.family, split))
+
+    def body_part(self, split: int) -> BodyModel:
+        """Blocks from ``split`` up without norm and head, around the shared tensors."""
+        return self._with_changes(body_part(self.model, self.family, split))
 
     def whole(self) -> WholeModel:
         """All of the model as one part, around the shared tensors."""
@@ -100,8 +117,9 @@ class ServerTrainer:
 
     Parameters
     ----------
-    model : ServerModel
-        The blocks above the client's split point, with that client's adapters.
+    model : ServerModel or BodyModel
+        The blocks above the client's split point, with that client's adapters; with the head, unless labels stay with
+        the client.
     optimizer : AdapterOptimizer
         Over those adapters.
     report : Callable[[StepReport], None], optional
@@ -109,25 +127,28 @@ class ServerTrainer:
     threads : Callable[[], int], optional
         CPU threads of one operation, asked for at every frame. Clients train at the same time; together they should not
         take more threads than there are cores, since oversubscribed cores are many times slower than busy ones.
+    down : str
+        Numbers on the wire; see :func:`hsplitlora_flwr.transport.wire.pack`.
     """
 
     def __init__(
         self,
-        model: ServerModel,
+        model: ServerModel | BodyModel,
         optimizer: AdapterOptimizer,
         report: Callable[[StepReport], None] = lambda _: None,
         threads: Callable[[], int] = torch.get_num_threads,
+        down: str = "float32",
     ) -> None:
         self.model = model
         self.finished = False
-        self._optimizer = optimizer
-        self._report = report
-        self._threads = threads
+        self._optimizer, self._report, self._threads, self._down = optimizer, report, threads, down
         self._pending: int | None = None  # a step whose gradients wait for the client's norm
+        self._index = 0  # of the micro-batch that comes next, in its step
+        self._waiting: deque[tuple[Activation, Tensor, Tensor]] = deque()  # cut and hidden state, for their gradient
         self._loss, self._tokens = 0.0, 0
 
     def __call__(self, frame: Frame) -> Frame:
-        """The answer to a frame: a gradient for an activation.
+        """The answer to a frame: for an activation its gradient, or the hidden state that the client predicts from.
 
         Raises
         ------
@@ -137,22 +158,41 @@ class ServerTrainer:
         torch.set_num_threads(self._threads())  # of the calling thread
         if isinstance(frame, Activation):
             self._take_pending(frame.step, frame.previous_square)
-            return self._train(frame)
+            return self._forward(frame)
+        if isinstance(frame, HiddenGradient):
+            return self._backward(frame)
         if isinstance(frame, Finish):
             self._take_pending(-1, frame.previous_square)
             self.finished = True
             return Finished()
-        raise ValueError(f"a client does not send frames of kind {type(frame).__name__}")
+        raise ValueError(f"a client does not send {type(frame).__name__}")
 
-    def _train(self, frame: Activation) -> Gradient:
-        """Forward, loss and backward of one micro-batch."""
-        self._check(frame)
-        device, dtype = next(self.model.parameters()).device, self.model.dtype
-        cut = frame.cut.to(device, dtype).requires_grad_()
-        output = self.model(cut, frame.attention_mask.to(device), frame.labels.to(device), frame.label_tokens)
-        output.loss.backward()
+    def _forward(self, frame: Activation) -> Frame:
+        check_activation(frame, self.model)
+        draw_masks(self.model, frame.step, self._index)
+        self._index = 0 if frame.last else self._index + 1
+        cut, mask = receive_cut(frame, self.model)
+        cut.requires_grad_()
+        if isinstance(self.model, ServerModel):
+            output = self.model(cut, mask, frame.labels.to(cut.device), frame.label_tokens)
+            output.loss.backward()
+            return self._gradient(frame, cut, float(output.loss.detach()))
+        hidden = self.model(cut, mask)
+        self._waiting.append((frame, cut, hidden))
+        return Hidden(*pack(hidden.detach(), self._down))
+
+    def _backward(self, frame: HiddenGradient) -> Frame:
+        if not self._waiting:
+            raise ValueError("a gradient came for no hidden state that was sent")
+        activation, cut, hidden = self._waiting.popleft()
+        gradient = unpack(frame.gradient, frame.scale, hidden.dtype, hidden.device)
+        if gradient.shape != hidden.shape:
+            raise ValueError(f"the gradient {tuple(gradient.shape)} must be like the state {tuple(hidden.shape)}")
+        hidden.backward(gradient)
+        return self._gradient(activation, cut, frame.loss)
+
+    def _gradient(self, frame: Activation, cut: Tensor, loss: float) -> Gradient:
         assert cut.grad is not None
-        loss = float(output.loss.detach())
         self._loss += loss
         self._tokens += int(frame.attention_mask.sum())
         square = 0.0
@@ -161,7 +201,7 @@ class ServerTrainer:
             self._pending = frame.step
             self._report(StepReport(frame.step, self._loss, frame.label_tokens, self._tokens))
             self._loss, self._tokens = 0.0, 0
-        return Gradient(cut.grad.to(frame.cut.dtype), loss, square)
+        return Gradient(*pack(cut.grad, self._down), loss, square)
 
     def _take_pending(self, step: int, client_square: float) -> None:
         """Step the optimizer for the step before, now that the client's gradient norm is known."""
@@ -169,13 +209,49 @@ class ServerTrainer:
             self._optimizer.step(self._pending, client_square)
             self._pending = None
 
-    def _check(self, frame: Activation) -> None:
-        rows, hidden = tuple(frame.labels.shape), int(self.model.decoder.config.hidden_size)
-        if frame.labels.ndim != 2 or frame.attention_mask.shape != frame.labels.shape:
-            raise ValueError(
-                f"attention mask {tuple(frame.attention_mask.shape)} and labels {rows} must be (batch, seq)"
-            )
-        if tuple(frame.cut.shape) != (*rows, hidden) or not frame.cut.is_floating_point():
-            raise ValueError(f"cut activation {tuple(frame.cut.shape)} must be {(*rows, hidden)}, floating point")
-        if frame.label_tokens < 1:
-            raise ValueError("a batch without labelled tokens has no loss")
+
+class ServerEvaluator:
+    """Answers the frames of a client that measures its own text; nothing trains.
+
+    Parameters
+    ----------
+    model : ServerModel or BodyModel
+        The blocks above the client's split point.
+    down : str
+        Numbers on the wire.
+    """
+
+    def __init__(self, model: ServerModel | BodyModel, down: str = "float32") -> None:
+        self.model = model.eval()
+        self._down = down
+
+    @torch.no_grad()
+    def __call__(self, frame: Frame) -> Frame:
+        """The loss of an activation, or the hidden state where the labels stay with the client."""
+        if not isinstance(frame, Activation):
+            raise ValueError(f"a client that evaluates does not send {type(frame).__name__}")
+        check_activation(frame, self.model)
+        cut, mask = receive_cut(frame, self.model)
+        if isinstance(self.model, ServerModel):
+            return Loss(float(self.model(cut, mask, frame.labels.to(cut.device), 1).loss))
+        return Hidden(*pack(self.model(cut, mask), self._down))
+
+
+def receive_cut(frame: Activation, model: ServerModel | BodyModel) -> tuple[Tensor, Tensor]:
+    """The cut activation in the base's dtype, and the attention mask, on the model's device."""
+    device = next(model.parameters()).device
+    return unpack(frame.cut, frame.scale, model.dtype, device), frame.attention_mask.to(device)
+
+
+def check_activation(frame: Activation, model: ServerModel | BodyModel) -> None:
+    """Raise ``ValueError`` unless the tensors of a frame fit together and to the model."""
+    rows, hidden = tuple(frame.attention_mask.shape), int(model.decoder.config.hidden_size)
+    labels = tuple(frame.labels.shape)
+    if len(rows) != 2 or labels != (rows if isinstance(model, ServerModel) else (0,)):
+        raise ValueError(
+            f"attention mask {rows} must be (batch, seq), and labels {labels} the same, or (0,) where they stay"
+        )
+    if tuple(frame.cut.shape) != (*rows, hidden):
+        raise ValueError(f"cut activation {tuple(frame.cut.shape)} must be {(*rows, hidden)}")
+    if frame.label_tokens < 1:
+        raise ValueError("a batch without labelled tokens has no loss")

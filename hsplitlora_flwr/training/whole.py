@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from hsplitlora_flwr.data.collate import Batch
+from hsplitlora_flwr.lora.layers import draw_masks
 from hsplitlora_flwr.models.split import WholeModel
 from hsplitlora_flwr.training.client import TrainingRecord
 from hsplitlora_flwr.training.memory import trim_heap
@@ -50,7 +51,8 @@ def train_whole(
             largest = batch.input_ids.numel()
             trim_heap()
         loss = 0.0
-        for micro in batch.micro_batches(micro_batch_size) if micro_batch_size else [batch]:
+        for index, micro in enumerate(batch.micro_batches(micro_batch_size) if micro_batch_size else [batch]):
+            draw_masks(model, step, index)
             ids, mask, labels = (t.to(device) for t in (micro.input_ids, micro.attention_mask, micro.labels))
             output = model(ids, mask, labels, batch.label_tokens)
             output.loss.backward()

@@ -1,9 +1,10 @@
 """Typed frames and their bytes.
 
-    magic "HSPL" | version u8 | kind u8 | header length u32 | header (JSON) | tensors, each on an 8-byte boundary
+    prefix | header (JSON) | tensors, each on an 8-byte boundary
+    prefix: magic "HSPL" | version u8 | kind u8 | length of the header u32 | length of the frame u64; little-endian
 
-The header names every tensor with its dtype and shape, so nothing is guessed and nothing is unpickled. A frame is
-checked in full before memory is taken for it.
+The header names every tensor with its dtype and shape, so nothing is guessed and nothing is unpickled. The length of
+the frame stands first, so a receiver knows it before memory is taken, and every length is checked before it is used.
 """
 
 from __future__ import annotations
@@ -13,21 +14,32 @@ import json
 import math
 import struct
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
 MAGIC = b"HSPL"
-VERSION = 1
-_PREFIX = struct.Struct("<4sBBI")
+VERSION = 2
+HEADER_BYTES = 2**16
+"""Longest header: it holds names, shapes and a few numbers."""
 
-_DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "int64": torch.int64,
+Buffer: TypeAlias = bytes | bytearray | memoryview
+
+_PREFIX = struct.Struct("<4sBBIQ")
+_DIMENSIONS = 8
+_DTYPES: dict[str, type[np.generic]] = {
+    "float64": np.float64,
+    "float32": np.float32,
+    "bfloat16": np.int16,  # numpy has none: its bits
+    "float16": np.float16,
+    "int64": np.int64,
+    "int8": np.int8,
+    "uint8": np.uint8,
 }
+"""What frames carry, and how numpy holds it: unlike those of torch, its small operations keep Python's lock, and so
+do not wait for the other threads of a stream."""
 
 
 class FrameError(ValueError):
@@ -42,10 +54,12 @@ class Activation:
     ----------
     step : int
         Global step, from 0, by which both sides follow the learning-rate schedule.
-    cut : Tensor
-        The cut activation, ``(batch, seq, hidden)``, in the wire's dtype.
-    attention_mask, labels : Tensor
+    cut, scale : Tensor
+        The cut activation, ``(batch, seq, hidden)``, as :func:`hsplitlora_flwr.transport.wire.pack` gives it.
+    attention_mask : Tensor
         int64, ``(batch, seq)``.
+    labels : Tensor
+        int64, ``(batch, seq)``; empty, ``(0,)``, where they stay with the client.
     label_tokens : int
         Labelled tokens of the whole batch, by which its losses are divided.
     last : bool
@@ -56,6 +70,7 @@ class Activation:
 
     step: int
     cut: Tensor
+    scale: Tensor
     attention_mask: Tensor
     labels: Tensor
     label_tokens: int
@@ -65,12 +80,12 @@ class Activation:
 
 @dataclass(frozen=True, eq=False)
 class Gradient:
-    """Server to client: the answer to an :class:`Activation`.
+    """Server to client: the answer to an :class:`Activation`, or to a :class:`HiddenGradient`.
 
     Parameters
     ----------
-    gradient : Tensor
-        Gradient of the loss with respect to the cut activation, ``(batch, seq, hidden)``, in the wire's dtype.
+    gradient, scale : Tensor
+        Gradient of the loss with respect to the cut activation, ``(batch, seq, hidden)``, packed as that is.
     loss : float
         This micro-batch's part of the batch's mean loss.
     square : float
@@ -78,8 +93,33 @@ class Gradient:
     """
 
     gradient: Tensor
+    scale: Tensor
     loss: float
     square: float
+
+
+@dataclass(frozen=True, eq=False)
+class Hidden:
+    """Server to client, where labels stay: what the last block of the server puts out, ``(batch, seq, hidden)``."""
+
+    hidden: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class HiddenGradient:
+    """Client to server: the gradient of the loss with respect to a :class:`Hidden`, and the micro-batch's loss."""
+
+    gradient: Tensor
+    scale: Tensor
+    loss: float
+
+
+@dataclass(frozen=True, eq=False)
+class Loss:
+    """Server to client: summed negative log-likelihood (nats) of a micro-batch that is evaluated, not trained on."""
+
+    total: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,89 +141,176 @@ class Failure:
     error: str
 
 
-Frame: TypeAlias = Activation | Gradient | Finish | Finished | Failure
+@dataclass(frozen=True, eq=False)
+class Ping:
+    """Client to server: ``payload`` (uint8) to be received, ``answer_bytes`` to be sent back: measures the link."""
 
-_KINDS: tuple[type[Any], ...] = (Activation, Gradient, Finish, Finished, Failure)
+    payload: Tensor
+    answer_bytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class Pong:
+    """Server to client: the bytes that a :class:`Ping` asked for."""
+
+    payload: Tensor
+
+
+Frame: TypeAlias = Activation | Gradient | Hidden | HiddenGradient | Loss | Finish | Finished | Failure | Ping | Pong
+
+_KINDS: tuple[type[Any], ...] = (
+    Activation,
+    Gradient,
+    Hidden,
+    HiddenGradient,
+    Loss,
+    Finish,
+    Finished,
+    Failure,
+    Ping,
+    Pong,
+)
 _PYTHON = {"int": int, "float": float, "bool": bool, "str": str}
 
 
-def encode(frame: Frame) -> bytes:
-    """A frame as bytes."""
-    values: dict[str, Any] = {}
-    tensors: list[Tensor] = []
-    for spec in dataclasses.fields(frame):
-        value = getattr(frame, spec.name)
-        if isinstance(value, Tensor):
-            tensor = value.detach().contiguous().cpu()
-            values[spec.name] = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
-            tensors.append(tensor)
-        else:
-            values[spec.name] = value
-    header = json.dumps(values).encode()
-    header += b" " * (-(_PREFIX.size + len(header)) % 8)
-    parts: list[bytes | memoryview] = [
-        _PREFIX.pack(MAGIC, VERSION, _KINDS.index(type(frame)), len(header)),
-        header,
-    ]
-    for tensor in tensors:
-        body = tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b""
-        parts += [body, b"\0" * (-len(body) % 8)]
-    return b"".join(parts)
+class Prefix(NamedTuple):
+    """What the first bytes of a frame say: its kind, and the bytes of its header and of the whole."""
+
+    kind: type[Frame]
+    header: int
+    total: int
 
 
-def decode(data: bytes) -> Frame:
-    """The frame in ``data``; its tensors are copies that may be written to.
+def buffers(frame: Frame) -> list[Buffer]:
+    """The bytes of a frame as one buffer after another.
+
+    Those of its tensors are views where these are contiguous and on the CPU: do not write to them before it is sent.
 
     Raises
     ------
     FrameError
-        If the bytes are not a well-formed frame of this version.
+        If a tensor has a dtype that frames do not carry, or the header is longer than :data:`HEADER_BYTES`.
+    """
+    values: dict[str, Any] = {}
+    bodies: list[Buffer] = []
+    for spec in dataclasses.fields(frame):
+        value = getattr(frame, spec.name)
+        if isinstance(value, Tensor):
+            dtype = str(value.dtype).removeprefix("torch.")
+            if dtype not in _DTYPES:
+                raise FrameError(f"field '{spec.name}' has dtype {dtype}; frames carry {', '.join(_DTYPES)}")
+            values[spec.name] = {"dtype": dtype, "shape": list(value.shape)}
+            bits = value.detach().view(torch.int16) if dtype == "bfloat16" else value
+            body = np.ascontiguousarray(bits.numpy(force=True)).reshape(-1).view(np.uint8).data
+            bodies += [body, bytes(-len(body) % 8)]
+        else:
+            values[spec.name] = value
+    header = json.dumps(values).encode()
+    header += b" " * (-(_PREFIX.size + len(header)) % 8)
+    if len(header) > HEADER_BYTES:
+        raise FrameError(f"the header of this {type(frame).__name__} has {len(header)} bytes; at most {HEADER_BYTES}")
+    start = _PREFIX.size + len(header)
+    total = start + sum(map(len, bodies))
+    return [_PREFIX.pack(MAGIC, VERSION, _KINDS.index(type(frame)), len(header), total), header, *bodies]
+
+
+def encode(frame: Frame) -> bytes:
+    """A frame as bytes; :func:`buffers` without the copy."""
+    return b"".join(buffers(frame))
+
+
+def read_prefix(data: Buffer) -> Prefix:
+    """The prefix of the frame that ``data`` begins with.
+
+    Raises
+    ------
+    FrameError
+        If the bytes do not begin a frame of this version.
     """
     if len(data) < _PREFIX.size:
-        raise FrameError(f"a frame of {len(data)} bytes is shorter than its prefix")
-    magic, version, kind, header_length = _PREFIX.unpack_from(data)
-    if magic != MAGIC or kind >= len(_KINDS):
+        raise FrameError(f"a frame of {len(data)} bytes is shorter than its prefix of {_PREFIX.size}")
+    magic, version, kind, header, total = _PREFIX.unpack_from(data)
+    if magic != MAGIC:
         raise FrameError("the bytes are not a frame; is something else talking to this port?")
     if version != VERSION:
         raise FrameError(
             f"frame version {version}, but this side speaks {VERSION}; install the same release on all sides"
         )
-    start = _PREFIX.size + header_length
+    if kind >= len(_KINDS):
+        raise FrameError(f"frames have no kind {kind}")
+    if header > HEADER_BYTES:
+        raise FrameError(f"a header of {header} bytes; at most {HEADER_BYTES}")
+    return Prefix(_KINDS[kind], header, total)
+
+
+def check_total(prefix: Prefix, limit: int) -> None:
+    """Raise :class:`FrameError` if the frame is longer than ``limit`` bytes."""
+    if prefix.total > limit:
+        raise FrameError(f"{prefix.kind.__name__} has {prefix.total} bytes; at most {limit} are accepted here")
+
+
+def decode(data: Buffer, limit: int | None = None) -> Frame:
+    """The frame in ``data``.
+
+    Parameters
+    ----------
+    data : bytes, bytearray or memoryview
+        One whole frame. The tensors share its memory where that is writable and aligned; else they are copies. They
+        may be written to.
+    limit : int, optional
+        Longest frame in bytes that is accepted.
+
+    Raises
+    ------
+    FrameError
+        If the bytes are not a well-formed frame of this version, or more than ``limit``.
+    """
+    view = memoryview(data).cast("B")
+    prefix = read_prefix(view)
+    if limit is not None:
+        check_total(prefix, limit)
+    if prefix.total != len(view):
+        raise FrameError(f"the frame should have {prefix.total} bytes, it has {len(view)}")
+    start = _PREFIX.size + prefix.header
     try:
-        header = json.loads(data[_PREFIX.size : start])
-    except ValueError as error:
+        header = json.loads(bytes(view[_PREFIX.size : start]))
+    except (ValueError, RecursionError) as error:
         raise FrameError(f"the frame's header is not JSON: {error}") from None
-    frame_type = _KINDS[kind]
-    fields = {spec.name: str(spec.type) for spec in dataclasses.fields(frame_type)}
+    fields = {spec.name: str(spec.type) for spec in dataclasses.fields(prefix.kind)}
     if not isinstance(header, dict) or header.keys() != fields.keys():
-        raise FrameError(f"a frame of kind {frame_type.__name__} needs the fields {sorted(fields)}")
+        raise FrameError(f"a frame of kind {prefix.kind.__name__} needs the fields {sorted(fields)}")
     values: dict[str, Any] = {}
     for name, wanted in fields.items():
         if wanted == "Tensor":
-            values[name], start = _read_tensor(name, header[name], data, start)
+            values[name], start = _read_tensor(name, header[name], view, start)
         else:
             if type(header[name]) is not _PYTHON[wanted]:
-                raise FrameError(f"field '{name}' of {frame_type.__name__} must be a {wanted}")
+                raise FrameError(f"field '{name}' of {prefix.kind.__name__} must be a {wanted}")
             values[name] = header[name]
-    if start != len(data):
-        raise FrameError(f"the frame has {len(data)} bytes, its header accounts for {start}")
-    frame: Frame = frame_type(**values)
-    return frame
+    if start != len(view):
+        raise FrameError(f"the frame has {len(view)} bytes, its header accounts for {start}")
+    return prefix.kind(**values)
 
 
-def _read_tensor(name: str, spec: Any, data: bytes, start: int) -> tuple[Tensor, int]:
+def _read_tensor(name: str, spec: Any, view: memoryview, start: int) -> tuple[Tensor, int]:
+    """The tensor that begins at ``start``, and where the next one does."""
     if not isinstance(spec, dict) or spec.keys() != {"dtype", "shape"}:
         raise FrameError(f"field '{name}' must be described by dtype and shape")
-    dtype, shape = _DTYPES.get(str(spec["dtype"])), spec["shape"]
-    if dtype is None:
-        raise FrameError(f"field '{name}' has dtype {spec['dtype']!r}; allowed are {', '.join(_DTYPES)}")
-    if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**40 for size in shape):
+    dtype, shape = str(spec["dtype"]), spec["shape"]
+    if dtype not in _DTYPES:
+        raise FrameError(f"field '{name}' has dtype {dtype!r}; allowed are {', '.join(_DTYPES)}")
+    if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
         raise FrameError(f"field '{name}' has shape {shape!r}; whole numbers are needed")
-    count = math.prod(shape)
-    size = count * dtype.itemsize
-    if start + size > len(data):
-        raise FrameError(f"field '{name}' needs {size} bytes, the frame has {len(data) - start} left")
-    if count == 0:
-        return torch.empty(shape, dtype=dtype), start
-    tensor = torch.frombuffer(bytearray(data[start : start + size]), dtype=dtype).reshape(shape)
-    return tensor, start + size + (-size % 8)
+    # Sizes beside a zero are bounded as well: they are multiplied into strides.
+    if len(shape) > _DIMENSIONS or math.prod(max(size, 1) for size in shape) > 2**40:
+        raise FrameError(f"field '{name}' has shape {shape!r}; at most {_DIMENSIONS} dimensions and 2**40 values")
+    size = math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize
+    if start + size > len(view):
+        raise FrameError(f"field '{name}' needs {size} bytes, the frame has {len(view) - start} left")
+    if size == 0:
+        return torch.empty(shape, dtype=getattr(torch, dtype)), start
+    array = np.ndarray(shape, _DTYPES[dtype], buffer=view, offset=start)
+    if not (array.flags.writeable and array.flags.aligned):
+        array = array.copy()
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor, start + size + (-size % 8)

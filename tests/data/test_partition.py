@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hsplitlora_flwr.config import DataConfig
-from hsplitlora_flwr.data.partition import partition
+from hsplitlora_flwr.data.partition import cached_partition, partition
 from hsplitlora_flwr.data.sources import DataError, Example, load_text
 
 
@@ -110,7 +111,7 @@ import os, sys
 calls = []
 sys.addaudithook(lambda name, args: calls.append(args) if name in ("socket.connect", "socket.getaddrinfo") else None)
 from hsplitlora_flwr.config import DataConfig
-from hsplitlora_flwr.data.partition import partition
+from hsplitlora_flwr.data.partition import cached_partition, partition
 from hsplitlora_flwr.data.sources import Example
 assert "flwr_datasets" not in sys.modules
 before = dict(os.environ)
@@ -130,3 +131,19 @@ assert calls == [], calls
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
+
+
+def test_what_was_dealt_before_is_not_dealt_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = [Example("", str(i), str(i % 3)) for i in range(30)]
+    configs = [DataConfig(partition=rule) for rule in ("iid", "linear", "dirichlet", "natural")]
+    expected = [partition(examples, config, 3, 1) for config in configs]
+    assert [cached_partition(examples, config, 3, 1, tmp_path) for config in configs] == expected
+    [damaged, *_] = tmp_path.iterdir()
+    damaged.write_text("[[0, 1")
+    assert [cached_partition(examples, config, 3, 1, tmp_path) for config in configs] == expected
+    monkeypatch.setattr("hsplitlora_flwr.data.partition.partition", None)  # nobody may call it any more
+    assert [cached_partition(examples, config, 3, 1, tmp_path) for config in configs] == expected
+    assert len(list(tmp_path.iterdir())) == len(configs)
+    other = [Example("", str(i), str(i % 2)) for i in range(30)]
+    with pytest.raises(TypeError):
+        cached_partition(other, configs[2], 3, 1, tmp_path)

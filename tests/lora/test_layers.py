@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hsplitlora_flwr.lora import AdapterSpec, Delta, attach_changes, extract, inject, merge_changes
-from hsplitlora_flwr.lora.layers import SeededDropout
+from hsplitlora_flwr.lora.layers import SeededDropout, draw_masks
 from hsplitlora_flwr.models import split_model
 from tests.tiny import random_batches, tiny_model
 
@@ -134,3 +134,20 @@ def test_dropout_draws_by_seed_and_only_in_training() -> None:
     assert first.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
     assert float((first == 0).double().mean()) == pytest.approx(0.25, abs=0.02)
     assert dropout.eval()(x) is x
+
+
+def test_a_forward_pass_that_is_computed_again_drops_the_same() -> None:
+    client, _ = split_model(tiny_model("llama"), 2)
+    inject(client, {name: AdapterSpec(2, 4.0, 0.5) for name, _ in client.linears()}, "seed")
+    for name, parameter in client.named_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(parameter)
+    ids = torch.ones(2, 5, dtype=torch.long)
+
+    def forward(step: int, index: int) -> torch.Tensor:
+        draw_masks(client.train(), step, index)
+        return client(ids, ids)
+
+    first = forward(3, 1)
+    assert not torch.equal(forward(3, 2), first) and not torch.equal(forward(4, 1), first)
+    assert torch.equal(forward(3, 1), first)

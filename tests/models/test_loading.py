@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hsplitlora_flwr.models import ModelFilesError, SplitError, UnsupportedModelError, load_causal_lm, load_client_model
+from hsplitlora_flwr.models import (
+    ModelFilesError,
+    SplitError,
+    UnsupportedModelError,
+    load_causal_lm,
+    load_client_model,
+    load_client_parts,
+    split_model,
+)
 from hsplitlora_flwr.models.loading import Checkpoint, check_model
 from tests.tiny import BLOCKS, CONFIGS, random_batches, tiny_model
 
@@ -30,8 +39,6 @@ def test_the_whole_equals_what_was_saved(saved: tuple[str, Path]) -> None:
 
 def test_a_client_part_equals_the_part_of_the_whole(saved: tuple[str, Path]) -> None:
     name, folder = saved
-    from hsplitlora_flwr.models import split_model
-
     batch = next(random_batches())
     for split in range(1, BLOCKS):
         expected, _ = split_model(tiny_model(name, dtype=torch.float32), split)
@@ -41,21 +48,55 @@ def test_a_client_part_equals_the_part_of_the_whole(saved: tuple[str, Path]) -> 
         assert torch.equal(got, expected(batch.input_ids, batch.attention_mask))
 
 
-def test_a_client_reads_its_own_tensors_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny_model("llama", dtype=torch.float32).save_pretrained(tmp_path)
-    read: list[str] = []
+def test_a_client_with_a_head_equals_the_parts_of_the_whole(saved: tuple[str, Path]) -> None:
+    name, folder = saved
+    batch = next(random_batches())
+    whole = tiny_model(name, dtype=torch.float32)
+    for split in (1, BLOCKS - 1):
+        expected, body, expected_head = split_model(whole, split, labels="client")
+        client, head = load_client_parts(str(folder), split)
+        assert client.resident_parameters() == expected.resident_parameters()
+        assert head.resident_parameters() == expected_head.resident_parameters()
+        hidden = body(client(batch.input_ids, batch.attention_mask), batch.attention_mask)
+        assert torch.equal(hidden, body(expected(batch.input_ids, batch.attention_mask), batch.attention_mask))
+        assert torch.equal(head(hidden, batch.labels).loss, expected_head(hidden, batch.labels).loss)
+        assert not any(p.is_meta or p.requires_grad for part in (client, head) for p in part.parameters())
+    assert load_client_parts(str(folder), 1, head=False)[1] is None
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the tensors that are read from files."""
+    names_read: list[str] = []
     tensors = Checkpoint.tensors
 
-    def watched(self: Checkpoint, names: list[str], prefix: str):  # type: ignore[no-untyped-def]
-        read.extend(names)
+    def watched(self: Checkpoint, names: list[str], prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+        names_read.extend(names)
         return tensors(self, names, prefix)
 
     monkeypatch.setattr(Checkpoint, "tensors", watched)
+    return names_read
+
+
+def test_a_client_reads_its_own_tensors_and_no_others(tmp_path: Path, read: list[str]) -> None:
+    tiny_model("llama", dtype=torch.float32).save_pretrained(tmp_path)
     load_client_model(str(tmp_path), 2)
     stored = load_file(tmp_path / "model.safetensors")
-    assert set(read) == {
-        name for name in stored if name.startswith(("model.embed_tokens", "model.layers.0.", "model.layers.1."))
-    }
+    below = {name for name in stored if name.startswith(("model.embed_tokens", "model.layers.0.", "model.layers.1."))}
+    assert sorted(read) == sorted(below)
+    read.clear()
+    load_client_parts(str(tmp_path), 2)
+    assert sorted(read) == sorted(below | {"model.norm.weight", "lm_head.weight"})
+
+
+def test_a_tied_head_is_read_and_held_once(tmp_path: Path, read: list[str]) -> None:
+    tiny_model("gpt2", dtype=torch.float32).save_pretrained(tmp_path)
+    client, head = load_client_parts(str(tmp_path), 1)
+    assert len(read) == len(set(read))
+    assert "lm_head.weight" not in read
+    assert head.causal_lm.get_output_embeddings().weight is client.decoder.get_input_embeddings().weight
+    held = {p.data_ptr(): p.numel() for part in (client, head) for p in part.parameters()}
+    assert sum(held.values()) == client.resident_parameters() + 2 * 32, "with the final norm: weight and bias"
 
 
 def test_shards_and_bare_names_as_on_the_hub(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,13 +12,14 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
-from hsplitlora_flwr.config import TrainConfig
+from hsplitlora_flwr.config import WIRES, Config, TrainConfig
 from hsplitlora_flwr.lora import AdapterSpec, inject
+from hsplitlora_flwr.methods import cost_model, make_round_plan
 from hsplitlora_flwr.models import find_family, split_model
-from hsplitlora_flwr.models.split import ModelPart, client_part, whole_model
-from hsplitlora_flwr.planning import CostModel, PlanError, Workload
+from hsplitlora_flwr.models.split import ModelPart, client_part, head_part, whole_model
+from hsplitlora_flwr.planning import Budget, CostModel, PlanError, Workload
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
-from hsplitlora_flwr.transport.frames import Activation, Gradient, encode
+from hsplitlora_flwr.transport.frames import Activation, Frame, Gradient, Hidden, HiddenGradient, encode
 from tests.tiny import CONFIGS, tiny_model
 
 ROWS, LENGTH = 4, 24
@@ -27,9 +29,16 @@ MASK[0, 20:] = 0
 
 
 @cache
-def cost_of(name: str, targets: tuple[str, ...] | None = None, dtype: str = "float32") -> CostModel:
+def cost_of(
+    name: str,
+    targets: tuple[str, ...] | None = None,
+    dtype: str = "float32",
+    labels: str = "server",
+    in_flight: int = 1,
+) -> CostModel:
     config = tiny_model(name).config
-    return CostModel(config, find_family(config), Workload(ROWS, LENGTH, dtype), targets)
+    workload = Workload(ROWS, LENGTH, dtype, labels=labels, in_flight=in_flight)
+    return CostModel(config, find_family(config), workload, targets)
 
 
 def adapt(part: ModelPart, ranks: dict[str, int]) -> int:
@@ -61,10 +70,12 @@ def allocated_peak(step: Callable[[], None]) -> int:
 def test_parameters_of_every_split(name: str) -> None:
     cost, model = cost_of(name), tiny_model(name, dtype=torch.float32)
     assert cost.total_parameters == sum(p.numel() for p in model.parameters())
+    with_labels, family = cost_of(name, labels="client"), find_family(model.config)
     for split in range(1, cost.num_blocks):
-        assert (
-            cost.client_parameters(split) == client_part(model, find_family(model.config), split).resident_parameters()
-        )
+        client = client_part(model, family, split)
+        assert cost.client_parameters(split) == client.resident_parameters()
+        both = torch.nn.ModuleList([client, head_part(model, family)])  # counts a matrix that they share once
+        assert with_labels.client_parameters(split) == sum(p.numel() for p in both.parameters())
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -125,6 +136,70 @@ def test_server_step_takes_what_is_predicted(name: str) -> None:
     assert predicted == pytest.approx(allocated_peak(step), rel=0.08)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_head_takes_what_is_predicted(name: str, dtype: str) -> None:
+    """Soft-capped logits (Gemma 2) and hidden states in fp32 (RMSNorm) included."""
+    cost, model = cost_of(name, dtype=dtype), tiny_model(name, dtype=getattr(torch, dtype))
+    *_, head = split_model(model, 2, labels="client")
+    hidden = torch.randn(ROWS, LENGTH, 32, dtype=getattr(torch, dtype))
+
+    def step() -> None:
+        head(hidden.clone().requires_grad_(), IDS).loss.backward()
+
+    assert cost.head_bytes == pytest.approx(allocated_peak(step), rel=0.1)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_steps_in_three_parts_take_what_is_predicted(name: str) -> None:
+    """Two micro-batches in flight: their activations are kept on both sides while the first one's loss is computed."""
+    cost, model = cost_of(name, labels="client", in_flight=2), tiny_model(name, dtype=torch.float32)
+    client, body, head = split_model(model, 2, labels="client")
+    ranks = {layer.name: 8 for layer in cost.layers}
+    on_client, on_server = adapt(client, ranks), adapt(body, ranks)
+    states = [torch.randn(ROWS, LENGTH, 32) for _ in range(2)]
+
+    def client_step() -> None:
+        cuts = [client(IDS, MASK) for _ in states]
+        for cut, state in zip(cuts, states, strict=True):
+            returned = state.clone().requires_grad_()
+            head(returned, IDS).loss.backward()
+            cut.backward(returned.grad)
+
+    def server_step() -> None:
+        cuts = [state.clone().requires_grad_() for state in states]
+        for hidden in [body(cut, MASK) for cut in cuts]:
+            hidden.backward(torch.ones_like(hidden))
+
+    frames = 4 * cost.cut_bytes  # on the wire, which is not here
+    predicted = cost.client_bytes(2, ranks, updated=False) - 4 * cost.client_parameters(2) - 4 * on_client - frames
+    assert predicted == pytest.approx(allocated_peak(client_step), rel=0.1)
+    predicted = cost.server_share(2, ranks) - 4 * on_server - frames
+    assert predicted == pytest.approx(allocated_peak(server_step), rel=0.1)
+
+
+def test_the_head_weighs_on_the_side_that_has_the_labels() -> None:
+    above, below = cost_of("llama"), cost_of("llama", labels="client")
+    assert above.head_bytes == below.head_bytes > above.temporary_bytes == below.temporary_bytes
+    assert above.memory_parts(2, {})["temporary"] == above.temporary_bytes
+    assert below.memory_parts(2, {})["temporary"] == below.head_bytes
+    assert above.server_share(2, {}) - below.server_share(2, {}) == above.head_bytes - above.temporary_bytes
+
+
+def test_activations_count_for_every_micro_batch_in_flight() -> None:
+    one, three = cost_of("llama"), cost_of("llama", in_flight=3)
+    ranks = {layer.name: 8 for layer in one.layers}
+    for first, last, everything in ((0, 3, False), (1, 4, True)):
+        kept = one.kept_bytes(ranks, first, last, everything=everything)
+        assert three.kept_bytes(ranks, first, last, everything=everything) == 3 * kept > 0
+    assert three.adapter_bytes(ranks, 0, 4) == one.adapter_bytes(ranks, 0, 4), "adapters exist once"
+    added = three.adapter_price(three.layers[0], 8) - one.adapter_price(one.layers[0], 8)
+    assert added == 2 * 8 * ROWS * LENGTH * 4
+    frames = 4 * one.cut_bytes
+    assert three.head_bytes == one.head_bytes + 2 * frames
+    assert one.temporary_bytes < three.temporary_bytes <= one.temporary_bytes + 2 * frames
+
+
 @pytest.mark.parametrize("name", ["llama-tied-grouped", "gpt2"])
 def test_unsplit_step_takes_what_is_predicted(name: str) -> None:
     cost, model = cost_of(name), tiny_model(name, dtype=torch.float32)
@@ -169,15 +244,43 @@ def test_operations_are_those_that_torch_counts(name: str) -> None:
     both = counted(lambda: whole(IDS, MASK, IDS).loss.backward())
     assert both <= cost.whole_flops(ranks) < 1.1 * both
 
+    with_labels = cost_of(name, labels="client")
+    _, body, head = split_model(model, 3, labels="client")
+    adapt(body, ranks)
+    hidden = body(cut.detach(), MASK).detach().requires_grad_()
+    top = counted(lambda: head(hidden, IDS).loss.backward())
+    assert top <= with_labels.client_flops(3, ranks) - cost.client_flops(3, ranks) < 1.05 * top
+    between = counted(lambda: body(leaf, MASK).backward(torch.ones_like(cut)))
+    assert between <= with_labels.server_flops(3, ranks) < 1.05 * between
 
-def test_bytes_on_the_wire_are_those_of_the_frames() -> None:
-    up, down = cost_of("llama").wire_bytes()
-    cut = torch.zeros(ROWS, LENGTH, 32)
-    sent = encode(Activation(0, cut, MASK, IDS, 1, True, 0.0))
-    assert up == cut.nbytes + MASK.nbytes + IDS.nbytes == pytest.approx(len(sent), abs=512)
-    assert down == cut.nbytes == pytest.approx(len(encode(Gradient(cut, 0.0, 0.0))), abs=512)
-    assert cost_of("llama", dtype="bfloat16").wire_bytes() == (up, down)
-    assert cost_of("llama").wire_bytes(item_bytes=2) == (up - down / 2, down / 2)
+
+def tensor_bytes(frame: Frame) -> int:
+    """Bytes of the tensors of a frame; its header has a few hundred more."""
+    size = sum(value.nbytes for value in vars(frame).values() if isinstance(value, torch.Tensor))
+    assert size == pytest.approx(len(encode(frame)), abs=512)
+    return size
+
+
+@pytest.mark.parametrize("wire", WIRES)
+def test_bytes_on_the_wire_are_those_of_the_frames(wire: str) -> None:
+    hidden = torch.zeros(ROWS, LENGTH, 32, dtype=getattr(torch, wire))
+    scale = torch.zeros(hidden.shape[:-1] if wire == "int8" else 0)
+    sent = tensor_bytes(Activation(0, hidden, scale, MASK, IDS, 1, True, 0.0))
+    without_labels = tensor_bytes(Activation(0, hidden, scale, MASK, torch.zeros(0, dtype=torch.long), 1, True, 0.0))
+    gradient = tensor_bytes(Gradient(hidden, scale, 0.0, 0.0))
+    cost, with_labels = cost_of("llama"), cost_of("llama", labels="client")
+    assert cost.wire_bytes(wire, wire) == (sent, gradient)
+    assert cost.wire_bytes("float32", wire) == (cost.wire_bytes()[0], gradient)
+    assert cost_of("llama", dtype="bfloat16").wire_bytes(wire, wire) == (sent, gradient)
+    assert with_labels.wire_bytes(wire, wire) == (
+        without_labels + tensor_bytes(HiddenGradient(hidden, scale, 0.0)),
+        gradient + tensor_bytes(Hidden(hidden, scale)),
+    )
+
+
+def test_numbers_that_no_wire_carries() -> None:
+    with pytest.raises(PlanError, match="numbers on the wire cannot be 'int4'; choose one of float32"):
+        cost_of("llama").wire_bytes("float32", "int4")
 
 
 @pytest.mark.parametrize(("optimizer", "momentum", "size"), [("adamw", 0.0, 16), ("sgd", 0.0, 8), ("sgd", 0.9, 12)])
@@ -200,6 +303,13 @@ def test_adapters_cost_parameter_gradient_and_optimizer_states(optimizer: str, m
 def test_unknown_optimizer() -> None:
     with pytest.raises(PlanError, match="optimizer='adam' is unknown; choose one of adamw, sgd"):
         Workload(1, 2, optimizer="adam")
+
+
+def test_labels_and_flights_out_of_range() -> None:
+    with pytest.raises(PlanError, match="labels='both' is not possible; choose one of server, client"):
+        Workload(1, 2, labels="both")
+    with pytest.raises(PlanError, match="in_flight=0 is out of range; at least 1"):
+        Workload(1, 2, in_flight=0)
 
 
 def test_parts_add_up_and_an_update_counts_where_it_is_the_peak() -> None:
@@ -248,6 +358,29 @@ def test_a_70b_model_is_costed_from_its_configuration() -> None:
     assert cost.total_parameters == 80 * block + 2 * 128256 * 8192 + 8192
     assert cost.memory_parts(20, {})["weights"] == 2 * (20 * block + 128256 * 8192)
     assert len(cost.layers) == 80 * 7
+
+
+def test_settings_of_a_run_reach_the_cost_model(tiny_folder: Path) -> None:
+    settings: dict[str, int | str] = {
+        "model.path": str(tiny_folder),
+        "split.labels": "client",
+        "transport.in_flight": 4,
+        "transport.up": "int8",
+        "transport.down": "bfloat16",
+        "train.batch_size": 9,
+        "train.micro_batch_size": 4,
+        "train.steps": 5,
+    }
+    config = Config.from_run_config(settings)
+    cost = cost_model(config, 4, LENGTH)
+    assert (cost.workload.labels, cost.workload.in_flight) == ("client", 3), "a batch of 9 has three micro-batches"
+    assert cost_model(config, 1, LENGTH).workload.in_flight == 4
+    unsplit = cost_model(Config.from_run_config(settings | {"method.name": "fedit"}), 4, LENGTH).workload
+    assert (unsplit.labels, unsplit.in_flight) == ("server", 1)
+    plan = make_round_plan(config, {"a": Budget(10**12, 0, 1e9, 1e6, 2e6)}, None, {}, cost).clients["a"]
+    up, down = cost.wire_bytes("int8", "bfloat16")
+    seconds = cost.client_flops(plan.split, plan.ranks) / 1e9 + up / 1e6 + down / 2e6
+    assert plan.predicted_seconds == pytest.approx(5 * 3 * seconds)
 
 
 def test_unknown_target() -> None:

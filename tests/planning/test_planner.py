@@ -283,8 +283,8 @@ def test_clients_take_blocks_off_a_slow_server_and_leave_them_to_a_fast_one() ->
 
 def test_predicted_seconds() -> None:
     budgets = {"quick": Budget(10 * CEILING, 0, 4e9, 1e6, 2e6), "slow": Budget(10 * CEILING, 0, 2e9)}
-    plan = make_plan(budgets, dict.fromkeys(NAMES, 1.0), COST, ranks=RANKS, steps=7, wire_item_bytes=2)
-    up, down = COST.wire_bytes(2)
+    plan = make_plan(budgets, dict.fromkeys(NAMES, 1.0), COST, ranks=RANKS, steps=7, wire=("bfloat16", "int8"))
+    up, down = COST.wire_bytes("bfloat16", "int8")
     flops = {name: COST.client_flops(client.split, client.ranks) for name, client in plan.clients.items()}
     own = {"quick": 7 * (flops["quick"] / 4e9 + up / 1e6 + down / 2e6), "slow": 7 * flops["slow"] / 2e9}
     assert {name: client.predicted_seconds for name, client in plan.clients.items()} == pytest.approx(own)

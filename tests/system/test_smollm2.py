@@ -15,10 +15,11 @@ from hsplitlora_flwr.data.sources import load_text
 from hsplitlora_flwr.lora import AdapterSpec, extract, inject
 from hsplitlora_flwr.models.demo import demo_model
 from hsplitlora_flwr.models.loading import load_client_model, load_tokenizer
-from hsplitlora_flwr.training.client import train_client
+from hsplitlora_flwr.training.client import ClientTrainer, train_client
 from hsplitlora_flwr.training.evaluation import evaluate
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.training.server import ServerTrainer, SharedBase
+from hsplitlora_flwr.transport.certificates import make_identity
 from hsplitlora_flwr.transport.stream import StreamLink, StreamServer
 
 MODEL, SPLIT, STEPS = "smollm2-135m", 10, 3
@@ -35,11 +36,10 @@ def test_three_split_steps_equal_three_unsplit_steps() -> None:
     own = inject(client, specs, "s"), inject(server, specs, "s")
     starts = {**extract(client), **extract(server)}
     trainer = ServerTrainer(server.train(), AdapterOptimizer(own[1], TRAIN))
-    shard = StreamServer("127.0.0.1", 0)
-    with StreamLink(shard.address, shard.admit(trainer)) as link:
-        optimizer = AdapterOptimizer(own[0], TRAIN)
-        batches = training_batches(rows, 4, seed=0)
-        record = train_client(client.train(), optimizer, batches, link, first_step=0, steps=STEPS)
+    shard = StreamServer("127.0.0.1", 0, identity=make_identity("127.0.0.1"))
+    with StreamLink(shard.endpoint, shard.admit(trainer)) as link:
+        optimizer, batches = AdapterOptimizer(own[0], TRAIN), training_batches(rows, 4, seed=0)
+        record = train_client(ClientTrainer(client.train(), optimizer, batches, first_step=0), link, STEPS)
     shard.stop()
 
     twin = get_peft_model(

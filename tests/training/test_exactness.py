@@ -6,7 +6,9 @@ The other side of every comparison is stock PEFT on the whole model with a plain
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Mapping
+from typing import Literal
 
 import pytest
 import torch
@@ -17,11 +19,13 @@ from hsplitlora_flwr.config import TrainConfig
 from hsplitlora_flwr.lora import AdapterSpec, extract, inject
 from hsplitlora_flwr.lora.aggregation import Factors
 from hsplitlora_flwr.models import split_model
-from hsplitlora_flwr.training.client import train_client
+from hsplitlora_flwr.training.client import ClientTrainer, take_turn, train_client
 from hsplitlora_flwr.training.schedule import AdapterOptimizer, learning_rate
 from hsplitlora_flwr.training.server import ServerTrainer
-from hsplitlora_flwr.transport.frames import Activation, Finished, Frame, decode, encode
+from hsplitlora_flwr.transport.frames import Activation, Finished, Frame, Gradient, HiddenGradient, decode, encode
 from tests.tiny import BLOCKS, CONFIGS, random_batches, tiny_model
+
+Labels = Literal["server", "client"]
 
 STEPS = 5
 TRAIN = TrainConfig(
@@ -34,9 +38,15 @@ class Loopback:
 
     def __init__(self, trainer: ServerTrainer) -> None:
         self.trainer = trainer
+        self.most_waiting = 0
+        self._sent: deque[bytes] = deque()
 
-    def exchange(self, frame: Frame) -> Frame:
-        return decode(encode(self.trainer(decode(encode(frame)))))
+    def send(self, frame: Frame) -> None:
+        self._sent.append(encode(frame))
+        self.most_waiting = max(self.most_waiting, len(self._sent))
+
+    def receive(self) -> Frame:
+        return decode(encode(self.trainer(decode(self._sent.popleft()))))
 
 
 def specs_of(model: PreTrainedModel) -> dict[str, AdapterSpec]:
@@ -47,25 +57,70 @@ def specs_of(model: PreTrainedModel) -> dict[str, AdapterSpec]:
     return {name: AdapterSpec(rank, 3.0 * rank**0.5) for name, rank in zip(names, ranks, strict=False) if rank}
 
 
-def train_split(
-    model: PreTrainedModel, specs: Mapping[str, AdapterSpec], split: int, micro_batch_size: int = 0
-) -> tuple[dict[str, Factors], list[float]]:
-    client, server = split_model(model, split)
-    trainer = ServerTrainer(server.train(), AdapterOptimizer(inject(server, specs, "seed"), TRAIN))
-    optimizer = AdapterOptimizer(inject(client, specs, "seed"), TRAIN)
-    record = train_client(
+def wire_of(model: PreTrainedModel) -> str:
+    return str(model.dtype).removeprefix("torch.")
+
+
+def trainers(
+    model: PreTrainedModel,
+    specs: Mapping[str, AdapterSpec],
+    split: int,
+    labels: Labels = "server",
+    micro_batch_size: int = 0,
+    wire: str = "",
+) -> tuple[ClientTrainer, ServerTrainer]:
+    """Both halves of a fresh training run."""
+    client, server, *head = split_model(model, split, labels)
+    wire = wire or wire_of(model)
+    optimizer = AdapterOptimizer(inject(server, specs, "seed"), TRAIN)
+    return ClientTrainer(
         client.train(),
-        optimizer,
+        AdapterOptimizer(inject(client, specs, "seed"), TRAIN),
         random_batches(),
-        Loopback(trainer),
         first_step=0,
-        steps=STEPS,
+        head=head[0].train() if head else None,
         micro_batch_size=micro_batch_size,
-        wire=model.dtype,
-    )
-    assert trainer.finished
-    assert not extract(client).keys() & extract(server).keys()
-    return {**extract(client), **extract(server)}, record.losses
+        up=wire,
+    ), ServerTrainer(server.train(), optimizer, down=wire)
+
+
+def adapters_of(client: ClientTrainer, server: ServerTrainer) -> dict[str, Factors]:
+    assert server.finished
+    assert not extract(client.model).keys() & extract(server.model).keys()
+    return {**extract(client.model), **extract(server.model)}
+
+
+def train_split(
+    model: PreTrainedModel,
+    specs: Mapping[str, AdapterSpec],
+    split: int,
+    micro_batch_size: int = 0,
+    labels: Labels = "server",
+    in_flight: int = 1,
+) -> tuple[dict[str, Factors], list[float]]:
+    client, server = trainers(model, specs, split, labels, micro_batch_size)
+    link = Loopback(server)
+    record = train_client(client, link, STEPS, in_flight)
+    assert link.most_waiting == min(in_flight, -(-4 // (micro_batch_size or 4)))
+    return adapters_of(client, server), record.losses
+
+
+def train_in_turns(
+    model: PreTrainedModel, specs: Mapping[str, AdapterSpec], split: int, labels: Labels, micro_batch_size: int
+) -> tuple[dict[str, Factors], list[float]]:
+    """Every turn with a new client, which knows nothing but what the one before left as tensors."""
+    client, server = trainers(model, specs, split, labels, micro_batch_size)
+    answers: list[Frame] = []
+    while not server.finished:
+        frames = take_turn(client, answers, STEPS)
+        answers = [decode(encode(server(decode(encode(frame))))) for frame in frames]
+        tensors = {name: tensor.clone() for name, tensor in client.optimizer.tensors().items()}
+        before, (client, _) = client, trainers(model, specs, split, labels, micro_batch_size)
+        client.optimizer.restore(tensors)
+        client.global_step, client.square, client.record = before.global_step, before.square, before.record
+        for _ in range(client.global_step):
+            next(client.batches)
+    return adapters_of(client, server), client.record.losses
 
 
 def peft_twin(model: PreTrainedModel, specs: Mapping[str, AdapterSpec]) -> PeftModel:
@@ -128,11 +183,32 @@ def test_split_training_equals_unsplit_training_at_every_split(name: str) -> Non
         assert_same(got, expected)
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 3])
-def test_micro_batches_change_nothing(micro_batch_size: int) -> None:
+@pytest.mark.parametrize("name", CONFIGS)
+def test_labels_that_stay_with_the_client_change_nothing(name: str) -> None:
+    specs = specs_of(tiny_model(name))
+    expected, losses = train_split(tiny_model(name), specs, 2)
+    got, split_losses = train_split(tiny_model(name), specs, 2, labels="client")
+    assert split_losses == pytest.approx(losses, rel=1e-9)
+    assert_same(got, expected)
+
+
+@pytest.mark.parametrize("labels", ["server", "client"])
+@pytest.mark.parametrize("micro_batch_size", [0, 2])
+def test_turns_of_clients_that_go_away_between_them_change_nothing(labels: Labels, micro_batch_size: int) -> None:
     specs = specs_of(tiny_model("llama"))
     expected, losses = train_split(tiny_model("llama"), specs, 2)
-    got, micro_losses = train_split(tiny_model("llama"), specs, 2, micro_batch_size)
+    got, turn_losses = train_in_turns(tiny_model("llama"), specs, 2, labels, micro_batch_size)
+    assert turn_losses == pytest.approx(losses, rel=1e-9)
+    assert_same(got, expected)
+
+
+@pytest.mark.parametrize("labels", ["server", "client"])
+@pytest.mark.parametrize("in_flight", [1, 2, 9])
+@pytest.mark.parametrize("micro_batch_size", [1, 3])
+def test_micro_batches_change_nothing(micro_batch_size: int, in_flight: int, labels: Labels) -> None:
+    specs = specs_of(tiny_model("llama"))
+    expected, losses = train_split(tiny_model("llama"), specs, 2)
+    got, micro_losses = train_split(tiny_model("llama"), specs, 2, micro_batch_size, labels, in_flight)
     assert micro_losses == pytest.approx(losses, rel=1e-9)
     assert_same(got, expected)
 
@@ -157,29 +233,24 @@ def test_clients_on_one_base_do_not_touch_each_other() -> None:
         assert torch.equal(parameter, before[name]), f"the base weight {name} moved"
 
 
-def test_a_bf16_wire_halves_the_bytes_and_stays_close() -> None:
+@pytest.mark.parametrize(("wire", "bytes_per_number"), [("float32", 4), ("bfloat16", 2), ("float16", 2), ("int8", 1)])
+def test_a_narrow_wire_has_fewer_bytes_and_stays_close(wire: str, bytes_per_number: int) -> None:
     specs = specs_of(tiny_model("llama", dtype=torch.float32))
     _, exact = train_split(tiny_model("llama", dtype=torch.float32), specs, 2)
-    sizes: dict[torch.dtype, int] = {}
-    for wire in (torch.float32, torch.bfloat16):
-        client, server = split_model(tiny_model("llama", dtype=torch.float32), 2)
-        trainer = ServerTrainer(server.train(), AdapterOptimizer(inject(server, specs, "seed"), TRAIN))
-        sent: list[int] = []
+    client, server = trainers(tiny_model("llama", dtype=torch.float32), specs, 2, wire=wire)
+    sizes: list[tuple[int, int]] = []
 
-        class Counting(Loopback):
-            def exchange(self, frame: Frame, sent: list[int] = sent) -> Frame:
-                answer = super().exchange(frame)
-                sent.extend(t.nbytes for f in (frame, answer) for t in (getattr(f, "cut", None),) if t is not None)
-                return answer
+    class Counting(Loopback):
+        def receive(self) -> Frame:
+            answer = super().receive()
+            if isinstance(answer, Gradient):
+                sizes.append((answer.gradient.nbytes, answer.gradient.numel()))
+            return answer
 
-        optimizer = AdapterOptimizer(inject(client, specs, "seed"), TRAIN)
-        record = train_client(
-            client.train(), optimizer, random_batches(), Counting(trainer), first_step=0, steps=STEPS, wire=wire
-        )
-        sizes[wire] = sum(sent)
-        assert record.losses == pytest.approx(exact, rel=1e-6 if wire == torch.float32 else 1e-2)
-    assert record.losses != exact
-    assert sizes[torch.bfloat16] * 2 == sizes[torch.float32]
+    record = train_client(client, Counting(server), STEPS)
+    assert record.losses == pytest.approx(exact, rel=1e-6 if wire == "float32" else 1e-2)
+    assert (record.losses == exact) == (wire == "float32")
+    assert sizes and all(size == bytes_per_number * numbers for size, numbers in sizes)
 
 
 def test_a_bf16_base_trains_fp32_adapters() -> None:
@@ -196,12 +267,14 @@ def test_frames_that_do_not_belong_are_refused() -> None:
     model = tiny_model("llama")
     _, server = split_model(model, 2)
     trainer = ServerTrainer(server, AdapterOptimizer([], TRAIN))
-    ids, cut = torch.ones(2, 3, dtype=torch.long), torch.ones(2, 3, 32, dtype=torch.float64)
+    ids, cut, none = torch.ones(2, 3, dtype=torch.long), torch.ones(2, 3, 32, dtype=torch.float64), torch.empty(0)
     for frame, says in [
-        (Activation(0, cut[:, :2], ids, ids, 4, True, 0.0), r"cut activation \(2, 2, 32\) must be \(2, 3, 32\)"),
-        (Activation(0, cut, ids[:1], ids, 4, True, 0.0), r"attention mask \(1, 3\)"),
-        (Activation(0, cut, ids, ids, 0, True, 0.0), "without labelled tokens"),
-        (Finished(), "does not send frames of kind Finished"),
+        (Activation(0, cut[:, :2], none, ids, ids, 4, True, 0.0), r"cut activation \(2, 2, 32\) must be \(2, 3, 32\)"),
+        (Activation(0, cut, none, ids[:1], ids, 4, True, 0.0), r"attention mask \(1, 3\)"),
+        (Activation(0, cut, none, ids, ids, 0, True, 0.0), "without labelled tokens"),
+        (Activation(0, cut, none, ids, ids[:0, 0], 4, True, 0.0), r"labels \(0,\) the same"),
+        (HiddenGradient(cut, none, 1.0), "no hidden state"),
+        (Finished(), "does not send Finished"),
     ]:
         with pytest.raises(ValueError, match=says):
             trainer(frame)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import json
 import struct
+import tracemalloc
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hsplitlora_flwr.transport.frames import (
+    HEADER_BYTES,
     Activation,
     Failure,
     Finish,
@@ -19,9 +21,17 @@ from hsplitlora_flwr.transport.frames import (
     Frame,
     FrameError,
     Gradient,
+    Hidden,
+    HiddenGradient,
+    Loss,
+    Ping,
+    Pong,
+    buffers,
     decode,
     encode,
 )
+
+NONE = torch.empty(0)
 
 
 def same(one: Frame, other: Frame) -> bool:
@@ -32,7 +42,10 @@ def same(one: Frame, other: Frame) -> bool:
         if isinstance(mine, torch.Tensor):
             if mine.dtype != theirs.dtype or mine.shape != theirs.shape:
                 return False
-            if not torch.equal(mine.contiguous().view(torch.uint8), theirs.contiguous().view(torch.uint8)):
+            if (
+                mine.contiguous().reshape(-1).view(torch.uint8).tolist()
+                != theirs.reshape(-1).view(torch.uint8).tolist()
+            ):
                 return False
         elif mine != theirs:
             return False
@@ -41,7 +54,7 @@ def same(one: Frame, other: Frame) -> bool:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8]),
     st.integers(1, 3),
     st.integers(1, 5),
     st.integers(1, 7),
@@ -50,31 +63,71 @@ def same(one: Frame, other: Frame) -> bool:
 )
 def test_round_trip(dtype: torch.dtype, rows: int, length: int, hidden: int, number: float, last: bool) -> None:
     ids = torch.arange(rows * length).reshape(rows, length)
-    cut = torch.randn(rows, length, hidden).to(dtype).transpose(0, 1).contiguous().transpose(0, 1)
+    cut = (100 * torch.randn(rows, length, hidden)).to(dtype).transpose(0, 1).contiguous().transpose(0, 1)
+    scale = torch.rand(rows, length) if dtype == torch.int8 else NONE
     frames: list[Frame] = [
-        Activation(3, cut, ids % 2, ids - 100, rows, last, number),
-        Gradient(cut, number, -number),
+        Activation(3, cut, scale, ids % 2, ids - 100, rows, last, number),
+        Activation(3, cut, scale, ids % 2, torch.empty(0, dtype=torch.long), rows, last, number),
+        Gradient(cut, scale, number, -number),
+        Hidden(cut, scale),
+        HiddenGradient(cut, scale, number),
+        Loss(number),
         Finish(number),
         Finished(),
         Failure("ValueError: ü"),
+        Ping(ids.to(torch.uint8), length),
+        Pong(torch.tensor(7, dtype=torch.uint8)),
     ]
     for frame in frames:
-        assert same(decode(encode(frame)), frame)
+        data = encode(frame)
+        assert data == b"".join(buffers(frame))
+        for form in (data, bytearray(data), memoryview(data), memoryview(bytearray(b"x" + data))[1:]):
+            assert same(decode(form), frame)
+
+
+def gradient(data: bytes | bytearray) -> torch.Tensor:
+    frame = decode(data)
+    assert isinstance(frame, Gradient)
+    return frame.gradient
 
 
 def test_decoded_tensors_may_be_written_to() -> None:
-    decoded = decode(encode(Gradient(torch.ones(1, 2, 3), 0.0, 0.0)))
-    assert isinstance(decoded, Gradient)
-    decoded.gradient.add_(1)
-    assert torch.equal(decoded.gradient, torch.full((1, 2, 3), 2.0))
+    data = encode(Gradient(torch.ones(1, 2, 3), NONE, 0.0, 0.0))
+    gradient(data).add_(1)
+    assert torch.equal(gradient(data), torch.ones(1, 2, 3))  # a copy: bytes never change
+    writable = bytearray(data)
+    gradient(writable).add_(1)
+    assert torch.equal(gradient(writable), torch.full((1, 2, 3), 2.0))  # the frame's own memory
 
 
-GOOD = encode(Gradient(torch.ones(1, 2, 3), 0.5, 0.25))
-HEADER = GOOD[10 : 10 + struct.unpack_from("<I", GOOD, 6)[0]]
+def test_tensors_are_not_copied_on_their_way_out() -> None:
+    tensor = torch.ones(1, 2, 3)
+    parts = buffers(Gradient(tensor, NONE, 0.0, 0.0))
+    tensor.add_(1)
+    assert torch.equal(gradient(b"".join(parts)), torch.full((1, 2, 3), 2.0))
 
 
-def with_header(header: bytes) -> bytes:
-    return GOOD[:6] + struct.pack("<I", len(header)) + header + GOOD[10 + len(HEADER) :]
+def test_what_frames_do_not_carry() -> None:
+    with pytest.raises(FrameError, match="'hidden' has dtype bool; frames carry float64"):
+        encode(Hidden(torch.ones(2, dtype=torch.bool), NONE))
+    with pytest.raises(FrameError, match=f"the header of this Failure has .* at most {HEADER_BYTES}"):
+        encode(Failure("x" * HEADER_BYTES))
+
+
+GOOD = encode(Gradient(torch.ones(1, 2, 3), torch.arange(5.0), 0.5, 0.25))
+PREFIX = struct.Struct("<4sBBIQ")
+HEADER = GOOD[PREFIX.size : PREFIX.size + PREFIX.unpack_from(GOOD)[3]]
+
+
+def framed(header: bytes, *, total: int | None = None, said: int | None = None, version: int = 2) -> bytes:
+    """A frame with another header and true lengths, unless others are given."""
+    rest = header + GOOD[PREFIX.size + len(HEADER) :]
+    total = PREFIX.size + len(rest) if total is None else total
+    return PREFIX.pack(b"HSPL", version, 1, len(header) if said is None else said, total) + rest
+
+
+def shaped(shape: bytes) -> bytes:
+    return framed(HEADER.replace(b"[1, 2, 3]", shape))
 
 
 @pytest.mark.parametrize(
@@ -82,26 +135,83 @@ def with_header(header: bytes) -> bytes:
     [
         (b"", "shorter than its prefix"),
         (b"GET / HTTP/1.1\r\n\r\n", "not a frame"),
-        (GOOD[:5] + b"\x63" + GOOD[6:], "not a frame"),
-        (GOOD[:4] + b"\x09" + GOOD[5:], "frame version 9, but this side speaks 1"),
-        (GOOD[:-8], "needs 24 bytes, the frame has 16 left"),
-        (GOOD + b"\0", "header accounts for"),
-        (with_header(b"{not json"), "not JSON"),
-        (with_header(b"{}"), "needs the fields"),
-        (with_header(HEADER.replace(b'"float32"', b'"object"')), "allowed are float64"),
-        (with_header(HEADER.replace(b"[1, 2, 3]", b"[1, -2, 3]")), "whole numbers"),
-        (with_header(HEADER.replace(b"[1, 2, 3]", b"[9999999, 9999999, 3]")), "the frame has 24 left"),
-        (with_header(HEADER.replace(b"0.25", b'"a"')), "must be a float"),
+        (GOOD[:5] + b"\x63" + GOOD[6:], "frames have no kind 99"),
+        (framed(HEADER, version=1), "frame version 1, but this side speaks 2"),
+        (GOOD[:-8], f"should have {len(GOOD)} bytes, it has {len(GOOD) - 8}"),
+        (GOOD + b"\0", f"should have {len(GOOD)} bytes, it has {len(GOOD) + 1}"),
+        (framed(HEADER, total=2**63), f"should have {2**63} bytes"),
+        (framed(HEADER, said=2**31), f"a header of {2**31} bytes; at most {HEADER_BYTES}"),
+        (framed(b"{not json"), "not JSON"),
+        (framed(b"[" * 60000), "not JSON"),
+        (framed(b"{}"), "needs the fields"),
+        (framed(HEADER.replace(b'"float32"', b'"object"')), "allowed are float64"),
+        (framed(HEADER.replace(b'"dtype"', b'"type"')), "described by dtype and shape"),
+        (shaped(b"[1, -2, 3]"), "whole numbers"),
+        (shaped(b"[1, 2.0, 3]"), "whole numbers"),
+        (shaped(b"[true, 2, 3]"), "whole numbers"),
+        (shaped(b"[9999999, 9999, 3]"), "needs 1199879880012 bytes, the frame has 48 left"),
+        (shaped(b"[9999999, 9999999, 0]"), r"at most 8 dimensions and 2\*\*40 values"),
+        (shaped(b"[1, 1, 1, 1, 1, 1, 1, 2, 3]"), "at most 8 dimensions"),
+        (shaped(b"[1, 2, 2]"), f"has {len(GOOD)} bytes, its header accounts for {len(GOOD) - 8}"),
+        (framed(HEADER.replace(b"0.25", b'"a"')), "must be a float"),
     ],
 )
 def test_refuses_bytes_that_are_not_a_frame(data: bytes, says: str) -> None:
+    decode(framed(HEADER))  # what the bad ones are made from is good
     with pytest.raises(FrameError, match=says):
         decode(data)
 
 
-@settings(max_examples=200, deadline=None)
+def test_a_limit_is_refused_before_anything_else_is_read() -> None:
+    decode(GOOD, limit=len(GOOD))
+    with pytest.raises(FrameError, match=f"Gradient has {len(GOOD)} bytes; at most {len(GOOD) - 1} are accepted"):
+        decode(GOOD, limit=len(GOOD) - 1)
+
+
+def check(data: bytes) -> None:
+    """Decode, or raise FrameError; take no more memory than the bytes and their header justify."""
+    for form in (data, bytearray(data)):
+        tracemalloc.start()
+        try:
+            frame = decode(form, limit=2**20)
+        except FrameError:
+            pass
+        else:
+            tensors = [value for value in vars(frame).values() if isinstance(value, torch.Tensor)]
+            assert sum(tensor.nbytes for tensor in tensors) <= len(data)
+        finally:
+            _, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+        assert peak < 2**20
+
+
+@settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=200), st.integers(0, len(GOOD)))
 def test_damage_never_escapes_as_another_error(noise: bytes, at: int) -> None:
     for data in (noise, GOOD[:at] + noise, GOOD[:at] + noise + GOOD[at + len(noise) :]):
-        with contextlib.suppress(FrameError):
-            decode(data)
+        check(data)
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["float32", "int8"]),
+    lambda inner: (
+        st.lists(inner, max_size=9)
+        | st.fixed_dictionaries({"dtype": inner, "shape": inner})
+        | st.fixed_dictionaries({"dtype": st.just("uint8"), "shape": st.lists(st.integers(0, 2**70), max_size=9)})
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(JSON, JSON, JSON, JSON, st.binary(max_size=64))
+def test_headers_of_any_content_are_refused_or_fit(
+    one: object, two: object, three: object, four: object, body: bytes
+) -> None:
+    header = json.dumps({"gradient": one, "scale": two, "loss": three, "square": four}).encode()
+    check(PREFIX.pack(b"HSPL", 2, 1, len(header), PREFIX.size + len(header) + len(body)) + header + body)

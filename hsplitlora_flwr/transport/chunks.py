@@ -1,0 +1,62 @@
+"""A frame as the messages of a stream: cut as they leave, put together in memory that is taken once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from hsplitlora_flwr.transport.frames import Buffer, FrameError, Ping, check_total, read_prefix
+
+CHUNK_BYTES = 2**20
+"""Longest message; gRPC takes 4 MiB unless it is told otherwise."""
+PING_BYTES = 2**23
+"""Longest payload of a ping or pong."""
+
+_PING_FRAME_BYTES = PING_BYTES + 2**10
+
+
+def cut(parts: Iterable[Buffer], size: int = CHUNK_BYTES) -> Iterator[bytes]:
+    """The bytes of ``parts`` one after another, in messages of ``size`` bytes and a shorter last one."""
+    pieces: list[memoryview] = []
+    room = size
+    for part in parts:
+        rest = memoryview(part)
+        while rest:
+            piece, rest = rest[:room], rest[room:]
+            pieces.append(piece)
+            room -= len(piece)
+            if not room:
+                yield b"".join(pieces)
+                pieces, room = [], size
+    if pieces:
+        yield b"".join(pieces)
+
+
+def assemble(messages: Iterator[bytes], max_frame_bytes: int) -> Iterator[memoryview]:
+    """The frames that :func:`cut` made ``messages`` of, each in memory of its own that may be written to.
+
+    Raises
+    ------
+    FrameError
+        If a message does not begin a frame where one must, or the frame is longer than ``max_frame_bytes`` (before
+        memory is taken for it) or than it says, or ends early.
+    """
+    for message in messages:
+        prefix = read_prefix(message)
+        check_total(prefix, max(max_frame_bytes, _PING_FRAME_BYTES) if prefix.kind is Ping else max_frame_bytes)
+        data = np.empty(prefix.total, np.uint8).data  # not filled with zeros first
+        filled = 0
+        while True:
+            end = filled + len(message)
+            if not message or end > prefix.total:
+                raise FrameError(f"a frame of {prefix.total} bytes goes on with {len(message)} after {filled}")
+            data[filled:end] = message
+            filled = end
+            if filled == prefix.total:
+                break
+            following = next(messages, None)
+            if following is None:
+                raise FrameError(f"a frame of {prefix.total} bytes ended after {filled}")
+            message = following
+        yield data

@@ -1,0 +1,94 @@
+"""Frames over Flower messages, where the server can open no port; and how a round's messages are exchanged.
+
+One message carries the frames of one step both ways: the gradients of a step go down, the activations of the next come
+up. A client that trains over the stream sends a single reply; both kinds may take part in the same round.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from hsplitlora_flwr.transport.frames import Frame, decode, encode
+
+_FRAMES = "frames"
+_POLL_SECONDS = 0.1
+
+
+def add_frames(records: RecordDict, frames: Sequence[Frame]) -> RecordDict:
+    """Put frames into a message's content."""
+    records[_FRAMES] = ConfigRecord({_FRAMES: [encode(frame) for frame in frames]})
+    return records
+
+
+def has_frames(records: RecordDict) -> bool:
+    """Whether a message's content holds frames."""
+    return _FRAMES in records
+
+
+def read_frames(records: RecordDict) -> list[Frame]:
+    """The frames of a message's content; none if it holds none.
+
+    Raises
+    ------
+    FrameError
+        If they are damaged.
+    """
+    if not has_frames(records):
+        return []
+    parts = records.config_records[_FRAMES][_FRAMES]
+    return [decode(part) for part in parts if isinstance(part, bytes)] if isinstance(parts, list) else []
+
+
+def frame_bytes(records: RecordDict) -> int:
+    """Bytes of the frames in a message's content."""
+    parts = records.config_records[_FRAMES][_FRAMES] if has_frames(records) else []
+    return sum(len(part) for part in parts if isinstance(part, bytes)) if isinstance(parts, list) else 0
+
+
+def converse(
+    grid: Grid, messages: Iterable[Message], answer: Callable[[Message], Message | None], timeout: float
+) -> Iterator[tuple[int, Message]]:
+    """Send a message to each of several nodes, and answer their replies until every node has sent its last.
+
+    Flower's own ``send_and_receive`` looks for replies every three seconds and waits for all of them; a step over
+    messages would take as long.
+
+    Parameters
+    ----------
+    grid : Grid
+        The connection to the nodes.
+    messages : Iterable[Message]
+        One for each node.
+    answer : Callable[[Message], Message or None]
+        The next message to the node of a reply; None if the reply was its last.
+    timeout : float
+        Seconds after which nodes that have not sent their last reply are given up.
+
+    Yields
+    ------
+    tuple[int, Message]
+        The node and its last reply, as they come; it may be an error.
+    """
+    waiting: dict[str, int] = {}
+
+    def push(message: Message) -> None:
+        [message_id] = grid.push_messages([message])
+        if message_id is not None:
+            waiting[message_id] = message.metadata.dst_node_id
+
+    for message in messages:
+        push(message)
+    deadline = time.monotonic() + timeout
+    while waiting and time.monotonic() < deadline:
+        for reply in grid.pull_messages(list(waiting)):
+            node = waiting.pop(reply.metadata.reply_to_message_id)
+            following = None if reply.has_error() else answer(reply)
+            if following is None:
+                yield node, reply
+            else:
+                push(following)
+        time.sleep(_POLL_SECONDS)

@@ -1,0 +1,119 @@
+"""Numbers on the wire: a tensor of the model as values and scales that travel, and back.
+
+Four wires are a cast. ``int8`` is symmetric quantisation with one fp32 scale per token, the last dimension being the
+hidden one: ``scale = max|x| / 127``, ``values = round(x / scale)``, and back ``values * scale``. It sends a quarter of
+the bytes of ``float32``, and one large token does not coarsen the others.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hsplitlora_flwr.config import WIRES
+
+_DTYPES: dict[str, torch.dtype] = {wire: getattr(torch, wire) for wire in WIRES}
+_FLOATS = {dtype for dtype in _DTYPES.values() if dtype.is_floating_point}
+_STEPS = 127
+_SMALLEST = _STEPS * torch.finfo(torch.float32).tiny
+
+
+class WireError(ValueError):
+    """A tensor cannot travel on this wire, or what arrived does not belong to one; the text says what to choose."""
+
+
+def pack(tensor: Tensor, wire: str) -> tuple[Tensor, Tensor]:
+    """The values and scales of ``tensor`` as they travel.
+
+    Parameters
+    ----------
+    tensor : Tensor
+        Floating point, ``(..., hidden)``, on any device.
+    wire : str
+        One of :data:`hsplitlora_flwr.config.WIRES`.
+
+    Returns
+    -------
+    values : Tensor
+        The wire's dtype, shaped as ``tensor``, on its device, without its graph. It shares the memory of ``tensor``
+        where the dtype is the same.
+    scale : Tensor
+        float32. ``int8``: shaped ``tensor.shape[:-1]``; other wires: empty, ``(0,)``.
+
+    Raises
+    ------
+    WireError
+        If the wire is unknown, or a value is not finite or too large for it.
+
+    Notes
+    -----
+    Error after :func:`unpack`, for a value ``x`` that is no subnormal number:
+
+    - ``float64``, ``float32``, ``bfloat16``, ``float16``: at most ``|x| * 2**-53``, ``2**-24``, ``2**-8``, ``2**-11``;
+    - ``int8``: at most ``max|x| / 254``, the maximum over its token, up to fp32 rounding. A token whose ``max|x|`` is
+      below 1.5e-36 becomes zero.
+    """
+    if wire not in _DTYPES:
+        raise WireError(f"wire {wire!r} is unknown; choose one of {', '.join(_DTYPES)}")
+    tensor, dtype = tensor.detach(), _DTYPES[wire]
+    if dtype == torch.int8:
+        return _quantise(tensor)
+    _check(_magnitude(tensor.reshape(-1)), dtype, wire)
+    return tensor.to(dtype), torch.empty(0)
+
+
+def unpack(values: Tensor, scale: Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """The tensor behind ``values`` and ``scale``, as :func:`pack` gave them.
+
+    Parameters
+    ----------
+    values, scale : Tensor
+        What arrived.
+    dtype, device
+        Of the result, which is shaped as ``values`` and shares their memory where nothing has to change.
+
+    Raises
+    ------
+    WireError
+        If dtypes and shapes are none that :func:`pack` gives.
+    """
+    if values.dtype in _FLOATS and scale.numel() == 0:
+        return values.to(device, dtype)
+    if values.dtype != torch.int8 or scale.dtype != torch.float32 or scale.shape != values.shape[:-1]:
+        raise WireError(
+            f"values {values.dtype} {tuple(values.shape)} with scale {scale.dtype} {tuple(scale.shape)} are no tensor "
+            "of a wire; int8 needs one float32 scale per token, other wires none"
+        )
+    exact = torch.promote_types(dtype, torch.float32)
+    return (values.to(device, exact) * scale.to(device, exact).unsqueeze(-1)).to(dtype)
+
+
+def _quantise(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    magnitude = _magnitude(tensor)  # (...), one per token
+    _check(_magnitude(magnitude.reshape(-1)) / _STEPS, torch.float32, "int8", _STEPS)
+    scale = torch.where(magnitude < _SMALLEST, 0, magnitude / _STEPS).float()
+    divisor = torch.where(scale == 0, torch.inf, scale)
+    return (tensor / divisor.unsqueeze(-1)).round().to(torch.int8), scale
+
+
+def _magnitude(tensor: Tensor) -> Tensor:
+    """``max|x|`` over the last dimension, NaN where one is; 0 where it is empty."""
+    if tensor.shape[-1] == 0:
+        return tensor.new_zeros(tensor.shape[:-1])
+    low, high = torch.aminmax(tensor, dim=-1)
+    return torch.maximum(-low, high)
+
+
+def _check(magnitude: Tensor, dtype: torch.dtype, wire: str, unit: int = 1) -> None:
+    """Refuse a largest magnitude, given in multiples of ``unit``, that is not finite in ``dtype``."""
+    if magnitude.to(dtype).isfinite():
+        return
+    if not magnitude.isfinite():
+        raise WireError("the activation or its gradient is not finite (inf or nan): training diverged; lower train.lr")
+    largest, most = unit * magnitude.item(), unit * torch.finfo(dtype).max
+    remedy = "bfloat16 or int8" if wire == "float16" else "float64"
+    raise WireError(
+        f"a value of magnitude {largest:.4g} does not fit the wire {wire}, which ends at {most:.4g}; "
+        f"set transport.up and transport.down to {remedy}"
+    )

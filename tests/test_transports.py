@@ -1,0 +1,201 @@
+"""Whole runs over each transport and cut: the same adapters, whatever carries frames and whoever holds the labels."""
+
+from __future__ import annotations
+
+import json
+import math
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from hsplitlora_flwr.control import FORGET, TURN
+from tests.grid import LocalGrid
+from tests.test_strategy import GB, grid_of, run, settings
+
+STEPS, ROUNDS = 3, 2
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    """The exported update as dense matrices by layer."""
+    tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
+    names = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
+    return {n: tensors[f"{n}.lora_B.weight"].double() @ tensors[f"{n}.lora_A.weight"].double() for n in names}
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, matrix in expected.items():
+        assert torch.linalg.norm(found[name] - matrix) <= 1e-4 * torch.linalg.norm(matrix), name
+
+
+@pytest.fixture(scope="module")
+def over_stream(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("stream")
+    config = settings(tiny_folder, folder, **{"lora.dropout": 0.1})
+    grid = grid_of()
+    summary = run(config, folder, grid)
+    assert not [m for m in grid.sent if m.metadata.message_type == TURN]
+    return {"adapter": adapter(folder), "summary": summary}
+
+
+def same_run(tiny_folder: Path, tmp_path: Path, **changes: Any) -> tuple[dict[str, Any], LocalGrid]:
+    grid = grid_of()
+    summary = run(settings(tiny_folder, tmp_path, **{"lora.dropout": 0.1} | changes), tmp_path, grid)
+    return summary, grid
+
+
+def turns(grid: LocalGrid) -> int:
+    return sum(message.metadata.message_type == TURN for message in grid.sent)
+
+
+def test_messages_give_the_adapters_of_the_stream(
+    tiny_folder: Path, tmp_path: Path, over_stream: dict[str, Any]
+) -> None:
+    summary, grid = same_run(tiny_folder, tmp_path, **{"transport.kind": "messages"})
+    assert_same(adapter(tmp_path), over_stream["adapter"])
+    # one message a step: the first frames come with the reply to the task, the last answer needs no reply
+    assert turns(grid) == len(GB) * ROUNDS * (STEPS + 2)  # and two probe batches
+    for mine, theirs in zip(summary["rounds"], over_stream["summary"]["rounds"], strict=True):
+        for client, twin in zip(mine["clients"], theirs["clients"], strict=True):
+            assert client["losses"] == pytest.approx(twin["losses"], rel=1e-4)
+            assert client["bytes_up"] == pytest.approx(twin["bytes_up"], rel=0.01)
+            assert client["bytes_down"] == pytest.approx(twin["bytes_down"], rel=0.01)
+    # nothing of the run stays on a node
+    assert grid.sent[-1].metadata.message_type == FORGET
+    assert not list(Path(grid.disk).rglob("*.safetensors"))
+    assert all(not context.state for context in grid.contexts.values())
+
+
+def test_the_pointer_in_the_context_is_small(tiny_folder: Path, tmp_path: Path) -> None:
+    grid = grid_of()
+    sizes: list[int] = []
+    original = grid.push_messages
+
+    def watching(messages: Any) -> Any:
+        sizes.extend(
+            len(json.dumps(dict(c.state.config_records.get("hsplitlora", {})))) for c in grid.contexts.values()
+        )
+        return original(messages)
+
+    grid.push_messages = watching  # type: ignore[method-assign]
+    run(settings(tiny_folder, tmp_path, **{"transport.kind": "messages", "train.rounds": 1}), tmp_path, grid)
+    assert 0 < max(sizes) < 1000
+
+
+def test_auto_goes_on_over_messages_where_no_stream_opens(
+    tiny_folder: Path, tmp_path: Path, over_stream: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as taken:  # bound and not listening: whoever connects is refused
+        taken.bind(("127.0.0.1", 0))
+        closed = taken.getsockname()[1]
+        monkeypatch.setattr("hsplitlora_flwr.transport.stream.CONNECT_SECONDS", 0.5)
+        unreachable = {"transport.kind": "auto", "transport.bind": "127.0.0.1", "transport.public_port": closed}
+        _, grid = same_run(tiny_folder, tmp_path, **unreachable)
+        assert turns(grid) == len(GB) * ROUNDS * (STEPS + 2)
+        assert_same(adapter(tmp_path), over_stream["adapter"])
+
+
+def test_without_auto_a_client_that_cannot_connect_says_what_it_tried(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        closed = taken.getsockname()[1]
+        monkeypatch.setattr("hsplitlora_flwr.transport.stream.CONNECT_SECONDS", 0.5)
+        changes = {"transport.address": "127.0.0.1", "transport.public_port": closed}
+        with pytest.raises(Exception, match=f"no client is left: client 0 failed: .*127.0.0.1:{closed}"):
+            same_run(tiny_folder, tmp_path, **changes)
+
+
+@pytest.mark.parametrize("kind", ["stream", "messages"])
+def test_labels_may_stay_with_the_client(kind: str, tiny_folder: Path, tmp_path: Path) -> None:
+    same_plan = {"method.name": "hsplitlora-no-armsc", "split.point": 2, "train.rounds": 1, "lora.dropout": 0.1}
+    changes = {"split.labels": "client", "transport.kind": kind}
+    if kind == "stream":
+        changes |= {"train.micro_batch_size": 2, "transport.in_flight": 2}
+    summary, _ = same_run(tiny_folder, tmp_path, **changes | same_plan)
+    expected = {"train.micro_batch_size": changes.get("train.micro_batch_size", 0)}  # its masks are by micro-batch
+    same_run(tiny_folder, tmp_path / "server", **same_plan | expected)
+    assert_same(adapter(tmp_path), adapter(tmp_path / "server"))
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    head = 0 if base.config.tie_word_embeddings else base.lm_head.weight.numel()
+    block = sum(p.numel() for p in base.model.layers[0].parameters())
+    for client in summary["rounds"][0]["clients"]:
+        rest = client["resident_parameters"] - client["split"] * block - base.model.embed_tokens.weight.numel()
+        assert rest == head + base.model.norm.weight.numel()
+
+
+@pytest.mark.parametrize("labels", ["server", "client"])
+@pytest.mark.parametrize("kind", ["stream", "messages"])
+def test_clients_measure_their_own_text(kind: str, labels: str, tiny_folder: Path, tmp_path: Path) -> None:
+    changes = {"evaluation.client_rows": 5, "transport.kind": kind, "split.labels": labels, "train.rounds": 1}
+    summary, _ = same_run(tiny_folder, tmp_path, **changes)
+    found = summary["rounds"][0]["client_perplexity"]
+    assert found.keys() == {"all", "0", "1", "2"}
+    each = [value for name, value in found.items() if name != "all"]
+    assert min(each) < found["all"] < max(each)
+    assert all(math.isfinite(value) and value < summary["perplexity_before"] * 2 for value in each)
+    examples = [client["examples"] for client in summary["plans"][0]["clients"]]
+    assert sum(examples) == 90 - 5 * len(GB)
+
+
+def test_a_method_without_a_cut_measures_clients_too(tiny_folder: Path, tmp_path: Path) -> None:
+    changes = {"evaluation.client_rows": 5, "train.rounds": 1}
+    split, _ = same_run(
+        tiny_folder, tmp_path / "a", **changes | {"method.name": "hsplitlora", "lora.rank": 4, "train.lr": 1e-9}
+    )
+    whole, _ = same_run(tiny_folder, tmp_path / "b", **changes | {"method.name": "flora", "train.lr": 1e-9})
+    for name, value in split["rounds"][0]["client_perplexity"].items():
+        assert whole["rounds"][0]["client_perplexity"][name] == pytest.approx(value, rel=1e-4)
+
+
+@pytest.mark.parametrize("wire", ["bfloat16", "float16", "int8"])
+def test_narrow_wires_cost_fewer_bytes_and_little_else(
+    wire: str, tiny_folder: Path, tmp_path: Path, over_stream: dict[str, Any]
+) -> None:
+    summary, _ = same_run(tiny_folder, tmp_path, **{"transport.up": wire, "transport.down": wire})
+    full = over_stream["summary"]
+    assert summary["perplexity_after"] == pytest.approx(full["perplexity_after"], rel=0.03)
+    mine, theirs = (sum(c["bytes_up"] for c in s["rounds"][0]["clients"]) for s in (summary, full))
+    assert mine < 0.9 * theirs
+
+
+def test_a_node_gets_only_what_it_lacks_and_a_damaged_store_is_replaced(tiny_folder: Path, tmp_path: Path) -> None:
+    config = settings(tiny_folder, tmp_path, **{"train.rounds": 3, "plan.probe_every": 0})
+    grid = grid_of()
+    original = grid.push_messages
+    sent: list[tuple[str, int, int]] = []
+
+    def watching(messages: Any) -> Any:
+        messages = list(messages)
+        for message in messages:
+            if message.metadata.message_type == "train":
+                version = json.loads(message.content.config_records["patch"]["states"])
+                whole = sum(start == "0" for start, _, _ in version.values())
+                sent.append((message.content.config_records["task"]["client"], len(version), whole))
+            if message.metadata.message_type == "train" and len(sent) == 7:
+                damaged = next(Path(grid.disk).rglob("11/delta.safetensors"))
+                damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+        return original(messages)
+
+    grid.push_messages = watching  # type: ignore[method-assign]
+    summary = run(config, tmp_path, grid)
+    assert [p["round"] for p in summary["plans"]] == [1]  # so nobody needs layers that are new to it
+    first, second, third = sent[:3], sent[3:6], sent[6:]
+    assert all(layers == 0 for _, layers, _ in first)
+    assert all(layers == whole > 0 for _, layers, whole in second)
+    # the whole change where that has fewer bytes than what came since, and everywhere for the store that was damaged
+    assert [(client, whole == layers) for client, layers, whole in third] == [
+        ("0", False),
+        ("1", False),
+        ("2", False),
+        ("1", True),
+    ]
+    assert len(summary["rounds"][2]["clients"]) == 3
+    exact = run(config, tmp_path / "again")
+    assert summary["perplexity_after"] == pytest.approx(exact["perplexity_after"], rel=1e-5)

@@ -1,0 +1,120 @@
+"""Numbers on the wire: the error that is stated is kept, and what does not fit is refused."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hsplitlora_flwr.config import WIRES
+from hsplitlora_flwr.transport.wire import WireError, pack, unpack
+
+# wire: (largest relative error, smallest and largest normal number)
+CASTS = {
+    "float64": (0.0, 2.0**-1022, 1e308),
+    "float32": (2.0**-24, 2.0**-126, 3.4e38),
+    "bfloat16": (2.0**-8, 2.0**-126, 3.38e38),
+    "float16": (2.0**-11, 2.0**-14, 65504.0),
+}
+
+
+def there_and_back(tensor: torch.Tensor, wire: str) -> torch.Tensor:
+    return unpack(*pack(tensor, wire), tensor.dtype, "cpu")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(sorted(CASTS)), st.data())
+def test_a_cast_keeps_its_relative_error(wire: str, data: st.DataObject) -> None:
+    error, smallest, largest = CASTS[wire]
+    magnitude = st.floats(smallest, largest) | st.just(0.0)
+    numbers = data.draw(st.lists(st.tuples(st.sampled_from([-1.0, 1.0]), magnitude), min_size=1, max_size=20))
+    exact = np.array([sign * number for sign, number in numbers])
+    back = there_and_back(torch.tensor(exact), wire).numpy()
+    assert (np.abs(back - exact) <= error * np.abs(exact)).all()
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(-30, 30), st.lists(st.floats(-1, 1), min_size=5, max_size=5)), min_size=1, max_size=6),
+    st.sampled_from([torch.float64, torch.float32]),
+)
+def test_int8_errs_by_at_most_a_254th_of_the_largest_of_its_token(
+    tokens: list[tuple[float, list[float]]], dtype: torch.dtype
+) -> None:
+    tensor = torch.tensor([[10**power * value for value in values] for power, values in tokens], dtype=dtype)
+    exact, back = tensor.double().numpy(), there_and_back(tensor, "int8").double().numpy()
+    bound = np.abs(exact).max(axis=1, keepdims=True) / 254
+    assert (np.abs(back - exact) <= np.maximum(bound * (1 + 1e-4), 1.5e-36)).all()
+
+
+def test_int8_by_hand() -> None:
+    tensor = torch.tensor([[[254.0, 3.0, -127.0, 1.0], [0.0, 0.0, 0.0, 0.0]]])
+    values, scale = pack(tensor, "int8")
+    assert values.dtype == torch.int8 and scale.dtype == torch.float32
+    assert scale.tolist() == [[2.0, 0.0]]
+    assert values.tolist() == [[[127, 2, -64, 0], [0, 0, 0, 0]]]  # halves to the even neighbour
+    assert unpack(values, scale, torch.float32, "cpu").tolist() == [[[254.0, 4.0, -128.0, 0.0], [0.0, 0.0, 0.0, 0.0]]]
+
+
+def test_a_token_too_small_for_an_fp32_scale_becomes_zero() -> None:
+    tokens = torch.tensor([[1e-37, -1e-40], [1e-35, 0.0]])
+    back = there_and_back(tokens, "int8")
+    assert back[0].tolist() == [0.0, 0.0]
+    assert back[1, 0].item() == pytest.approx(1e-35, rel=1 / 254)
+
+
+@pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_shapes_and_dtypes(wire: str, dtype: torch.dtype) -> None:
+    for shape in ((2, 3, 4), (2, 0, 4), (5,)):
+        values, scale = pack(torch.full(shape, 127.0, dtype=dtype, requires_grad=True), wire)
+        assert values.dtype == getattr(torch, wire) and values.shape == shape and not values.requires_grad
+        assert scale.shape == (shape[:-1] if wire == "int8" else (0,))
+        back = unpack(values, scale, dtype, "cpu")
+        assert back.dtype == dtype and torch.equal(back, torch.full(shape, 127.0, dtype=dtype))
+
+
+def test_float16_ends_where_rounding_would_give_infinity() -> None:
+    assert there_and_back(torch.tensor([65519.0]), "float16").item() == 65504.0
+    with pytest.raises(WireError, match=r"6\.552e\+04 does not fit the wire float16, .* to bfloat16 or int8"):
+        pack(torch.tensor([1.0, -65520.0]), "float16")
+
+
+@pytest.mark.parametrize(("wire", "fits", "not_"), [("float32", 3e38, 1e39), ("int8", 1e40, 1e41)])
+def test_float64_may_be_too_large(wire: str, fits: float, not_: float) -> None:
+    back = there_and_back(torch.tensor([fits], dtype=torch.float64), wire)
+    assert back.item() == pytest.approx(fits, rel=1e-6)
+    with pytest.raises(WireError, match=f"{not_:.0e}".replace("+", r"\+") + f" does not fit the wire {wire}.* float64"):
+        pack(torch.tensor([not_], dtype=torch.float64), wire)
+
+
+@pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_refused(wire: str, number: float) -> None:
+    with pytest.raises(WireError, match=r"not finite .* lower train\.lr"):
+        pack(torch.tensor([[1.0, 2.0], [number, 0.0]]), wire)
+
+
+def test_an_unknown_wire() -> None:
+    with pytest.raises(WireError, match="'int4' is unknown; choose one of float32"):
+        pack(torch.ones(2), "int4")
+
+
+@pytest.mark.parametrize(
+    ("values", "scale"),
+    [
+        (torch.ones(2, 3, dtype=torch.int8), torch.ones(3)),
+        (torch.ones(2, 3, dtype=torch.int8), torch.ones(1)),  # would be broadcast
+        (torch.ones(2, 3, dtype=torch.int8), torch.ones(2, dtype=torch.float64)),
+        (torch.ones(2, 3, dtype=torch.int8), torch.empty(0)),
+        (torch.ones(2, 3), torch.ones(2)),
+        (torch.ones(2, 3, dtype=torch.int64), torch.empty(0)),
+    ],
+)
+def test_values_and_scale_that_do_not_belong_together(values: torch.Tensor, scale: torch.Tensor) -> None:
+    with pytest.raises(WireError, match="are no tensor of a wire"):
+        unpack(values, scale, torch.float32, "cpu")
