@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import socket
 import time
 from pathlib import Path
@@ -136,28 +137,34 @@ def test_a_crash_of_the_server_app_says_why(start_run: Run) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        process = start_run(transport__port=port)
+        process = start_run(transport__address="127.0.0.1", transport__port=port)
         output, _ = process.communicate(timeout=300)
     assert process.returncode == 1
     assert f"transport.port={port}: the port cannot be opened" in "\n".join(output.splitlines()[-4:])
 
 
-def test_a_client_that_is_killed_ends_the_run_and_says_why(start_run: Run, tmp_path: Path) -> None:
-    process = start_run(train__steps=400)
+def test_a_round_goes_on_without_a_client_that_is_killed(start_run: Run, tmp_path: Path) -> None:
+    process = start_run(train__steps=60, train__rounds=1)
     events = tmp_path / "run" / "events.jsonl"
     deadline = time.monotonic() + 200
     while not (events.exists() and '"kind": "step"' in events.read_text()):
         assert time.monotonic() < deadline and process.poll() is None, "training did not start"
-        time.sleep(0.2)
+        time.sleep(0.05)
+    below = psutil.Process(process.pid).children(recursive=True)
+    sessions = {os.getsid(child.pid) for child in below}  # Ray's workers are no children of ours, but of our session
     workers = [
-        p for p in psutil.process_iter(["cmdline"]) if any("ClientAppActor" in c for c in p.info["cmdline"] or [])
+        p
+        for p in psutil.process_iter(["cmdline"])
+        if any("ClientAppActor" in part for part in p.info["cmdline"] or []) and os.getsid(p.pid) in sessions
     ]
     assert workers
     workers[0].kill()
     output, _ = process.communicate(timeout=300)
-    assert process.returncode == 1
-    assert "client" in "\n".join(output.splitlines()[-4:]) and "failed" in "\n".join(output.splitlines()[-4:])
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
+    failures = [line for line in output.splitlines() if "failed: " in line]
+    assert process.returncode == 0, output
+    assert failures and "client" in failures[0]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert 0 < len(summary["rounds"][0]["clients"]) < 3
 
 
 @pytest.mark.parametrize(
