@@ -23,7 +23,7 @@ from hsplitlora_flwr.config import Config, ConfigError, DataConfig
 from hsplitlora_flwr.control import DESCRIBE, FORGET, PROBE, TURN, Description, Progress, Task, read_settings
 from hsplitlora_flwr.data.collate import tokenize
 from hsplitlora_flwr.data.partition import cached_partition
-from hsplitlora_flwr.data.sources import Example, load_text
+from hsplitlora_flwr.data.sources import Example, load_text, read_rows
 from hsplitlora_flwr.lora.delta import DeltaError
 from hsplitlora_flwr.models.loading import load_tokenizer, read_config
 from hsplitlora_flwr.node import NodeStore
@@ -41,13 +41,28 @@ LoadBudget = Callable[[Context, Config], int]
 """Gives a client its memory budget in bytes."""
 
 
-def load_partition(context: Context, config: Config) -> Sequence[Example]:
-    """A client's share of the configured data set, by the ``partition-id`` and ``num-partitions`` of its node."""
+def load_own_text(context: Context, config: Config) -> Sequence[Example]:
+    """The file that ``data-path`` of the node's configuration names, else the node's share of the configured data set.
+
+    A share goes by ``partition-id`` and ``num-partitions`` of the node, as simulations set them.
+
+    Raises
+    ------
+    DataError, ConfigError
+        If the file is missing or malformed, or the node says neither.
+    """
+    own = context.node_config.get("data-path")
+    if own is not None:
+        return read_rows(str(own))
+    if config.data.source == "jsonl" and not config.data.path:
+        raise ConfigError(
+            "data.path is empty, so every node needs a file of its own: --node-config 'data-path=\"FILE\"'"
+        )
     index, count = partition_of(context)
     return _partitions(config.data, count, config.run.seed)[index]
 
 
-def split_client_app(load_data: LoadData = load_partition, load_budget: LoadBudget = load_memory_budget) -> ClientApp:
+def split_client_app(load_data: LoadData = load_own_text, load_budget: LoadBudget = load_memory_budget) -> ClientApp:
     """A Flower ``ClientApp`` that takes part in split fine-tuning.
 
     Parameters
@@ -236,7 +251,9 @@ def _action(message_type: str) -> str:
 
 
 def _name_of(context: Context) -> str:
-    return str(context.node_config.get("partition-id", context.node_id))
+    """How logs and results call this client."""
+    config = context.node_config
+    return str(config.get("name", config.get("partition-id", context.node_id)))
 
 
 def _data_seed(config: Config, client: str) -> int:

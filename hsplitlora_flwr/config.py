@@ -66,7 +66,9 @@ class DataConfig:
     """The text that clients train on and the text that measures them."""
 
     source: str = _setting("dialogues", "which data set", choices=("dialogues", "e2e", "jsonl"))
-    path: str = _setting("", "e2e: folder with trainset.csv and devset.csv; jsonl: the training file")
+    path: str = _setting(
+        "", "e2e: folder with trainset.csv and devset.csv; jsonl: the training file, or empty where nodes have one each"
+    )
     eval_path: str = _setting("", "jsonl: a file of held-out text; empty holds rows of the training file out")
     group_field: str = _setting("group", "jsonl: the field that names a row's group, for dirichlet and natural")
     partition: str = _setting(
@@ -378,8 +380,12 @@ def _check_lists(config: Config) -> None:
             raise ConfigError(f"transport.{key}={port} is out of range; at most 65535")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.model.device):
         raise ConfigError(f"model.device={config.model.device!r} is not allowed; use auto, cpu, cuda or cuda:N")
-    if config.data.source != "dialogues" and not config.data.path:
-        raise ConfigError(f"data.path is empty; data.source={config.data.source} needs the path of its files")
+    own_text = config.data.source == "jsonl" and config.data.eval_path
+    if config.data.source != "dialogues" and not config.data.path and not own_text:
+        raise ConfigError(
+            f"data.path is empty; data.source={config.data.source} needs the path of its files"
+            + (", or data.eval_path where nodes have text of their own" if config.data.source == "jsonl" else "")
+        )
 
 
 def _check_pairs(config: Config) -> None:

@@ -4,6 +4,7 @@ A benchmark yields rows of figures, units in their names. All rows of the named 
 ``--out``, written as JSON together with the machine, the versions and the date.
 
 - ``memory``: peak memory of a client process against the prediction of the cost model, over split points and batches.
+- ``overlap``: time of a step over slow links with micro-batches in flight, against compute alone and wire alone.
 - ``probe``: time and memory that scoring the weights adds to a step, on either side of the cut.
 """
 
@@ -18,10 +19,12 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -45,6 +48,7 @@ from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.training.server import ServerTrainer, SharedBase
 from hsplitlora_flwr.transport.certificates import make_identity
 from hsplitlora_flwr.transport.stream import Endpoint, StreamLink, StreamServer
+from simulations.shaping import Shape, shaped
 
 Row = Mapping[str, float | str]
 Benchmark = Callable[[str], Iterator[Row]]
@@ -55,6 +59,10 @@ SHAPES = ((8, 64), (4, 128))
 RANK = 8
 STEPS = 4
 LABELLED = 8  # last tokens of a row; the head's share is not what is measured, and large
+SHAPES_OF_LINKS = (Shape(100, 20), Shape(20, 20))
+MICRO_BATCHES = ((1, 1), (4, 1), (4, 2), (4, 4))
+"""(micro-batches of a step, in flight)."""
+PASSES = 3
 
 
 @dataclass(frozen=True)
@@ -119,6 +127,162 @@ def memory(path: str) -> Iterator[Row]:
             }
     finally:
         stream.stop()
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One way of taking the steps of the benchmark ``overlap``.
+
+    Parameters
+    ----------
+    shape : Shape or None
+        Of the link; None for the plain loopback.
+    wire : str
+        Numbers on the wire, both ways.
+    micro_batches : int
+        Of a step.
+    in_flight : int
+        How many of them may be under way at once.
+    """
+
+    shape: Shape | None
+    wire: str
+    micro_batches: int
+    in_flight: int
+
+
+@dataclass(frozen=True)
+class ExchangeRun:
+    """The client process of the benchmark ``overlap``."""
+
+    path: str
+    split: int
+    threads: int
+    streams: Sequence[tuple[Exchange, Endpoint, str]]
+    """In the order of their turns: an exchange, where its server is and its token."""
+
+    def measure(self) -> list[tuple[list[float], int, int]]:
+        """For every stream: seconds of its steps after the first one, bytes of a step up and down."""
+        torch.set_num_threads(self.threads)
+        config = read_config(self.path)
+        model, _ = load_client(self.path, self.split, "float32", "cpu", {})
+        optimizer = AdapterOptimizer(inject(model, specs(name for name, _ in model.linears()), ""), TrainConfig())
+        model.train()
+        rows, length = SHAPES[0]
+        figures = []
+        for exchange, endpoint, token in self.streams:
+            batches = spread_batches(rows, length, int(config.vocab_size))
+            size = rows // exchange.micro_batches
+            trainer = _TimedTrainer(model, optimizer, batches, first_step=0, micro_batch_size=size, up=exchange.wire)
+            with StreamLink(endpoint, token, exchange.in_flight) as link:
+                train_client(trainer, link, STEPS, exchange.in_flight)
+            seconds = [after - before for before, after in pairwise(trainer.ends)]
+            figures.append((seconds, link.bytes_up // STEPS, link.bytes_down // STEPS))
+        return figures
+
+
+class _TimedTrainer(ClientTrainer):
+    """Notes when a step ended."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.ends: list[float] = []
+
+    def step(self) -> None:
+        super().step()
+        self.ends.append(time.perf_counter())
+
+
+def overlap(path: str) -> Iterator[Row]:
+    """A step over shaped links, client and server in two processes, each on half of the cores.
+
+    A row compares a step, ``step_s``, with what it would take if only one of its two parts took time:
+
+    - ``compute_s``: the same exchange over the plain loopback, TLS and all, so with as many micro-batches in flight.
+      What the two sides compute at the same time counts once, as it would on two machines.
+    - ``wire_s``: the same exchange between sides that compute in no time; see :func:`wire_seconds`.
+
+    Figures are medians over passes in which all exchanges take turns, so that they meet the same machine; ``spread_s``
+    is the distance between the quartiles of ``step_s``.
+    """
+    rows, length = SHAPES[0]
+    base = SharedBase(path)
+    split = max(int(base.model.config.num_hidden_layers) // 3, 1)
+    part = base.server_part(split).train()
+    optimizer = AdapterOptimizer(inject(part, specs(name for name, _ in part.linears()), ""), TrainConfig())
+    threads = max((os.cpu_count() or 1) // 2, 1)
+    exchanges = [
+        Exchange(shape, wire, *micro_batches)
+        for wire in ("float32", "bfloat16")
+        for shape in (None, *SHAPES_OF_LINKS)
+        for micro_batches in MICRO_BATCHES
+    ]
+    stream = StreamServer("127.0.0.1", 0, identity=make_identity("127.0.0.1"), in_flight=rows)
+    with ExitStack() as stack:
+        stack.callback(stream.stop)
+        endpoints: dict[Shape | None, Endpoint] = {None: stream.endpoint}
+        for shape in SHAPES_OF_LINKS:
+            near = stack.enter_context(shaped(stream.endpoint.address, shape))
+            endpoints[shape] = replace(stream.endpoint, address=near)
+
+        def admit(exchange: Exchange) -> str:
+            return stream.admit(ServerTrainer(part, optimizer, threads=lambda: threads, down=exchange.wire))
+
+        turns = [(each, endpoints[each.shape], admit(each)) for _ in range(PASSES) for each in exchanges]
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            figures = process.submit(ExchangeRun(path, split, threads, turns).measure).result()
+    seconds: dict[Exchange, list[float]] = {each: [] for each in exchanges}
+    for (each, _, _), (taken, _, _) in zip(turns, figures, strict=True):
+        seconds[each] += taken
+    for each, (_, up, down) in zip(exchanges, figures, strict=False):  # bytes are the same in every pass
+        if each.shape is None:
+            continue
+        compute_s = statistics.median(seconds[replace(each, shape=None)])
+        wire_s = wire_seconds(up, down, each)
+        step_s = statistics.median(seconds[each])
+        low, _, high = statistics.quantiles(seconds[each], n=4)
+        yield {
+            "link": f"{each.shape} (TCP relay)",
+            "wire": each.wire,
+            "micro-batches": each.micro_batches,
+            "in flight": each.in_flight,
+            "mb_up": up / 1e6,
+            "mb_down": down / 1e6,
+            "compute_s": compute_s,
+            "wire_s": wire_s,
+            "step_s": step_s,
+            "spread_s": high - low,
+            "step / max": step_s / max(compute_s, wire_s),
+            "step / sum": step_s / (compute_s + wire_s),
+        }
+
+
+def wire_seconds(up: float, down: float, exchange: Exchange) -> float:
+    """Time of a step between sides that compute in no time, over a duplex link.
+
+    Each direction sends the micro-batches one after another at the link's rate, and what is sent arrives half a round
+    trip later. A micro-batch goes up once fewer than ``in_flight`` others are unanswered, and its answer comes down once
+    all of it is there. With one in flight nothing overlaps: ``(up + down) / rate + micro_batches * round_trip``; with all
+    of them in flight it is ``max(up, down) / rate + min(up, down) / rate / micro_batches + round_trip``.
+
+    Parameters
+    ----------
+    up, down : float
+        Bytes of a step, in micro-batches of the same size.
+    exchange : Exchange
+        Over a shaped link.
+    """
+    assert exchange.shape is not None
+    count, delay = exchange.micro_batches, exchange.shape.delay
+    rising, falling = (exchange.shape.seconds(size / count) for size in (up, down))
+    sent = answered = 0.0  # when the last byte so far has left the client, and the server
+    arrived: list[float] = []  # when each answer was there
+    for index in range(count):
+        room = arrived[index - exchange.in_flight] if index >= exchange.in_flight else 0.0
+        sent = max(sent, room) + rising
+        answered = max(answered, sent + delay) + falling
+        arrived.append(answered + delay)
+    return arrived[-1]
 
 
 def probe(path: str) -> Iterator[Row]:
@@ -207,7 +371,7 @@ def spread_batches(rows: int, length: int, vocabulary: int) -> Iterator[Batch]:
         step += 1
 
 
-BENCHMARKS: dict[str, Benchmark] = {"memory": memory, "probe": probe}
+BENCHMARKS: dict[str, Benchmark] = {"memory": memory, "overlap": overlap, "probe": probe}
 
 
 def environment() -> dict[str, Any]:

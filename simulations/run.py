@@ -56,12 +56,12 @@ class Launcher:
     ----------
     superlink : str
         A connection of the user's Flower configuration; "" starts a SuperLink for this run and stops it after.
-    client_cpus : float
+    client_cpus : int
         CPUs of one simulated client.
     """
 
     superlink: str = ""
-    client_cpus: float = 1
+    client_cpus: int = 1
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Launcher:
@@ -80,9 +80,9 @@ class Launcher:
         if not isinstance(launcher.superlink, str):
             raise ConfigError(f"launcher.superlink={launcher.superlink!r} must be a name, or '' for one of our own")
         cpus = launcher.client_cpus
-        if type(cpus) not in (int, float) or not 0 < cpus <= (os.cpu_count() or 1):
+        if type(cpus) is not int or not 0 < cpus <= (os.cpu_count() or 1):
             raise ConfigError(
-                f"launcher.client_cpus={cpus!r} must be a number above 0 and at most the {os.cpu_count()} CPUs here"
+                f"launcher.client_cpus={cpus!r} must be a whole number from 1 to the {os.cpu_count()} CPUs here"
             )
         return launcher
 

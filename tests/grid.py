@@ -27,6 +27,7 @@ class LocalGrid(Grid):
         self.node_configs = dict(node_configs)
         self.sent: list[Message] = []
         self.contexts: dict[int, Context] = {}
+        self.described: dict[int, RecordDict] = {}
         self._waiting: dict[str, Message] = {}
         self._folder = tempfile.TemporaryDirectory()
         self.disk = self._folder.name
@@ -61,6 +62,8 @@ class LocalGrid(Grid):
         context.node_config = config
         try:
             reply = self._app(message, context)
+            if "description" in reply.content:
+                self.described[node] = reply.content
         except Exception as error:
             reply = Message(Error(code=0, reason=f"{type(error).__name__}: {error}"), reply_to=message)
         reply.metadata.__dict__["_src_node_id"] = node

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 import pytest
 import torch
 from peft import PeftModel
@@ -18,6 +19,7 @@ from hsplitlora_flwr.central import CentralTraining
 from hsplitlora_flwr.client_app import split_client_app
 from hsplitlora_flwr.config import METHODS as NAMES
 from hsplitlora_flwr.config import Config
+from hsplitlora_flwr.control import Description
 from hsplitlora_flwr.data.collate import tokenize, training_batches
 from hsplitlora_flwr.data.partition import partition
 from hsplitlora_flwr.data.sources import load_text
@@ -302,3 +304,35 @@ def test_too_few_clients_end_the_run_with_their_reasons(tiny_folder: Path, tmp_p
     with pytest.raises(ClientFailedError, match=r"2 clients are left, .*client 11 failed: .*memory-gb=-1 of the node"):
         run(config, tmp_path, grid)
     assert json.loads((tmp_path / "summary.json").read_text())["status"] == "failed"
+
+
+def test_nodes_may_have_files_of_their_own(tiny_folder: Path, tmp_path: Path) -> None:
+    grid = grid_of({0: 20.0, 1: 30.0})
+    for index, name in enumerate(("st-mary", "st-john")):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps({"text": f"case {i} of {name}"}) + "\n" for i in range(5 + index)))
+        grid.node_configs[10 + index] = {"name": name, "data-path": str(file), "memory-gb": 20.0}
+    held_out = tmp_path / "held_out.txt"
+    held_out.write_text("a case that nobody has\nand another\n")
+    changes = {"data.source": "jsonl", "data.eval_path": str(held_out), "data.train_rows": 0}
+    changes |= {"train.rounds": 1, "clients.count": 2}
+    summary = run(settings(tiny_folder, tmp_path, **changes), tmp_path, grid)
+    clients = summary["rounds"][0]["clients"]
+    assert [(client["client"], client["examples"]) for client in clients] == [("st-john", 6), ("st-mary", 5)]
+
+    del grid.node_configs[10]["data-path"]
+    with pytest.raises(ClientFailedError, match="every node needs a file of its own"):
+        run(settings(tiny_folder, tmp_path / "b", **changes | {"clients.min": 2}), tmp_path / "b", grid)
+
+
+def test_a_node_that_states_nothing_is_measured(tiny_folder: Path, tmp_path: Path) -> None:
+    grid = grid_of({0: 20.0, 1: 30.0})
+    del grid.node_configs[10]["memory-gb"]
+    summary = run(settings(tiny_folder, tmp_path, **{"clients.count": 2}), tmp_path, grid)
+    measured, stated = summary["plans"][0]["clients"]
+    assert stated["budget_bytes"] == 30e9
+    assert 0.3e9 < measured["budget_bytes"] < psutil.virtual_memory().total
+    description = Description.from_records(grid.described[10])
+    assert 1e8 < description.flops < 1e15
+    assert all(1e5 < speed < 1e12 for speed in (description.up, description.down))
+    assert Description.from_records(grid.described[11]).flops == 0

@@ -1,1 +1,5 @@
-"""Text for a run: where it comes from, how clients share it, and how it becomes batches."""
+"""Text: where it comes from, how it is dealt to clients, and how it becomes batches."""
+
+from hsplitlora_flwr.data.sources import Example
+
+__all__ = ["Example"]

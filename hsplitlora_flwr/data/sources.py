@@ -34,7 +34,7 @@ class Example:
 
     prompt: str
     completion: str
-    group: str
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,16 @@ def load_text(config: DataConfig, seed: int) -> TextData:
 
     Held-out text is ``config.eval_rows`` rows, spread evenly over the groups and drawn by ``seed``. Two sources bring
     their own: ``e2e`` takes rows of devset.csv in order, and ``jsonl`` with ``config.eval_path`` draws from that file
-    or takes all of it when it has no more rows. Training text never repeats a held-out prompt and completion.
+    or takes all of it when it has no more rows; without ``config.path`` there is no training text, which then lies on the
+    nodes alone. Training text never repeats a held-out prompt and completion.
 
     Raises
     ------
     DataError
         If a file is missing or malformed, or there are fewer rows than the settings ask for.
     """
+    if config.source == "jsonl" and not config.path:  # nodes have text of their own, see read_rows
+        return TextData((), tuple(_held_out_rows(config, seed)))
     pool, held_out = _SOURCES[config.source](config, seed)
     reserved = {(example.prompt, example.completion) for example in held_out}
     train = [example for example in pool if (example.prompt, example.completion) not in reserved]
@@ -113,9 +116,24 @@ def _jsonl(config: DataConfig, seed: int) -> tuple[list[Example], list[Example]]
     examples = _read_rows(Path(config.path), config.group_field, grouped_by)
     if not config.eval_path:
         return examples, _draw(examples, config.eval_rows, seed)
+    return examples, _held_out_rows(config, seed)
+
+
+def _held_out_rows(config: DataConfig, seed: int) -> list[Example]:
     # Held-out text is not dealt to clients, so it needs no groups.
-    other = _read_rows(Path(config.eval_path), config.group_field, grouped_by="")
-    return examples, other if len(other) <= config.eval_rows else _draw(other, config.eval_rows, seed)
+    rows = _read_rows(Path(config.eval_path), config.group_field, grouped_by="")
+    return rows if len(rows) <= config.eval_rows else _draw(rows, config.eval_rows, seed)
+
+
+def read_rows(path: str) -> list[Example]:
+    """All examples of a ``.txt`` or JSON lines file, as ``data.source=jsonl`` reads them.
+
+    Raises
+    ------
+    DataError
+        If the file is missing or malformed.
+    """
+    return _read_rows(Path(path), group_field="group", grouped_by="")
 
 
 _SOURCES: dict[str, Callable[[DataConfig, int], tuple[list[Example], list[Example]]]] = {
