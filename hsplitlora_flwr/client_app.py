@@ -6,7 +6,7 @@ import logging
 import random
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from flwr.app import Context, Message, RecordDict
@@ -78,7 +78,7 @@ def split_client_app(load_data: LoadData = load_own_text, load_budget: LoadBudge
     @app.query(_action(DESCRIBE))
     def describe(message: Message, context: Context) -> Message:
         """Say the budget, the amount of data, and the version of the weights that this node holds."""
-        config, store = read_settings(message.content), NodeStore(context)
+        config, store = _on_this_node(read_settings(message.content), context), NodeStore(context)
         store.note(process=process_bytes(read_config(config.model.path)))
         description = client.describe(context, config, store, client.text(context, config))
         return Message(description.to_records(), reply_to=message)
@@ -164,6 +164,7 @@ class _Client:
         progress = Progress()
         return_freed_memory()  # before tensors come: where they lie is settled when they are made
         task, store = Task.from_records(message.content), NodeStore(context)
+        task = replace(task, config=_on_this_node(task.config, context))
         text, frames = self.text(context, task.config), list[Frame]()
         with PeakMemory() as memory:
             try:
@@ -248,6 +249,13 @@ def _over_stream(participant: Participant, context: Context, store: NodeStore, p
 
 def _action(message_type: str) -> str:
     return message_type.partition(".")[2]
+
+
+def _on_this_node(config: Config, context: Context) -> Config:
+    """The settings with this node's ``model-path`` and ``device``, where its configuration names them."""
+    named = {key: context.node_config.get(name) for key, name in (("path", "model-path"), ("device", "device"))}
+    own = {f"model.{key}": str(value) for key, value in named.items() if value is not None}
+    return Config.from_run_config(config.to_run_config() | own) if own else config
 
 
 def _name_of(context: Context) -> str:

@@ -388,6 +388,10 @@ class HSplitLoRA(Strategy):
 
     def _open(self) -> None:
         """Open the stream's port and load the base."""
+        if self.config.transport.kind != "messages" and not self.config.transport.tls:
+            self.report.status(
+                "warning: transport.tls=false, so activations, labels and tokens can be read by anyone on the way"
+            )
         self.report.status(f"loading {self.config.model.path}")
         self.shard = Shard(self.config)
         self.base = self.shard.base

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,26 @@ def test_without_auto_a_client_that_cannot_connect_says_what_it_tried(
         changes = {"transport.address": "127.0.0.1", "transport.public_port": closed}
         with pytest.raises(Exception, match=f"no client is left: client 0 failed: .*127.0.0.1:{closed}"):
             same_run(tiny_folder, tmp_path, **changes)
+
+
+def test_without_tls_the_run_is_the_same_and_warns(
+    tiny_folder: Path, tmp_path: Path, over_stream: dict[str, Any]
+) -> None:
+    same_run(tiny_folder, tmp_path, **{"transport.tls": False})
+    assert_same(adapter(tmp_path), over_stream["adapter"])
+    assert "warning: transport.tls=false" in (tmp_path / "events.jsonl").read_text()
+
+
+def test_a_node_may_keep_the_model_elsewhere(tiny_folder: Path, tmp_path: Path) -> None:
+    grid = grid_of()
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    for config in grid.node_configs.values():
+        config["model-path"] = str(tmp_path / "model")
+    grid.node_configs[12]["model-path"] = str(tmp_path / "nowhere")
+    summary = run(settings(tiny_folder, tmp_path, **{"train.rounds": 1}), tmp_path, grid)
+    assert [client["client"] for client in summary["rounds"][0]["clients"]] == ["0", "1"]
+    [failure] = [e for e in map(json.loads, (tmp_path / "events.jsonl").open()) if e["kind"] == "client_failed"]
+    assert failure["client"] == "12" and f"model.path={tmp_path / 'nowhere'}" in failure["error"]
 
 
 @pytest.mark.parametrize("kind", ["stream", "messages"])

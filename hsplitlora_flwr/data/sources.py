@@ -50,8 +50,8 @@ def load_text(config: DataConfig, seed: int) -> TextData:
 
     Held-out text is ``config.eval_rows`` rows, spread evenly over the groups and drawn by ``seed``. Two sources bring
     their own: ``e2e`` takes rows of devset.csv in order, and ``jsonl`` with ``config.eval_path`` draws from that file
-    or takes all of it when it has no more rows; without ``config.path`` there is no training text, which then lies on the
-    nodes alone. Training text never repeats a held-out prompt and completion.
+    or takes all of it when it has no more rows; without ``config.path`` there is no training text, which then lies on
+    the nodes alone. Training text never repeats a held-out prompt and completion.
 
     Raises
     ------

@@ -287,7 +287,7 @@ def test_bad_settings_have_status_2_and_one_line(tmp_path):
     for override, text in {
         "train.rounds=0": "error: train.rounds=0 is out of range; it must be finite and at least 1",
         "data=e2e": "error: data.path is empty; data.source=e2e needs the path of its files",
-        "launcher.client_cpus=0": "error: launcher.client_cpus=0 must be a number above 0",
+        "launcher.client_cpus=0": "error: launcher.client_cpus=0 must be a whole number from 1",
     }.items():
         done = subprocess.run(
             [sys.executable, "-m", "simulations.run", override, f"run.dir={tmp_path / 'run'}"],
