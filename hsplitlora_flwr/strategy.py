@@ -61,6 +61,7 @@ from hsplitlora_flwr.training.evaluation import evaluate
 from hsplitlora_flwr.training.generation import generate_and_score
 from hsplitlora_flwr.training.memory import process_bytes, resting_bytes
 from hsplitlora_flwr.training.server import StepReport
+from hsplitlora_flwr.transport.frames import Failure, FrameError
 from hsplitlora_flwr.transport.messages import add_frames, converse, read_frames
 
 FORGET_SECONDS = 60.0
@@ -197,14 +198,14 @@ class HSplitLoRA(Strategy):
         messages = [Message(settings_records(self.config), node, DESCRIBE) for node in nodes if node not in self._fresh]
         needed = max(self.config.clients.min - len(self._descriptions), 0)
         for reply in self._exchange(grid, messages, server_round, needed):
-            self._descriptions[reply.metadata.src_node_id] = Description.from_records(reply.content)
+            node, description = reply.metadata.src_node_id, Description.from_records(reply.content)
+            if description.name in {known.name for known in self._descriptions.values()}:
+                reason = f"another node calls itself client {description.name}; give each a name or a partition-id"
+                self._leave_out(node, reason, server_round)
+            else:
+                self._descriptions[node] = description
         self._fresh = {}
         self._descriptions = dict(sorted(self._descriptions.items(), key=lambda item: item[1].name))
-        names = [description.name for description in self._descriptions.values()]
-        if twins := {name for name in names if names.count(name) > 1}:
-            raise ClientFailedError(
-                f"several nodes call themselves client {', '.join(sorted(twins))}; give each a partition-id of its own"
-            )
         shape = max(description.longest for description in self._descriptions.values()), len(self._descriptions)
         if shape != self._cost_shape:
             train, self._cost_shape = self.config.train, shape
@@ -268,16 +269,18 @@ class HSplitLoRA(Strategy):
         for reply in replies:
             node = reply.metadata.src_node_id
             outcome, upper = Outcome.from_records(reply.content), {}
+            if flaw := self._flaw(node, outcome):
+                self._leave_out(node, flaw, server_round)
+                continue
             if self.method.split:
-                trainer = self.shard.trainer(self._descriptions[node].name)
-                if not trainer.finished:
-                    raise ClientFailedError(f"client {self._descriptions[node].name} replied before its last step")
-                upper = extract(trainer.model)
+                upper = extract(self.shard.trainer(self._descriptions[node].name).model)
             updates.append({**outcome.adapters, **upper})
             weights.append(self._descriptions[node].examples)
             clients.append(self._report_client(server_round, node, outcome, updates[-1]))
             self._fresh[node] = outcome.description
         self.shard.dismiss_all()
+        if len(updates) < self.config.clients.min:
+            raise ClientFailedError(f"{len(updates)} clients trained, and clients.min={self.config.clients.min}")
         update = aggregate(updates, weights, rule=self.method.rule)
         if self.method.carries:
             self.adapter = update
@@ -342,7 +345,7 @@ class HSplitLoRA(Strategy):
 
     def forget(self, grid: Grid) -> None:
         """Tell the nodes that the run is over: they remove what they kept of it."""
-        messages = [Message(RecordDict(), node, FORGET) for node in self._descriptions]
+        messages = [Message(RecordDict(), node, FORGET) for node in grid.get_node_ids()]
         for _ in converse(grid, messages, lambda reply: None, min(self._timeout, FORGET_SECONDS)):
             pass
 
@@ -531,7 +534,11 @@ class HSplitLoRA(Strategy):
 
     def _answer(self, reply: Message) -> Message | None:
         """The next message to a client: answers to its frames, or its task again; None to its last reply."""
-        node, frames = reply.metadata.src_node_id, read_frames(reply.content)
+        node = reply.metadata.src_node_id
+        try:
+            frames = read_frames(reply.content)
+        except FrameError as error:
+            return Message(add_frames(RecordDict(), [Failure(str(error))]), node, TURN)
         answers = self.shard.answer(self._descriptions[node].name, frames) if frames else []
         if frames and not Outcome.is_in(reply.content):
             return Message(add_frames(RecordDict(), answers), node, TURN)
@@ -539,6 +546,22 @@ class HSplitLoRA(Strategy):
             self._descriptions[node] = Description.from_records(reply.content)
             return self._send(node, self._tasks.pop(node))
         return None
+
+    def _flaw(self, node: int, outcome: Outcome) -> str:
+        """What is wrong with a client's training, if anything is."""
+        plan = self.plans[node]
+        if self.method.split and not self.shard.trainer(self._descriptions[node].name).finished:
+            return "it replied before its last step"
+        below = (layer for layer in self._cost.layers if layer.block < plan.split and plan.ranks.get(layer.name))
+        expected = {
+            layer.name: ((layer.out_features, plan.ranks[layer.name]), (plan.ranks[layer.name], layer.in_features))
+            for layer in below
+        }
+        if expected != {name: (tuple(b.shape), tuple(a.shape)) for name, (b, a) in outcome.adapters.items()}:
+            return "its adapters are not those of its plan"
+        if not all(factor.isfinite().all() for pair in outcome.adapters.values() for factor in pair):
+            return "its adapters are not finite; lower train.lr or set train.clip"
+        return ""
 
     def _leave_out(self, node: int, reason: str, server_round: int) -> str:
         """Go on without a client in this round; returns what happened."""
@@ -603,6 +626,7 @@ class HSplitLoRA(Strategy):
             "tokens_per_second": metrics["tokens"] / metrics["seconds"],
             "bytes_up": int(metrics["bytes-up"]) + sum(b.nbytes + a.nbytes for b, a in outcome.adapters.values()),
             "bytes_down": int(metrics["bytes-down"]) + self._sent[node],
+            "frame_bytes_per_token": (metrics["bytes-up"] + metrics["bytes-down"]) / metrics["tokens"],
             "seconds": metrics["seconds"],
             "seconds_before": metrics["seconds-before"],
             "seconds_around": self._took[node] - metrics["seconds"] - metrics["seconds-before"],

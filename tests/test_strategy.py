@@ -12,6 +12,7 @@ import numpy.typing as npt
 import psutil
 import pytest
 import torch
+from flwr.app import Array, RecordDict
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -295,6 +296,43 @@ def test_a_client_that_comes_back_takes_part_again(tiny_folder: Path, tmp_path: 
     summary = run(settings(tiny_folder, tmp_path, **{"train.rounds": 3}), tmp_path, grid)
     assert [len(each["clients"]) for each in summary["rounds"]] == [2, 3, 3]
     assert summary["plans"][1]["reason"] == "clients came or went"
+
+
+def damaged(content: RecordDict, how: str) -> None:
+    """Change what a client says that it trained."""
+    arrays = content.array_records["adapters"]
+    key = next(iter(arrays))
+    if how == "not those of its plan":
+        del arrays[key]
+    else:
+        arrays[key] = Array(np.full_like(arrays[key].numpy(), np.nan))
+
+
+@pytest.mark.parametrize("how", ["not those of its plan", "not finite"])
+def test_a_client_with_a_bad_outcome_is_left_out(how: str, tiny_folder: Path, tmp_path: Path) -> None:
+    grid = grid_of()
+    original = grid.pull_messages
+
+    def damaging(ids: Any) -> Any:
+        replies = list(original(ids))
+        for reply in replies:
+            if reply.metadata.src_node_id == 11 and reply.metadata.message_type == "train":
+                damaged(reply.content, how)
+        return replies
+
+    grid.pull_messages = damaging  # type: ignore[method-assign]
+    summary = run(settings(tiny_folder, tmp_path, **{"train.rounds": 1}), tmp_path, grid)
+    assert [client["client"] for client in summary["rounds"][0]["clients"]] == ["0", "2"]
+    [failure] = [e for e in map(json.loads, (tmp_path / "events.jsonl").open()) if e["kind"] == "client_failed"]
+    assert failure["client"] == "1" and how in failure["error"]
+
+
+def test_a_second_node_of_a_name_is_left_out(tiny_folder: Path, tmp_path: Path) -> None:
+    grid = grid_of()
+    grid.node_configs[12]["partition-id"] = 1
+    summary = run(settings(tiny_folder, tmp_path, **{"train.rounds": 1}), tmp_path, grid)
+    assert [client["client"] for client in summary["rounds"][0]["clients"]] == ["0", "1"]
+    assert "another node calls itself client 1" in (tmp_path / "events.jsonl").read_text()
 
 
 def test_too_few_clients_end_the_run_with_their_reasons(tiny_folder: Path, tmp_path: Path) -> None:

@@ -182,7 +182,7 @@ def test_narrow_wires_cost_fewer_bytes_and_little_else(
     summary, _ = same_run(tiny_folder, tmp_path, **{"transport.up": wire, "transport.down": wire})
     full = over_stream["summary"]
     assert summary["perplexity_after"] == pytest.approx(full["perplexity_after"], rel=0.03)
-    mine, theirs = (sum(c["bytes_up"] for c in s["rounds"][0]["clients"]) for s in (summary, full))
+    mine, theirs = (sum(c["frame_bytes_per_token"] for c in s["rounds"][0]["clients"]) for s in (summary, full))
     assert mine < 0.9 * theirs
 
 
