@@ -31,18 +31,16 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
+from hsplitlora_flwr.clients import ClientFailedError, Clients
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.control import (
-    DESCRIBE,
     EVALUATE,
-    FORGET,
     PROBE,
     TRAIN,
     TURN,
     Description,
     Outcome,
     Task,
-    settings_records,
 )
 from hsplitlora_flwr.data.collate import evaluation_batches, tokenize
 from hsplitlora_flwr.data.sources import Example
@@ -56,20 +54,16 @@ from hsplitlora_flwr.models.split import WholeModel
 from hsplitlora_flwr.planning.importance import combine, drift, scoring, smooth
 from hsplitlora_flwr.planning.planner import Budget, ClientPlan, Plan, probe_split
 from hsplitlora_flwr.reporting.report import RunReport
+from hsplitlora_flwr.rows import client_row, plan_rows, step_row
 from hsplitlora_flwr.shard import Shard
 from hsplitlora_flwr.training.evaluation import evaluate
 from hsplitlora_flwr.training.generation import generate_and_score
 from hsplitlora_flwr.training.memory import process_bytes, resting_bytes
 from hsplitlora_flwr.training.server import StepReport
-from hsplitlora_flwr.transport.frames import Failure, FrameError
-from hsplitlora_flwr.transport.messages import add_frames, converse, read_frames
+from hsplitlora_flwr.transport.frames import Failure, Frame, FrameError
+from hsplitlora_flwr.transport.messages import add_frames, read_frames
 
-FORGET_SECONDS = 60.0
 ADAPTER_FILES = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json")
-
-
-class ClientFailedError(RuntimeError):
-    """A client could not do its part of a round; the text holds what it reported."""
 
 
 class HSplitLoRA(Strategy):
@@ -100,14 +94,11 @@ class HSplitLoRA(Strategy):
         self.plans: dict[int, ClientPlan] = {}
         self._held_out = held_out
         self._cost_shape = (0, 0)  # longest example and number of clients that the cost model is for
-        self._timeout: float = config.run.timeout
-        self._descriptions: dict[int, Description] = {}
-        self._fresh: dict[int, Description] = {}  # of the clients of the last round
-        self._planned_budgets: dict[int, Budget] = {}
+        self.clients = Clients(config, self.report)
+        self._planned_budgets: dict[str, Budget] = {}
         self._planned_importance: dict[str, float] = {}
         self._tasks: dict[int, Task] = {}  # under way, without their tensors
         self._sent: dict[int, int] = {}  # bytes of the tensors in the message to each node
-        self._took: dict[int, float] = {}  # seconds from the message to each node until its last reply
 
     # ------------------------------------------------------------------ the run
 
@@ -146,7 +137,7 @@ class HSplitLoRA(Strategy):
             raise ValueError("HSplitLoRA takes its model, settings and evaluation from the config; pass grid alone")
         if num_rounds is not None:  # the learning-rate schedule spans them
             self.config = replace(self.config, train=replace(self.config.train, rounds=num_rounds))
-        self._timeout = timeout or self.config.run.timeout
+        self.clients.timeout = timeout or self.config.run.timeout
         result = Result()
         try:
             self.summary()
@@ -160,7 +151,7 @@ class HSplitLoRA(Strategy):
                     result.evaluate_metrics_clientapp[server_round] = measured
             self.generate()
             self.export()
-            self.forget(grid)
+            self.clients.forget(grid)
         except BaseException as error:
             self.report.failed(error)
             raise
@@ -171,9 +162,9 @@ class HSplitLoRA(Strategy):
     def prepare(self, grid: Grid) -> None:
         """Wait for the clients, see that a plan is possible, and only then load the base."""
         self._process_bytes = process_bytes(read_config(self.config.model.path))
-        self._wait_for_clients(grid)
+        self.clients.wait(grid)
         self.describe(grid)
-        make_round_plan(self.config, self._budgets_by_name(), None, {}, self._cost)
+        make_round_plan(self.config, self.clients.budgets, None, {}, self._cost)
         self._open()
 
     def train_round(self, grid: Grid, server_round: int) -> MetricRecord:
@@ -184,29 +175,14 @@ class HSplitLoRA(Strategy):
         self.score_weights(grid, server_round)
         self.make_plans(server_round)
         messages = self.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid)
-        replies = self._exchange(grid, messages, server_round)
+        replies = self.clients.exchange(grid, messages, server_round, self._answer)
         _, metrics = self.aggregate_train(server_round, replies)
         return metrics or MetricRecord()
 
     def describe(self, grid: Grid, server_round: int = 0) -> None:
-        """Ask nodes for their budget, their amount of data, and the update that they hold.
-
-        Clients of the round before said so with their last reply.
-        """
-        nodes = sorted(grid.get_node_ids())
-        self._descriptions = {node: self._fresh[node] for node in nodes if node in self._fresh}
-        messages = [Message(settings_records(self.config), node, DESCRIBE) for node in nodes if node not in self._fresh]
-        needed = max(self.config.clients.min - len(self._descriptions), 0)
-        for reply in self._exchange(grid, messages, server_round, needed):
-            node, description = reply.metadata.src_node_id, Description.from_records(reply.content)
-            if description.name in {known.name for known in self._descriptions.values()}:
-                reason = f"another node calls itself client {description.name}; give each a name or a partition-id"
-                self._leave_out(node, reason, server_round)
-            else:
-                self._descriptions[node] = description
-        self._fresh = {}
-        self._descriptions = dict(sorted(self._descriptions.items(), key=lambda item: item[1].name))
-        shape = max(description.longest for description in self._descriptions.values()), len(self._descriptions)
+        """Ask nodes for their budget, their amount of data, and the update that they hold."""
+        self.clients.describe(grid, server_round)
+        shape = self.clients.longest, len(self.clients.descriptions)
         if shape != self._cost_shape:
             train, self._cost_shape = self.config.train, shape
             rows = min(train.micro_batch_size or train.batch_size, train.batch_size)
@@ -226,7 +202,7 @@ class HSplitLoRA(Strategy):
     def make_plans(self, server_round: int) -> None:
         """Give every client a split point and ranks; a plan is kept until importance or budgets moved."""
         # what clients state; what their processes take is measured anew every time
-        budgets = {node: replace(budget, process_bytes=0) for node, budget in self._budgets().items()}
+        budgets = {name: replace(budget, process_bytes=0) for name, budget in self.clients.budgets.items()}
         moved = drift(self.importance, self._planned_importance)
         if not self.plans:
             reason = ""
@@ -239,9 +215,9 @@ class HSplitLoRA(Strategy):
         else:
             self.report.importance(server_round, self.importance, moved)
             return
-        plan = make_round_plan(self.config, self._budgets_by_name(), self._server_budget(), self.importance, self._cost)
-        nodes = {description.name: node for node, description in self._descriptions.items()}
-        self.plans = {nodes[name]: client for name, client in plan.clients.items()}
+        plan = make_round_plan(self.config, self.clients.budgets, self._server_budget(), self.importance, self._cost)
+        names = {node: self.clients.name(node) for node in self.clients.descriptions}
+        self.plans = {node: plan.clients[name] for node, name in names.items() if name in plan.clients}
         self._report_plan(server_round, reason, plan)
         self.report.importance(server_round, self.importance, moved if self._planned_importance else 0.0)
         self._planned_budgets, self._planned_importance = budgets, self.importance
@@ -270,14 +246,14 @@ class HSplitLoRA(Strategy):
             node = reply.metadata.src_node_id
             outcome, upper = Outcome.from_records(reply.content), {}
             if flaw := self._flaw(node, outcome):
-                self._leave_out(node, flaw, server_round)
+                self.clients.leave_out(node, flaw, server_round)
                 continue
             if self.method.split:
-                upper = extract(self.shard.trainer(self._descriptions[node].name).model)
+                upper = extract(self.shard.trainer(self.clients.name(node)).model)
             updates.append({**outcome.adapters, **upper})
-            weights.append(self._descriptions[node].examples)
+            weights.append(self.clients.descriptions[node].examples)
             clients.append(self._report_client(server_round, node, outcome, updates[-1]))
-            self._fresh[node] = outcome.description
+            self.clients.remember(node, outcome.description)
         self.shard.dismiss_all()
         if len(updates) < self.config.clients.min:
             raise ClientFailedError(f"{len(updates)} clients trained, and clients.min={self.config.clients.min}")
@@ -310,7 +286,7 @@ class HSplitLoRA(Strategy):
             return None
         self.report.status("measuring the clients' own text")
         messages = self.configure_evaluate(server_round, ArrayRecord(), ConfigRecord(), grid)
-        replies = self._exchange(grid, messages, server_round, needed=0)
+        replies = self.clients.exchange(grid, messages, server_round, self._answer, needed=0)
         return self.aggregate_evaluate(server_round, replies)
 
     def checkpoint(self) -> None:
@@ -343,12 +319,6 @@ class HSplitLoRA(Strategy):
             save_merged_model(self.base.merged(), load_tokenizer(path), self.folder / "merged")
         self.report.finished(ADAPTER_FILES, adapter={"folder": "adapter", "relative_error": TOLERANCE})
 
-    def forget(self, grid: Grid) -> None:
-        """Tell the nodes that the run is over: they remove what they kept of it."""
-        messages = [Message(RecordDict(), node, FORGET) for node in grid.get_node_ids()]
-        for _ in converse(grid, messages, lambda reply: None, min(self._timeout, FORGET_SECONDS)):
-            pass
-
     # ------------------------------------------------------------------ what Flower's Strategy also asks for
 
     def configure_evaluate(
@@ -358,7 +328,7 @@ class HSplitLoRA(Strategy):
         return [
             self._admit(node, EVALUATE, server_round, plan.split, {}, 0)
             for node, plan in self.plans.items()
-            if node in self._descriptions
+            if node in self.clients.descriptions
         ]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -366,7 +336,7 @@ class HSplitLoRA(Strategy):
         nll: dict[str, tuple[float, float]] = {}
         for reply in replies:
             metrics = Outcome.from_records(reply.content).metrics
-            nll[self._descriptions[reply.metadata.src_node_id].name] = metrics["nll"], metrics["label-tokens"]
+            nll[self.clients.name(reply.metadata.src_node_id)] = metrics["nll"], metrics["label-tokens"]
         self.shard.dismiss_all()
         if not nll:
             return None
@@ -415,24 +385,6 @@ class HSplitLoRA(Strategy):
     def _dropped(self) -> dict[str, float]:
         return {"dropped_energy": self.delta.dropped} if self.config.lora.rank_cap else {}
 
-    def _wait_for_clients(self, grid: Grid) -> None:
-        wanted, patience = self.config.clients.count, self.config.clients.wait
-        self.report.status(f"waiting for {wanted} clients")
-        deadline = time.monotonic() + patience
-        while len(nodes := list(grid.get_node_ids())) < wanted:
-            if time.monotonic() > deadline:
-                raise ClientFailedError(
-                    f"only {len(nodes)} of clients.count={wanted} clients came within {patience} s; in a simulation "
-                    f"pass --federation-config 'num-supernodes={wanted}', or lower clients.count"
-                )
-            time.sleep(0.2)
-
-    def _budgets(self) -> dict[int, Budget]:
-        return {node: description.budget for node, description in self._descriptions.items()}
-
-    def _budgets_by_name(self) -> dict[str, Budget]:
-        return {description.name: description.budget for description in self._descriptions.values()}
-
     def _server_budget(self) -> Budget:
         plan = self.config.plan
         stated = plan.server_memory_gb
@@ -445,34 +397,33 @@ class HSplitLoRA(Strategy):
         config, messages = self.config, []
         above: dict[int, dict[str, float]] = {}
         with ExitStack() as stack:
-            for node, budget in self._budgets().items():
-                split = probe_split(self._cost, budget, config.ranks, config.split.min, config.split.max or None)
+            for node, client in self.clients.descriptions.items():
+                split = probe_split(self._cost, client.budget, config.ranks, config.split.min, config.split.max or None)
                 if split is None:  # it cannot take part at all; the planner says by how many bytes
                     continue
                 messages.append(self._admit(node, PROBE, server_round, split, {}, config.plan.probe_batches))
-                upper = self.shard.trainer(self._descriptions[node].name).model
+                upper = self.shard.trainer(client.name).model
                 above[node] = stack.enter_context(scoring(upper, config.plan.cost, config.lora.rank))
-            replies = self._exchange(grid, messages, server_round)
+            replies = self.clients.exchange(grid, messages, server_round, self._answer)
         self.shard.dismiss_all()
-        total = sum(self._descriptions[reply.metadata.src_node_id].examples for reply in replies)
+        nodes = [reply.metadata.src_node_id for reply in replies]
+        examples = {node: self.clients.descriptions[node].examples for node in nodes}
         measured = []
-        for reply in replies:
-            node = reply.metadata.src_node_id
+        for node, reply in zip(nodes, replies, strict=True):
             scores = {**Outcome.from_records(reply.content).importance, **above[node]}
-            measured.append((self._descriptions[node].examples / total, scores))
+            measured.append((examples[node] / sum(examples.values()), scores))
         return combine(measured)
 
     def _admit(
         self, node: int, kind: str, server_round: int, split: int, specs: Mapping[str, AdapterSpec], steps: int
     ) -> Message:
         """Set the server's half of one client up, if there is one, and write the message that starts the client's."""
-        description = self._descriptions[node]
         held = {layer.name for layer in self._cost.all_layers if layer.block < split}
         start = {name: truncate(factors, specs[name].rank) for name, factors in self.adapter.items() if name in specs}
         task = Task(
             config=self.config,
             kind=kind,
-            client=description.name,
+            client=self.clients.name(node),
             round=server_round,
             split=split,
             specs=specs,
@@ -487,70 +438,34 @@ class HSplitLoRA(Strategy):
 
     def _send(self, node: int, task: Task) -> Message:
         """The message that starts a task, with what the client's weights lack."""
-        description = self._descriptions[node]
         if not task.from_base:
             held = {layer.name for layer in self._cost.all_layers if layer.block < task.split}
-            task = replace(task, patch=self.delta.since(description.held, held))
-            # what the client will hold once it has the message
-            states = {name: state for name, state in self.delta.held().items() if name in held}
-            self._descriptions[node] = replace(description, held={**description.held, **states})
+            task = replace(task, patch=self.delta.since(self.clients.descriptions[node].held, held))
+            self.clients.now_holds(node, {name: state for name, state in self.delta.held().items() if name in held})
         self._sent[node] = task.nbytes
         return Message(task.to_records(), node, task.kind)
-
-    def _exchange(
-        self, grid: Grid, messages: Iterable[Message], server_round: int, needed: int | None = None
-    ) -> list[Message]:
-        """Send messages and answer frames, until every client sent its last reply; clients that fail are left out.
-
-        Raises
-        ------
-        ClientFailedError
-            If fewer than ``needed`` clients are left, ``clients.min`` by default; with every failure's cause.
-        """
-        messages = list(messages)
-        silent = {message.metadata.dst_node_id for message in messages}
-        replies, failures, started = [], [], time.monotonic()
-        for node, reply in converse(grid, messages, self._answer, self._timeout):
-            silent.discard(node)
-            if reply.has_error():
-                failures.append(self._leave_out(node, _reason(str(reply.error.reason)), server_round))
-            else:
-                self._took[node] = time.monotonic() - started
-                replies.append(reply)
-        self._tasks = {}
-        for node in silent:
-            reason = f"no reply within {self._timeout:.0f} s (run.timeout)"
-            failures.append(self._leave_out(node, reason, server_round))
-        needed = self.config.clients.min if needed is None else needed
-        if len(replies) < needed:
-            few = f"{len(replies)} clients are left, and clients.min={needed}" if replies else "no client is left"
-            raise ClientFailedError(f"{few}: {'; '.join(failures)}" if failures else few)
-        return sorted(replies, key=lambda reply: self._order(reply.metadata.src_node_id))
-
-    def _order(self, node: int) -> str:
-        """Where a client stands in sums, the same in every run whatever the nodes' ids."""
-        known = self._descriptions.get(node)
-        return known.name if known else str(node)
 
     def _answer(self, reply: Message) -> Message | None:
         """The next message to a client: answers to its frames, or its task again; None to its last reply."""
         node = reply.metadata.src_node_id
-        try:
-            frames = read_frames(reply.content)
-        except FrameError as error:
-            return Message(add_frames(RecordDict(), [Failure(str(error))]), node, TURN)
-        answers = self.shard.answer(self._descriptions[node].name, frames) if frames else []
-        if frames and not Outcome.is_in(reply.content):
-            return Message(add_frames(RecordDict(), answers), node, TURN)
-        if Description.is_all_of(reply.content) and node in self._tasks:  # its update is not what we thought
-            self._descriptions[node] = Description.from_records(reply.content)
-            return self._send(node, self._tasks.pop(node))
-        return None
+        if Description.is_all_of(reply.content):  # its update is not what we thought
+            self.clients.descriptions[node] = Description.from_records(reply.content)
+            if node in self._tasks:
+                return self._send(node, self._tasks.pop(node))
+            answers: list[Frame] = [Failure("its update cannot be brought up to date")]
+        else:
+            try:
+                answers = self.shard.answer(self.clients.name(node), read_frames(reply.content))
+            except FrameError as error:
+                answers = [Failure(str(error))]
+            if Outcome.is_in(reply.content):
+                return None
+        return Message(add_frames(RecordDict(), answers), node, TURN)
 
     def _flaw(self, node: int, outcome: Outcome) -> str:
         """What is wrong with a client's training, if anything is."""
         plan = self.plans[node]
-        if self.method.split and not self.shard.trainer(self._descriptions[node].name).finished:
+        if self.method.split and not self.shard.trainer(self.clients.name(node)).finished:
             return "it replied before its last step"
         below = (layer for layer in self._cost.layers if layer.block < plan.split and plan.ranks.get(layer.name))
         expected = {
@@ -563,81 +478,29 @@ class HSplitLoRA(Strategy):
             return "its adapters are not finite; lower train.lr or set train.clip"
         return ""
 
-    def _leave_out(self, node: int, reason: str, server_round: int) -> str:
-        """Go on without a client in this round; returns what happened."""
-        known = self._descriptions.pop(node, None)
-        client = known.name if known else str(node)
-        self.report.client_failed(server_round, client, reason)
-        return f"client {client} failed: {reason}"
-
     def _report_plan(self, server_round: int, reason: str, plan: Plan) -> None:
-        rows = []
-        for description in self._descriptions.values():
-            row: dict[str, Any] = {
-                "client": description.name,
-                "examples": description.examples,
-                "budget_bytes": description.memory_bytes,
-                "blocks": self._cost.num_blocks,
-                "left_out": "",
-            }
-            if client := plan.clients.get(description.name):
-                row |= {"split": client.split, "ranks": dict(client.ranks), "predicted_bytes": client.predicted_bytes}
-            else:
-                row["left_out"] = f"misses {plan.left_out[description.name]:,} bytes of memory"
-            rows.append(row)
         figures = {"objective": plan.objective, "server_predicted_bytes": plan.server_bytes}
         if self.method.ranks == "plan":
             figures |= {"greedy_objective": plan.greedy_objective, "bound": plan.bound, "seconds": plan.seconds}
+        rows = plan_rows(self.clients.descriptions.values(), plan, self._cost.num_blocks)
         self.report.planned(server_round, reason, figures, rows)
 
     def _report_step(self, task: Task, step: StepReport) -> None:
-        if task.kind != TRAIN:  # a probe trains nothing, so its steps are no progress
-            return
-        self.report.step(
-            round=task.round,
-            rounds=self.config.train.rounds,
-            client=task.client,
-            step=step.step - task.first_step + 1,
-            steps=task.steps,
-            loss=step.loss,
-            tokens=step.label_tokens,
-            all_tokens=step.tokens,
-        )
+        if task.kind == TRAIN:  # a probe trains nothing, so its steps are no progress
+            self.report.step(**step_row(task, step))
 
     def _report_client(
         self, server_round: int, node: int, outcome: Outcome, adapters: Mapping[str, Factors]
     ) -> dict[str, Any]:
         """One client's round as it stands in the summary."""
-        plan, metrics = self.plans[node], outcome.metrics
-        trained = (b.numel() + (0 if self.method.freeze_a else a.numel()) for b, a in adapters.values())
-        row = {
-            "client": self._descriptions[node].name,
-            "examples": self._descriptions[node].examples,
-            "split": plan.split,
-            "ranks": {rank: list(plan.ranks.values()).count(rank) for rank in sorted(set(plan.ranks.values()))},
-            "trainable_parameters": sum(trained),
-            "resident_parameters": int(metrics["resident-parameters"]),
-            "budget_bytes": self._descriptions[node].memory_bytes,
-            "predicted_bytes": plan.predicted_bytes,
-            "measured_bytes": int(metrics["measured-bytes"]),
-            "process_bytes": self._descriptions[node].process_bytes,
-            "tokens": int(metrics["tokens"]),
-            "label_tokens": int(metrics["label-tokens"]),
-            "tokens_per_second": metrics["tokens"] / metrics["seconds"],
-            "bytes_up": int(metrics["bytes-up"]) + sum(b.nbytes + a.nbytes for b, a in outcome.adapters.values()),
-            "bytes_down": int(metrics["bytes-down"]) + self._sent[node],
-            "frame_bytes_per_token": (metrics["bytes-up"] + metrics["bytes-down"]) / metrics["tokens"],
-            "seconds": metrics["seconds"],
-            "seconds_before": metrics["seconds-before"],
-            "seconds_around": self._took[node] - metrics["seconds"] - metrics["seconds-before"],
-            "losses": outcome.losses,
-        }
+        row = client_row(
+            self.clients.descriptions[node],
+            self.plans[node],
+            outcome,
+            adapters,
+            trains_a=not self.method.freeze_a,
+            sent=self._sent[node],
+            seconds=self.clients.seconds[node],
+        )
         self.report.client_finished(server_round, row)
         return row
-
-
-def _reason(text: str) -> str:
-    """The message of a client's error, without the traceback of the engine that carried it here."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    last = lines[-1] if lines else "no reason given"
-    return last.rpartition("Message: ")[2].rstrip(">'\"")

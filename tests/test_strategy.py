@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hsplitlora_flwr.central import CentralTraining
 from hsplitlora_flwr.client_app import split_client_app
+from hsplitlora_flwr.clients import ClientFailedError
 from hsplitlora_flwr.config import METHODS as NAMES
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.control import Description
@@ -28,7 +29,7 @@ from hsplitlora_flwr.lora.layers import AdapterSpec, extract, inject
 from hsplitlora_flwr.methods import METHODS
 from hsplitlora_flwr.models import find_family
 from hsplitlora_flwr.models.split import WholeModel, whole_model
-from hsplitlora_flwr.strategy import ClientFailedError, HSplitLoRA
+from hsplitlora_flwr.strategy import HSplitLoRA
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.training.whole import train_whole
 from tests.grid import LocalGrid

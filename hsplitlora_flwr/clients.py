@@ -1,0 +1,186 @@
+"""The clients of a run as the server knows them: who they are, what they may use, and the messages to them.
+
+Clients come and go. One that fails is left out of the round and asked again in the next.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from hsplitlora_flwr.config import Config
+from hsplitlora_flwr.control import DESCRIBE, FORGET, Description, settings_records
+from hsplitlora_flwr.planning.planner import Budget
+from hsplitlora_flwr.reporting.report import RunReport
+from hsplitlora_flwr.transport.messages import converse
+
+FORGET_SECONDS = 60.0
+"""Time that nodes have to remove what they kept of a run."""
+
+Answer = Callable[[Message], Message | None]
+"""The next message to a client, from its reply; None if that was its last."""
+
+
+class ClientFailedError(RuntimeError):
+    """Too few clients could do their part of a round; the text holds what they reported."""
+
+
+class Clients:
+    """The clients that take part now, by node.
+
+    Parameters
+    ----------
+    config : Config
+    report : RunReport
+        Is told about clients that fail.
+
+    Attributes
+    ----------
+    descriptions : dict[int, Description]
+        In the order of their names, which is the same in every run, whatever the nodes' ids.
+    seconds : dict[int, float]
+        From the last message to each node until its last reply.
+    timeout : float
+        Seconds that they have for an exchange.
+    """
+
+    def __init__(self, config: Config, report: RunReport) -> None:
+        self.descriptions: dict[int, Description] = {}
+        self.seconds: dict[int, float] = {}
+        self.timeout: float = config.run.timeout
+        self._config, self._report = config, report
+        self._fresh: dict[int, Description] = {}
+        self._met: set[int] = set()
+
+    def name(self, node: int) -> str:
+        """How logs and results call a node's client."""
+        known = self.descriptions.get(node)
+        return known.name if known else str(node)
+
+    @property
+    def budgets(self) -> dict[str, Budget]:
+        """What each may use, by name."""
+        return {description.name: description.budget for description in self.descriptions.values()}
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example of all."""
+        return max(description.longest for description in self.descriptions.values())
+
+    def wait(self, grid: Grid) -> None:
+        """Wait until ``clients.count`` nodes are there.
+
+        Raises
+        ------
+        ClientFailedError
+            If they are not within ``clients.wait`` seconds.
+        """
+        wanted, patience = self._config.clients.count, self._config.clients.wait
+        self._report.status(f"waiting for {wanted} clients")
+        deadline = time.monotonic() + patience
+        while len(nodes := list(grid.get_node_ids())) < wanted:
+            if time.monotonic() > deadline:
+                raise ClientFailedError(
+                    f"only {len(nodes)} of clients.count={wanted} clients came within {patience} s; in a simulation "
+                    f"pass --federation-config 'num-supernodes={wanted}', or lower clients.count"
+                )
+            time.sleep(0.2)
+
+    def describe(self, grid: Grid, server_round: int) -> None:
+        """Ask all nodes who they are, but for those that said so with their last reply (:meth:`remember`)."""
+        nodes = sorted(grid.get_node_ids())
+        self.descriptions = {node: self._fresh[node] for node in nodes if node in self._fresh}
+        asked = [node for node in nodes if node not in self._fresh]
+        self._met |= set(asked)
+        messages = [Message(settings_records(self._config), node, DESCRIBE) for node in asked]
+        needed = max(self._config.clients.min - len(self.descriptions), 0)
+        for reply in self.exchange(grid, messages, server_round, needed=needed):
+            node, description = reply.metadata.src_node_id, Description.from_records(reply.content)
+            if description.name in self.budgets:
+                reason = f"another node calls itself client {description.name}; give each a name or a partition-id"
+                self.leave_out(node, reason, server_round)
+            else:
+                self.descriptions[node] = description
+        self._fresh = {}
+        self.descriptions = dict(sorted(self.descriptions.items(), key=lambda item: item[1].name))
+
+    def remember(self, node: int, description: Description) -> None:
+        """Take what a client says of itself with its last reply for the next round."""
+        self._fresh[node] = description
+
+    def now_holds(self, node: int, states: dict[str, str]) -> None:
+        """Note what a client's update will be once it has the message that is being sent."""
+        known = self.descriptions[node]
+        self.descriptions[node] = replace(known, held={**known.held, **states})
+
+    def exchange(
+        self,
+        grid: Grid,
+        messages: Iterable[Message],
+        server_round: int,
+        answer: Answer = lambda reply: None,
+        needed: int | None = None,
+    ) -> list[Message]:
+        """Send messages and answer the replies, until every client sent its last; those that fail are left out.
+
+        Parameters
+        ----------
+        messages : Iterable[Message]
+            One for each node.
+        answer : Answer
+            See there.
+        needed : int, optional
+            Last replies that there must be; ``clients.min`` by default.
+
+        Returns
+        -------
+        list of Message
+            The last replies, in the order of the clients' names.
+
+        Raises
+        ------
+        ClientFailedError
+            If there are fewer, with every failure's cause.
+        """
+        messages = list(messages)
+        silent = {message.metadata.dst_node_id for message in messages}
+        replies, failures, started = [], [], time.monotonic()
+        for node, reply in converse(grid, messages, answer, self.timeout):
+            silent.discard(node)
+            if reply.has_error():
+                failures.append(self.leave_out(node, _reason(str(reply.error.reason)), server_round))
+            else:
+                self.seconds[node] = time.monotonic() - started
+                replies.append(reply)
+        for node in silent:
+            reason = f"no reply within {self.timeout:.0f} s (run.timeout)"
+            failures.append(self.leave_out(node, reason, server_round))
+        needed = self._config.clients.min if needed is None else needed
+        if len(replies) < needed:
+            few = f"{len(replies)} clients are left, and clients.min={needed}" if replies else "no client is left"
+            raise ClientFailedError(f"{few}: {'; '.join(failures)}" if failures else few)
+        return sorted(replies, key=lambda reply: self.name(reply.metadata.src_node_id))
+
+    def leave_out(self, node: int, reason: str, server_round: int) -> str:
+        """Go on without a client in this round; returns what happened."""
+        client = self.name(node)
+        self.descriptions.pop(node, None)
+        self._report.client_failed(server_round, client, reason)
+        return f"client {client} failed: {reason}"
+
+    def forget(self, grid: Grid) -> None:
+        """Tell the nodes that the run is over: they remove what they kept of it."""
+        messages = [Message(RecordDict(), node, FORGET) for node in grid.get_node_ids() if node in self._met]
+        for _ in converse(grid, messages, lambda reply: None, min(self.timeout, FORGET_SECONDS)):
+            pass
+
+
+def _reason(text: str) -> str:
+    """The message of a client's error, without the traceback of the engine that carried it here."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    last = lines[-1] if lines else "no reason given"
+    return last.rpartition("Message: ")[2].rstrip(">'\"")
