@@ -24,7 +24,6 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
-from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,7 @@ from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.training.server import ServerTrainer, SharedBase
 from hsplitlora_flwr.transport.certificates import make_identity
 from hsplitlora_flwr.transport.stream import Endpoint, StreamLink, StreamServer
-from simulations.shaping import Shape, shaped
+from simulations.shaping import SlowLink, shaped
 
 Row = Mapping[str, float | str]
 Benchmark = Callable[[str], Iterator[Row]]
@@ -59,10 +58,11 @@ SHAPES = ((8, 64), (4, 128))
 RANK = 8
 STEPS = 4
 LABELLED = 8  # last tokens of a row; the head's share is not what is measured, and large
-SHAPES_OF_LINKS = (Shape(100, 20), Shape(20, 20))
+LINKS = ((SlowLink(100, 20), "float32"), (SlowLink(100, 20), "bfloat16"), (SlowLink(5, 20), "float32"))
+"""(link, numbers on the wire)."""
 MICRO_BATCHES = ((1, 1), (4, 1), (4, 2), (4, 4))
 """(micro-batches of a step, in flight)."""
-PASSES = 3
+TURNS = 4
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,8 @@ class Exchange:
 
     Parameters
     ----------
-    shape : Shape or None
-        Of the link; None for the plain loopback.
+    link : SlowLink or None
+        None for the plain loopback.
     wire : str
         Numbers on the wire, both ways.
     micro_batches : int
@@ -145,7 +145,7 @@ class Exchange:
         How many of them may be under way at once.
     """
 
-    shape: Shape | None
+    link: SlowLink | None
     wire: str
     micro_batches: int
     in_flight: int
@@ -159,101 +159,101 @@ class ExchangeRun:
     split: int
     threads: int
     streams: Sequence[tuple[Exchange, Endpoint, str]]
-    """In the order of their turns: an exchange, where its server is and its token."""
+    """For every exchange where its server is, and its token."""
 
-    def measure(self) -> list[tuple[list[float], int, int]]:
-        """For every stream: seconds of its steps after the first one, bytes of a step up and down."""
+    def measure(self) -> list[tuple[list[float], float, float]]:
+        """For every stream: seconds of its steps after the first one, and bytes of a step up and down."""
+        return_freed_memory()
         torch.set_num_threads(self.threads)
         config = read_config(self.path)
         model, _ = load_client(self.path, self.split, "float32", "cpu", {})
         optimizer = AdapterOptimizer(inject(model, specs(name for name, _ in model.linears()), ""), TrainConfig())
         model.train()
         rows, length = SHAPES[0]
-        figures = []
-        for exchange, endpoint, token in self.streams:
-            batches = spread_batches(rows, length, int(config.vocab_size))
-            size = rows // exchange.micro_batches
-            trainer = _TimedTrainer(model, optimizer, batches, first_step=0, micro_batch_size=size, up=exchange.wire)
-            with StreamLink(endpoint, token, exchange.in_flight) as link:
-                train_client(trainer, link, STEPS, exchange.in_flight)
-            seconds = [after - before for before, after in pairwise(trainer.ends)]
-            figures.append((seconds, link.bytes_up // STEPS, link.bytes_down // STEPS))
-        return figures
+        sides: list[tuple[_TimedTrainer, StreamLink, int]] = []
+        with ExitStack() as stack:
+            for exchange, endpoint, token in self.streams:
+                batches = spread_batches(rows, length, int(config.vocab_size))
+                size = rows // exchange.micro_batches
+                trainer = _TimedTrainer(
+                    model, optimizer, batches, first_step=0, micro_batch_size=size, up=exchange.wire
+                )
+                link = stack.enter_context(StreamLink(endpoint, token, exchange.in_flight))
+                sides.append((trainer, link, exchange.in_flight))
+            for _ in range(TURNS):
+                for trainer, link, in_flight in sides:
+                    train_client(trainer, link, 1, in_flight)
+        return [(side.seconds[1:], link.bytes_up / TURNS, link.bytes_down / TURNS) for side, link, _ in sides]
 
 
 class _TimedTrainer(ClientTrainer):
-    """Notes when a step ended."""
+    """Notes how long each step took, from its batch to its end; the server takes its optimizer's step after that."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.ends: list[float] = []
+        self.seconds: list[float] = []
+
+    def begin(self) -> int:
+        self._started = time.perf_counter()
+        return super().begin()
 
     def step(self) -> None:
         super().step()
-        self.ends.append(time.perf_counter())
+        self.seconds.append(time.perf_counter() - self._started)
 
 
 def overlap(path: str) -> Iterator[Row]:
-    """A step over shaped links, client and server in two processes, each on half of the cores.
+    """A step over shaped links, client and server in two processes, each on half of the cores of this machine.
 
     A row compares a step, ``step_s``, with what it would take if only one of its two parts took time:
 
-    - ``compute_s``: the same exchange over the plain loopback, TLS and all, so with as many micro-batches in flight.
-      What the two sides compute at the same time counts once, as it would on two machines.
+    - ``compute_s``: the same exchange over the plain loopback with float32 numbers, TLS and all, so with as many
+      micro-batches in flight. What the two sides compute at the same time counts once, as it does on two machines.
     - ``wire_s``: the same exchange between sides that compute in no time; see :func:`wire_seconds`.
 
-    Figures are medians over passes in which all exchanges take turns, so that they meet the same machine; ``spread_s``
-    is the distance between the quartiles of ``step_s``.
+    Figures are medians over turns that all exchanges take one after another, so that they meet the same machine, and
+    ``spread_s`` is the slowest of these steps less the fastest.
     """
-    rows, length = SHAPES[0]
     base = SharedBase(path)
     split = max(int(base.model.config.num_hidden_layers) // 3, 1)
     part = base.server_part(split).train()
     optimizer = AdapterOptimizer(inject(part, specs(name for name, _ in part.linears()), ""), TrainConfig())
     threads = max((os.cpu_count() or 1) // 2, 1)
-    exchanges = [
-        Exchange(shape, wire, *micro_batches)
-        for wire in ("float32", "bfloat16")
-        for shape in (None, *SHAPES_OF_LINKS)
-        for micro_batches in MICRO_BATCHES
-    ]
-    stream = StreamServer("127.0.0.1", 0, identity=make_identity("127.0.0.1"), in_flight=rows)
+    loopback = [Exchange(None, "float32", *each) for each in MICRO_BATCHES]
+    slow = [Exchange(link, wire, *each) for link, wire in LINKS for each in MICRO_BATCHES]
+    most = max(in_flight for _, in_flight in MICRO_BATCHES)
+    stream = StreamServer("127.0.0.1", 0, identity=make_identity("127.0.0.1"), in_flight=most)
     with ExitStack() as stack:
         stack.callback(stream.stop)
-        endpoints: dict[Shape | None, Endpoint] = {None: stream.endpoint}
-        for shape in SHAPES_OF_LINKS:
-            near = stack.enter_context(shaped(stream.endpoint.address, shape))
-            endpoints[shape] = replace(stream.endpoint, address=near)
-
-        def admit(exchange: Exchange) -> str:
-            return stream.admit(ServerTrainer(part, optimizer, threads=lambda: threads, down=exchange.wire))
-
-        turns = [(each, endpoints[each.shape], admit(each)) for _ in range(PASSES) for each in exchanges]
+        near = {
+            link: stack.enter_context(shaped(stream.endpoint.address, link)) for link in {link for link, _ in LINKS}
+        }
+        streams = []
+        for each in loopback + slow:
+            token = stream.admit(ServerTrainer(part, optimizer, threads=lambda: threads, down=each.wire))
+            endpoint = replace(stream.endpoint, address=near[each.link]) if each.link else stream.endpoint
+            streams.append((each, endpoint, token))
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-            figures = process.submit(ExchangeRun(path, split, threads, turns).measure).result()
-    seconds: dict[Exchange, list[float]] = {each: [] for each in exchanges}
-    for (each, _, _), (taken, _, _) in zip(turns, figures, strict=True):
-        seconds[each] += taken
-    for each, (_, up, down) in zip(exchanges, figures, strict=False):  # bytes are the same in every pass
-        if each.shape is None:
-            continue
-        compute_s = statistics.median(seconds[replace(each, shape=None)])
+            measured = process.submit(ExchangeRun(path, split, threads, streams).measure).result()
+    figures = dict(zip(loopback + slow, measured, strict=True))
+    for each in slow:
+        seconds, up, down = figures[each]
+        alone, _, _ = figures[replace(each, link=None, wire="float32")]
+        compute_s, step_s = statistics.median(alone), statistics.median(seconds)
         wire_s = wire_seconds(up, down, each)
-        step_s = statistics.median(seconds[each])
-        low, _, high = statistics.quantiles(seconds[each], n=4)
         yield {
-            "link": f"{each.shape} (TCP relay)",
+            "link": f"{each.link} (TCP relay)",
             "wire": each.wire,
             "micro-batches": each.micro_batches,
             "in flight": each.in_flight,
-            "mb_up": up / 1e6,
-            "mb_down": down / 1e6,
+            "up_mb": up / 1e6,
+            "down_mb": down / 1e6,
             "compute_s": compute_s,
             "wire_s": wire_s,
             "step_s": step_s,
-            "spread_s": high - low,
-            "step / max": step_s / max(compute_s, wire_s),
-            "step / sum": step_s / (compute_s + wire_s),
+            "spread_s": max(seconds) - min(seconds),
+            "step / max(compute, wire)": step_s / max(compute_s, wire_s),
+            "step / (compute + wire)": step_s / (compute_s + wire_s),
         }
 
 
@@ -261,9 +261,9 @@ def wire_seconds(up: float, down: float, exchange: Exchange) -> float:
     """Time of a step between sides that compute in no time, over a duplex link.
 
     Each direction sends the micro-batches one after another at the link's rate, and what is sent arrives half a round
-    trip later. A micro-batch goes up once fewer than ``in_flight`` others are unanswered, and its answer comes down once
-    all of it is there. With one in flight nothing overlaps: ``(up + down) / rate + micro_batches * round_trip``; with all
-    of them in flight it is ``max(up, down) / rate + min(up, down) / rate / micro_batches + round_trip``.
+    trip later. A micro-batch goes up once fewer than ``in_flight`` others are unanswered, and its answer comes down
+    once all of it is there. With one in flight nothing overlaps: ``(up + down) / rate + micro_batches * round_trip``.
+    With all of them: ``max(up, down) / rate + min(up, down) / rate / micro_batches + round_trip``.
 
     Parameters
     ----------
@@ -272,9 +272,9 @@ def wire_seconds(up: float, down: float, exchange: Exchange) -> float:
     exchange : Exchange
         Over a shaped link.
     """
-    assert exchange.shape is not None
-    count, delay = exchange.micro_batches, exchange.shape.delay
-    rising, falling = (exchange.shape.seconds(size / count) for size in (up, down))
+    assert exchange.link is not None
+    count, delay = exchange.micro_batches, exchange.link.delay
+    rising, falling = (exchange.link.seconds(size / count) for size in (up, down))
     sent = answered = 0.0  # when the last byte so far has left the client, and the server
     arrived: list[float] = []  # when each answer was there
     for index in range(count):

@@ -6,16 +6,18 @@ address at which it stands for ``HOST:PORT``. Each direction of a connection is 
     sender -> queue of 256 KiB -> line: bytes leave one after another at the rate -> delay -> receiver
 
 A sender that is faster than the line finds the queue full and has to wait, as behind a router; so has one whose
-receiver does not read. The line has no burst: no stretch of bytes arrives faster than the rate allows.
+receiver does not read. At no moment has more arrived than the rate allows since the line was last idle.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import socket
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ _CHUNK_BYTES = 2**14
 
 
 @dataclass(frozen=True)
-class Shape:
+class SlowLink:
     """What a link is like, the same in both directions.
 
     Parameters
@@ -38,17 +40,17 @@ class Shape:
     Raises
     ------
     ValueError
-        If the rate is not positive, or the round trip negative.
+        If one is not finite, the rate not positive, or the round trip negative.
     """
 
     mbit: float
     round_trip_ms: float
 
     def __post_init__(self) -> None:
-        if not self.mbit > 0:
-            raise ValueError(f"mbit={self.mbit}: the rate of a link must be positive")
-        if not self.round_trip_ms >= 0:
-            raise ValueError(f"round_trip_ms={self.round_trip_ms}: a round trip takes no negative time")
+        if not 0 < self.mbit < math.inf:
+            raise ValueError(f"mbit={self.mbit}: the rate of a link must be positive and finite")
+        if not 0 <= self.round_trip_ms < math.inf:
+            raise ValueError(f"round_trip_ms={self.round_trip_ms}: a round trip must be finite, and at least 0")
 
     def __str__(self) -> str:
         return f"{self.mbit:g} Mbit/s, {self.round_trip_ms:g} ms"
@@ -64,15 +66,14 @@ class Shape:
 
 
 @contextmanager
-def shaped(address: str, shape: Shape) -> Iterator[str]:
-    """Put a link of this shape before ``address``.
+def shaped(address: str, link: SlowLink) -> Iterator[str]:
+    """Put a slow link before ``address``.
 
     Parameters
     ----------
     address : str
         ``host:port`` of a TCP server.
-    shape : Shape
-        Of the link.
+    link : SlowLink
 
     Yields
     ------
@@ -84,7 +85,7 @@ def shaped(address: str, shape: Shape) -> Iterator[str]:
     RuntimeError
         If the relay does not start.
     """
-    options = ["--mbit", str(shape.mbit), "--round-trip-ms", str(shape.round_trip_ms)]
+    options = ["--mbit", str(link.mbit), "--round-trip-ms", str(link.round_trip_ms)]
     with subprocess.Popen([sys.executable, __file__, address, *options], stdout=subprocess.PIPE, text=True) as relay:
         assert relay.stdout is not None
         try:
@@ -96,23 +97,24 @@ def shaped(address: str, shape: Shape) -> Iterator[str]:
             relay.terminate()
 
 
-async def _serve(host: str, port: int, shape: Shape) -> None:
-    """Relay every connection to ``host:port``; prints the address that it listens on."""
+async def _serve(address: tuple[str, int], link: SlowLink) -> None:
+    """Relay every connection to ``address``; prints the address that it listens on."""
 
     async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            far_reader, far_writer = await asyncio.open_connection(host, port, limit=_CHUNK_BYTES)
+            far_reader, far_writer = await asyncio.open_connection(*address, limit=_CHUNK_BYTES)
         except OSError as error:
-            print(f"no connection to {host}:{port}: {error}", file=sys.stderr)
+            print(f"the relay reaches nothing behind it: {error}", file=sys.stderr)
             writer.close()
             return
-        for end in (writer, far_writer):  # else the kernel's buffers would hold megabytes before the queue
-            end.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 * _CHUNK_BYTES)
+        for end in (writer, far_writer):  # else the kernel's buffers would hold megabytes besides the queue
+            for buffer in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+                end.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, buffer, 4 * _CHUNK_BYTES)
         try:
             async with asyncio.TaskGroup() as directions:
-                directions.create_task(_carry(reader, far_writer, shape))
-                directions.create_task(_carry(far_reader, writer, shape))
-        except* ConnectionError:  # one end is gone; the other one learns of it
+                directions.create_task(_carry(reader, far_writer, link))
+                directions.create_task(_carry(far_reader, writer, link))
+        except* OSError:  # one end is gone; the other one learns of it
             pass
         finally:
             writer.close()
@@ -123,29 +125,38 @@ async def _serve(host: str, port: int, shape: Shape) -> None:
     await server.serve_forever()
 
 
-async def _carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, shape: Shape) -> None:
+async def _carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, link: SlowLink) -> None:
     """One direction of a connection."""
     loop = asyncio.get_running_loop()
+    delayed: deque[bytes] = deque()
     free = 0.0  # when the last byte so far has left the queue
     while data := await reader.read(_CHUNK_BYTES):
         # By the clock of the line and not by that of this task: waking up late costs no rate.
-        free = max(free, loop.time()) + shape.seconds(len(data))
-        loop.call_at(free + shape.delay, writer.write, data)
-        await asyncio.sleep(free - loop.time() - shape.seconds(QUEUE_BYTES))
+        free = max(free, loop.time()) + link.seconds(len(data))
+        delayed.append(data)
+        loop.call_at(free + link.delay, lambda: writer.write(delayed.popleft()))
+        await asyncio.sleep(free - loop.time() - link.seconds(QUEUE_BYTES))
         await writer.drain()
-    await asyncio.sleep(free + shape.delay - loop.time())
+    while delayed:
+        await asyncio.sleep(free + link.delay - loop.time())
     writer.write_eof()
 
 
 def main() -> None:
     """Run the relay until it is stopped."""
     parser = argparse.ArgumentParser(description="A slow link before a TCP server.")
-    parser.add_argument("address", metavar="HOST:PORT", help="the server")
+    parser.add_argument("address", type=_address, metavar="HOST:PORT", help="the server")
     parser.add_argument("--mbit", type=float, default=100.0, help="rate of each direction, 1e6 bit/s (%(default)s)")
     parser.add_argument("--round-trip-ms", type=float, default=20.0, help="delay there and back, ms (%(default)s)")
     options = parser.parse_args()
-    host, _, port = options.address.rpartition(":")
-    asyncio.run(_serve(host.strip("[]"), int(port), Shape(options.mbit, options.round_trip_ms)))
+    asyncio.run(_serve(options.address, SlowLink(options.mbit, options.round_trip_ms)))
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not (host and port.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no HOST:PORT")
+    return host.strip("[]"), int(port)
 
 
 if __name__ == "__main__":
