@@ -1,0 +1,67 @@
+"""Frames inside Flower messages, and the conversation with nodes that carries them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from hsplitlora_flwr.transport.frames import Finish, FrameError, Loss, Pong
+from hsplitlora_flwr.transport.messages import add_frames, converse, frame_bytes, has_frames, read_frames
+from tests.grid import LocalGrid
+
+
+def test_frames_come_out_as_they_went_in() -> None:
+    records = add_frames(RecordDict(), [Loss(2.5), Pong(torch.arange(5, dtype=torch.uint8))])
+    assert has_frames(records)
+    loss, pong = read_frames(records)
+    assert isinstance(loss, Loss) and loss.total == 2.5
+    assert isinstance(pong, Pong) and pong.payload.tolist() == [0, 1, 2, 3, 4]
+    parts = records.config_records["frames"]["frames"]
+    assert frame_bytes(records) == sum(len(part) for part in parts)
+    assert read_frames(RecordDict()) == [] and frame_bytes(RecordDict()) == 0
+
+
+def test_damaged_frames_are_refused() -> None:
+    with pytest.raises(FrameError):
+        read_frames(RecordDict({"frames": ConfigRecord({"frames": [b"HSPL and so on"]})}))
+
+
+def counting_app() -> ClientApp:
+    """Counts down what it is sent; a node that is sent -1 fails."""
+    app = ClientApp()
+
+    @app.query()
+    def count(message: Message, context: Context) -> Message:
+        [frame] = read_frames(message.content)
+        assert isinstance(frame, Finish) and frame.previous_square >= 0, "cannot count that"
+        return Message(add_frames(RecordDict(), [Finish(frame.previous_square - 1)]), reply_to=message)
+
+    return app
+
+
+def test_nodes_are_answered_until_each_has_said_its_last() -> None:
+    grid = LocalGrid(counting_app(), {1: {}, 2: {}, 3: {}})
+
+    def message(node: int, number: float) -> Message:
+        return Message(add_frames(RecordDict(), [Finish(number)]), node, "query")
+
+    def answer(reply: Message) -> Message | None:
+        [frame] = read_frames(reply.content)
+        assert isinstance(frame, Finish)
+        return message(reply.metadata.src_node_id, frame.previous_square) if frame.previous_square > 0 else None
+
+    last = dict(converse(grid, [message(1, 4.0), message(2, 1.0), message(3, -1.0)], answer, timeout=20))
+    assert last.keys() == {1, 2, 3}
+    assert last[3].has_error() and not last[1].has_error()
+    sent = [message.metadata.dst_node_id for message in grid.sent]
+    assert [sent.count(node) for node in (1, 2, 3)] == [4, 1, 1]
+
+
+def test_nodes_that_stay_silent_are_given_up() -> None:
+    grid = LocalGrid(counting_app(), {1: {}, 2: {}})
+    answers = grid.pull_messages
+    grid.pull_messages = lambda ids: [r for r in answers(ids) if r.metadata.src_node_id == 1]  # type: ignore[method-assign]
+    messages = [Message(add_frames(RecordDict(), [Finish(1.0)]), node, "query") for node in (1, 2)]
+    assert [node for node, _ in converse(grid, messages, lambda reply: None, timeout=0.3)] == [1]
