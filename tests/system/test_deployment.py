@@ -66,7 +66,7 @@ def test_a_deployment_trains_what_a_simulation_does(deployment: Deployment, tiny
 def test_a_node_that_cannot_reach_the_port_goes_on_over_messages(
     deployment: Deployment, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    one_round = {"train.rounds": 1, "method.name": "hsplitlora-no-armsc"}
+    one_round = {"train.rounds": 1, "method.name": "hsplitlora-no-armsc", "train.steps": 1}
     auto = {"transport.kind": "auto", "transport.address": BEHIND_A_PROXY}
     summary = launch(deployment, tiny_folder, tmp_path / "run", **auto | one_round)
     assert [client["client"] for client in summary["rounds"][0]["clients"]] == ["0", "1", "2"]
@@ -77,7 +77,7 @@ def test_a_node_that_cannot_reach_the_port_goes_on_over_messages(
 
 
 def test_messages_alone_need_no_port(deployment: Deployment, tiny_folder: Path, tmp_path: Path) -> None:
-    one_round = {"train.rounds": 1, "method.name": "hsplitlora-no-armsc", "split.labels": "client", "train.steps": 1}
+    one_round = {"train.rounds": 1, "method.name": "hsplitlora-no-armsc", "train.steps": 1}
     launch(deployment, tiny_folder, tmp_path / "run", **{"transport.kind": "messages"} | one_round)
     here(tiny_folder, tmp_path / "here", **one_round)
     assert_same(adapter(tmp_path / "run"), adapter(tmp_path / "here"))
