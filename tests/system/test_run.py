@@ -86,11 +86,8 @@ def unsplit_round(config: Config, plan: list[dict[str, Any]]) -> dict[str, torch
     return total
 
 
-@pytest.mark.parametrize("rounds", [1, 2])
-def test_a_run_ends_in_an_adapter_that_stock_peft_loads(
-    start_run: Run, tmp_path: Path, tiny_folder: Path, rounds: int
-) -> None:
-    process = start_run(train__rounds=rounds, train__micro_batch_size=2 if rounds == 2 else 0, run__merged="true")
+def test_a_run_ends_in_an_adapter_that_stock_peft_loads(start_run: Run, tmp_path: Path, tiny_folder: Path) -> None:
+    process = start_run(train__rounds=1, train__micro_batch_size=2, run__merged="true")
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     folder = tmp_path / "run"
@@ -102,7 +99,7 @@ def test_a_run_ends_in_an_adapter_that_stock_peft_loads(
     # Who held what: embeddings and the blocks below the split, and nothing else.
     base = AutoModelForCausalLM.from_pretrained(tiny_folder)
     block = sum(p.numel() for p in base.model.layers[0].parameters())
-    assert [len(each["clients"]) for each in summary["rounds"]] == [3] * rounds
+    assert [len(each["clients"]) for each in summary["rounds"]] == [3]
     for client in (client for each in summary["rounds"] for client in each["clients"]):
         assert client["resident_parameters"] == base.model.embed_tokens.weight.numel() + client["split"] * block
         assert client["predicted_bytes"] <= client["budget_bytes"]
@@ -119,15 +116,15 @@ def test_a_run_ends_in_an_adapter_that_stock_peft_loads(
     assert summary["perplexity_after"] == pytest.approx(stock_perplexity(merged, config), rel=1e-3)
     assert summary["perplexity_after"] < 0.9 * summary["perplexity_before"]
     with safe_open(folder / "checkpoints" / "delta.safetensors", framework="pt") as file:
-        assert file.metadata()["version"] == str(rounds)
+        assert file.metadata()["version"] == "1"
 
-    if rounds == 1:  # the same round, unsplit and without Flower, gives the same update
-        for name, expected in unsplit_round(config, summary["plans"][0]["clients"]).items():
-            got = (
-                merged.get_submodule(name).weight.double()
-                - AutoModelForCausalLM.from_pretrained(tiny_folder).get_submodule(name).weight.double()
-            )
-            assert torch.linalg.norm(got - expected) <= 1e-3 * torch.linalg.norm(expected), name
+    # The same round, unsplit, in whole batches and without Flower, gives the same update.
+    for name, expected in unsplit_round(config, summary["plans"][0]["clients"]).items():
+        got = (
+            merged.get_submodule(name).weight.double()
+            - AutoModelForCausalLM.from_pretrained(tiny_folder).get_submodule(name).weight.double()
+        )
+        assert torch.linalg.norm(got - expected) <= 1e-3 * torch.linalg.norm(expected), name
     token_words = ("token'", '"token"')
     assert not any(word in (folder / name).read_text() for name in ("summary.json", "flwr.log") for word in token_words)
 
@@ -174,7 +171,6 @@ def test_a_round_goes_on_without_a_client_that_is_killed(start_run: Run, tmp_pat
         ({"train__lr": "fast"}, "train.lr"),
         ({"train__speed": 3}, "train.speed"),
         ({"data": "e2e", "data__path": "nowhere"}, "nowhere"),
-        ({"clients__memory_gb": 0.1}, "misses"),
         ({"lora__targets": "query"}, "query"),
     ],
 )
@@ -183,4 +179,4 @@ def test_wrong_input_is_named(start_run: Run, settings: dict[str, Any], says: st
     output, _ = process.communicate(timeout=300)
     assert process.returncode != 0
     assert says in "\n".join(output.splitlines()[-6:])
-    assert "perplexity" not in output or "memory_gb" in str(settings) or "targets" in str(settings)
+    assert "perplexity" not in output or "targets" in str(settings)
