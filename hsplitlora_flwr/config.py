@@ -157,6 +157,11 @@ class TrainConfig:
     schedule: str = _setting("constant", "learning rate by global step", choices=("constant", "linear", "cosine"))
     warmup_steps: int = _setting(0, "steps of linear warm-up", low=0)
     weight_decay: float = _setting(0.0, "weight decay", low=0.0)
+    joint: str = _setting(
+        "auto",
+        "whether the server takes clients that wait through its blocks in one pass; auto = on a GPU",
+        choices=("auto", "on", "off"),
+    )
     clip: float = _setting(1.0, "largest norm of the gradient of both sides' adapters together; 0 = none", low=0.0)
 
 
@@ -394,6 +399,12 @@ def _check_pairs(config: Config) -> None:
             "transport.certificate and transport.private_key belong together; name both files, or neither to have a "
             "certificate made for the run"
         )
+    alone = {
+        "split.labels=client": config.split.labels == "client",
+        "transport.kind=messages": config.transport.kind == "messages",
+    }
+    for setting in (name for name, chosen in alone.items() if chosen and config.train.joint == "on"):
+        raise ConfigError(f"train.joint=on cannot be had with {setting}, where clients come one by one; set it to auto")
     if config.clients.min > config.clients.count:
         raise ConfigError(f"clients.min={config.clients.min} is more than clients.count={config.clients.count}")
 

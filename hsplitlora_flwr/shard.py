@@ -7,13 +7,14 @@ import socket
 from collections.abc import Callable, Mapping
 
 from hsplitlora_flwr.config import Config, TransportConfig
-from hsplitlora_flwr.control import EVALUATE, Task
+from hsplitlora_flwr.control import EVALUATE, TRAIN, Task
 from hsplitlora_flwr.lora.aggregation import Factors
 from hsplitlora_flwr.lora.layers import inject
 from hsplitlora_flwr.models.loading import pick_device
 from hsplitlora_flwr.models.split import BodyModel, ServerModel
+from hsplitlora_flwr.training.joint import JointPass
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
-from hsplitlora_flwr.training.server import ServerEvaluator, ServerTrainer, SharedBase, StepReport
+from hsplitlora_flwr.training.server import ServerEvaluator, ServerTrainer, SharedBase, StepReport, differentiate
 from hsplitlora_flwr.transport.certificates import Identity, make_identity, read_identity
 from hsplitlora_flwr.transport.frames import Failure, Frame
 from hsplitlora_flwr.transport.stream import StreamServer
@@ -40,7 +41,10 @@ class Shard:
         self._config = config
         self._stream = None if config.transport.kind == "messages" else open_stream(config.transport)
         self._workers: dict[str, Worker] = {}
-        self.base = SharedBase(config.model.path, config.model.dtype, pick_device(config.model.device))
+        device = pick_device(config.model.device)
+        self.base = SharedBase(config.model.path, config.model.dtype, device)
+        self._takes_all = config.train.joint == "on" or (config.train.joint == "auto" and device != "cpu")
+        self._together = JointPass(self.base)
 
     def admit(self, task: Task, start: Mapping[str, Factors], report: Callable[[StepReport], None]) -> Task:
         """Set up the server's half of a client's task.
@@ -66,7 +70,11 @@ class Shard:
         else:
             adapters = inject(model, task.specs, task.seed, start, freeze_a=task.method.freeze_a)
             optimizer = AdapterOptimizer(adapters, self._config.train)
-            worker = ServerTrainer(model.train(), optimizer, report, self._threads, self._config.transport.down)
+            through, threads = differentiate, self._threads
+            if self._takes_all and task.kind == TRAIN and isinstance(model, ServerModel):
+                self._together.enter(model)
+                through, threads = self._together, all_cores
+            worker = ServerTrainer(model.train(), optimizer, report, threads, self._config.transport.down, through)
         self._workers[task.client] = worker
         if self._stream is None:
             return task
@@ -88,6 +96,7 @@ class Shard:
     def dismiss_all(self) -> None:
         """End the round: forget adapters and optimizers, and the tokens with the streams that they opened."""
         self._workers.clear()
+        self._together = JointPass(self.base)
         if self._stream:
             self._stream.dismiss_all()
 
@@ -110,7 +119,12 @@ class Shard:
     def _threads(self) -> int:
         """Threads for each of the clients that train now."""
         streams = self._stream.open_streams if self._stream else 1
-        return max((os.cpu_count() or 1) // max(streams, 1), 1)
+        return max(all_cores() // max(streams, 1), 1)
+
+
+def all_cores() -> int:
+    """Threads of a pass that has this machine to itself."""
+    return os.cpu_count() or 1
 
 
 def open_stream(transport: TransportConfig) -> StreamServer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -47,15 +47,18 @@ class LocalGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        replies = []
-        for message_id in message_ids:
-            if message_id in self._waiting:
-                reply = self._answer(self._waiting.pop(message_id))
-                reply.metadata.__dict__["_reply_to_message_id"] = message_id
-                replies.append(reply)
+        waiting = {one: self._waiting.pop(one) for one in message_ids if one in self._waiting}
+        replies = self.answer_all(list(waiting.values()))
+        for message_id, reply in zip(waiting, replies, strict=True):
+            reply.metadata.__dict__["_reply_to_message_id"] = message_id
         return replies
 
-    def _answer(self, message: Message) -> Message:
+    def answer_all(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """The replies to messages that were pushed together."""
+        return [self.answer(message) for message in messages]
+
+    def answer(self, message: Message) -> Message:
+        """One node's reply."""
         node = message.metadata.dst_node_id
         config = {"state-dir": self.disk} | self.node_configs[node]
         context = self.contexts.setdefault(node, Context(1, node, config, RecordDict(), {}))

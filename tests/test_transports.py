@@ -6,15 +6,22 @@ import json
 import math
 import shutil
 import socket
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier, Lock
 from typing import Any
 
 import pytest
 import torch
+from flwr.app import Message
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hsplitlora_flwr.control import FORGET, TURN
+from hsplitlora_flwr.control import FORGET, PROBE, TRAIN, TURN
+from hsplitlora_flwr.training.client import TrainingRecord, train_client
+from hsplitlora_flwr.training.joint import JointPass
+from hsplitlora_flwr.training.server import MicroBatch
 from tests.grid import LocalGrid
 from tests.test_strategy import GB, grid_of, run, settings
 
@@ -48,6 +55,51 @@ def same_run(tiny_folder: Path, tmp_path: Path, **changes: Any) -> tuple[dict[st
     grid = grid_of()
     summary = run(settings(tiny_folder, tmp_path, **{"lora.dropout": 0.1} | changes), tmp_path, grid)
     return summary, grid
+
+
+def train_at_once(grid: LocalGrid, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the nodes begin their training together, each in a thread; whatever else they do is one after another."""
+    turn, start = Lock(), Barrier(len(GB))  # loading a model changes torch for all threads
+
+    def answer_all(messages: Sequence[Message]) -> Sequence[Message]:
+        if not {message.metadata.message_type for message in messages} <= {PROBE, TRAIN}:
+            return [grid.answer(message) for message in messages]
+        with ThreadPoolExecutor(len(messages)) as threads:
+            return list(threads.map(in_turn, messages))
+
+    def in_turn(message: Message) -> Message:
+        with turn:
+            return grid.answer(message)
+
+    def train(*arguments: Any) -> TrainingRecord:
+        turn.release()
+        try:
+            start.wait(60)
+            return train_client(*arguments)
+        finally:
+            turn.acquire()
+
+    monkeypatch.setattr(grid, "answer_all", answer_all)
+    monkeypatch.setattr("hsplitlora_flwr.participant.train_client", train)
+
+
+def test_clients_that_share_passes_end_where_single_ones_do(
+    tiny_folder: Path, tmp_path: Path, over_stream: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    together = JointPass.differentiate
+
+    def counted(self: JointPass, works: Sequence[MicroBatch]) -> list[float]:
+        sizes.append(len(works))
+        return together(self, works)
+
+    monkeypatch.setattr(JointPass, "differentiate", counted)
+    grid = grid_of()
+    train_at_once(grid, monkeypatch)
+    summary = run(settings(tiny_folder, tmp_path, **{"lora.dropout": 0.1, "train.joint": "on"}), tmp_path, grid)
+    assert max(sizes, default=0) > 1
+    assert_same(adapter(tmp_path), over_stream["adapter"])
+    assert summary["perplexity_after"] == pytest.approx(over_stream["summary"]["perplexity_after"], rel=1e-5)
 
 
 def turns(grid: LocalGrid) -> int:
@@ -136,7 +188,7 @@ def test_a_node_may_keep_the_model_elsewhere(tiny_folder: Path, tmp_path: Path) 
 @pytest.mark.parametrize("kind", ["stream", "messages"])
 def test_labels_may_stay_with_the_client(kind: str, tiny_folder: Path, tmp_path: Path) -> None:
     same_plan = {"method.name": "hsplitlora-no-armsc", "split.point": 2, "train.rounds": 1, "lora.dropout": 0.1}
-    changes = {"split.labels": "client", "transport.kind": kind}
+    changes: dict[str, Any] = {"split.labels": "client", "transport.kind": kind}
     if kind == "stream":
         changes |= {"train.micro_batch_size": 2, "transport.in_flight": 2}
     summary, _ = same_run(tiny_folder, tmp_path, **changes | same_plan)

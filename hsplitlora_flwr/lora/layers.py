@@ -84,10 +84,13 @@ class AdaptedLinear(nn.Module):
         y: Tensor = self.base(x)
         if self.change is not None:
             y = y + self.change.apply(x.to(torch.float32)).to(y.dtype)
-        if self.spec is not None:
-            low = nn.functional.linear(self.dropout(x.to(self.lora_A.dtype)), self.lora_A)
-            y = y + (nn.functional.linear(low, self.lora_B) * self.spec.scale).to(y.dtype)
-        return y
+        return y if self.spec is None else y + self.low_rank(x).to(y.dtype)
+
+    def low_rank(self, x: Tensor) -> Tensor:
+        """The adapter's own term ``s B A x``, in the adapter's dtype; only where there is an adapter."""
+        assert self.spec is not None
+        low = nn.functional.linear(self.dropout(x.to(self.lora_A.dtype)), self.lora_A)
+        return nn.functional.linear(low, self.lora_B) * self.spec.scale
 
 
 class SeededDropout(nn.Module):

@@ -157,7 +157,10 @@ class Entrance:
 
 
 class BodyModel(ModelPart):
-    """Blocks ``split .. L - 1`` and nothing else: the server's part where the labels stay with the client."""
+    """Blocks and nothing else.
+
+    From ``split`` to the last one they are the server's part where the labels stay with the client.
+    """
 
     def __init__(self, decoder: PreTrainedModel, family: Family, split: int) -> None:
         super().__init__(decoder, family, split)
@@ -165,7 +168,7 @@ class BodyModel(ModelPart):
         self._entrance = Entrance(self.blocks[0])
 
     def forward(self, cut: Tensor, attention_mask: Tensor) -> Tensor:
-        """The hidden state of the last block, before the final norm.
+        """The hidden state of the last block held here, before any norm behind it.
 
         Parameters
         ----------
@@ -213,6 +216,11 @@ class PredictingPart(ModelPart):
         return decoder
 
     def _loss(self, labels: Tensor, normalizer: int | None, **inputs: Tensor) -> LossOutput:
+        losses, _ = self._token_losses(labels, **inputs)
+        return LossOutput(losses.sum() / (normalizer or max(len(losses), 1)), len(losses))
+
+    def _token_losses(self, labels: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of every labelled token, ``(tokens,)``, and the row of the batch that it is in."""
         targets = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
         labelled = targets != IGNORED
         self._labelled = labelled
@@ -221,8 +229,7 @@ class PredictingPart(ModelPart):
             logits = self._model(**inputs, use_cache=False).logits
         finally:
             self._labelled = None
-        tokens = int(labelled.sum())
-        return LossOutput(summed_loss(logits, targets[labelled]) / (normalizer or max(tokens, 1)), tokens)
+        return token_losses(logits, targets[labelled]), labelled.nonzero()[:, 0]
 
     def _keep_labelled(self, head: nn.Module, args: tuple[Any, ...]) -> Any:
         if self._labelled is None:  # generation asks for its own positions
@@ -257,6 +264,19 @@ class ServerModel(PredictingPart):
         """
         with self._entrance.at(cut) as inputs:
             return self._loss(labels, normalizer, inputs_embeds=inputs, attention_mask=attention_mask)
+
+    def token_losses(self, cut: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of every labelled token, and where it stands; parameters as for a forward pass.
+
+        Returns
+        -------
+        losses : Tensor
+            ``(tokens,)`` in fp32 or above, row by row.
+        rows : Tensor
+            The row of the batch that each token is in, int64, ``(tokens,)``.
+        """
+        with self._entrance.at(cut) as inputs:
+            return self._token_losses(labels, inputs_embeds=inputs, attention_mask=attention_mask)
 
 
 class HeadModel(PredictingPart):
@@ -322,7 +342,12 @@ def client_part(model: PreTrainedModel, family: Family, split: int) -> ClientMod
 def body_part(model: PreTrainedModel, family: Family, split: int) -> BodyModel:
     """The server's part of ``model`` where the labels stay with the client, sharing its tensors."""
     check_split(model.config, split)
-    return BodyModel(_bare_decoder(model, family, split, model.config.num_hidden_layers), family, split)
+    return middle_part(model, family, split, model.config.num_hidden_layers)
+
+
+def middle_part(model: PreTrainedModel, family: Family, first: int, last: int) -> BodyModel:
+    """Blocks ``first .. last - 1`` of ``model``, sharing its tensors; ``first`` is at least 1."""
+    return BodyModel(_bare_decoder(model, family, first, last), family, first)
 
 
 def server_part(model: PreTrainedModel, family: Family, split: int) -> ServerModel:
@@ -346,10 +371,10 @@ def whole_model(model: PreTrainedModel, family: Family) -> WholeModel:
     return WholeModel(_share(model), family)
 
 
-def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of ``(tokens, vocab)`` logits, summed over ``(tokens,)`` targets, in fp32 or above; a scalar."""
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of ``(tokens, vocab)`` logits for ``(tokens,)`` targets, in fp32 or above; ``(tokens,)``."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return nn.functional.cross_entropy(logits, targets, reduction="sum")
+    return nn.functional.cross_entropy(logits, targets, reduction="none")
 
 
 class _Absent(nn.Module):

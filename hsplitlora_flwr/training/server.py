@@ -23,6 +23,7 @@ from hsplitlora_flwr.models.split import (
     WholeModel,
     body_part,
     client_part,
+    middle_part,
     server_part,
     whole_model,
 )
@@ -79,6 +80,10 @@ class SharedBase:
         """Blocks from ``split`` up without norm and head, around the shared tensors."""
         return self._with_changes(body_part(self.model, self.family, split))
 
+    def middle_part(self, first: int, last: int) -> BodyModel:
+        """Blocks ``first .. last - 1``, around the shared tensors; ``first`` is at least 1."""
+        return self._with_changes(middle_part(self.model, self.family, first, last))
+
     def whole(self) -> WholeModel:
         """All of the model as one part, around the shared tensors."""
         return self._with_changes(whole_model(self.model, self.family))
@@ -112,6 +117,24 @@ class StepReport:
     tokens: int
 
 
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """What one client sent, where it is to go, and what its loss is divided by."""
+
+    model: ServerModel
+    cut: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    normalizer: int
+
+
+def differentiate(work: MicroBatch) -> float:
+    """The loss of a micro-batch; gradients of its cut and of its model's adapters are accumulated."""
+    output = work.model(work.cut, work.attention_mask, work.labels, work.normalizer)
+    output.loss.backward()
+    return float(output.loss.detach())
+
+
 class ServerTrainer:
     """Answers the frames of one client in one round.
 
@@ -129,6 +152,9 @@ class ServerTrainer:
         take more threads than there are cores, since oversubscribed cores are many times slower than busy ones.
     down : str
         Numbers on the wire; see :func:`hsplitlora_flwr.transport.wire.pack`.
+    through : Callable[[MicroBatch], float], optional
+        Takes a micro-batch through a ``ServerModel`` and back: :func:`differentiate`, or the
+        :class:`hsplitlora_flwr.training.joint.JointPass` of several trainers.
     """
 
     def __init__(
@@ -138,10 +164,12 @@ class ServerTrainer:
         report: Callable[[StepReport], None] = lambda _: None,
         threads: Callable[[], int] = torch.get_num_threads,
         down: str = "float32",
+        through: Callable[[MicroBatch], float] = differentiate,
     ) -> None:
         self.model = model
         self.finished = False
         self._optimizer, self._report, self._threads, self._down = optimizer, report, threads, down
+        self._through = through
         self._pending: int | None = None  # a step whose gradients wait for the client's norm
         self._index = 0  # of the micro-batch that comes next, in its step
         self._waiting: deque[tuple[Activation, Tensor, Tensor]] = deque()  # cut and hidden state, for their gradient
@@ -174,9 +202,8 @@ class ServerTrainer:
         cut, mask = receive_cut(frame, self.model)
         cut.requires_grad_()
         if isinstance(self.model, ServerModel):
-            output = self.model(cut, mask, frame.labels.to(cut.device), frame.label_tokens)
-            output.loss.backward()
-            return self._gradient(frame, cut, float(output.loss.detach()))
+            work = MicroBatch(self.model, cut, mask, frame.labels.to(cut.device), frame.label_tokens)
+            return self._gradient(frame, cut, self._through(work))
         hidden = self.model(cut, mask)
         self._waiting.append((frame, cut, hidden))
         return Hidden(*pack(hidden.detach(), self._down))

@@ -1,0 +1,99 @@
+"""Adapters of several clients on one frozen base, in one pass: every layer runs once for the rows of all.
+
+A batch holds the rows of one client after those of another, padded to the longest. A layer computes ``W x`` once for
+all of them, and each client's ``s B A x`` on its own rows. No row sees another one, so outputs and gradients are those
+of clients that come one after another, up to the rounding of larger products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from hsplitlora_flwr.lora.layers import AdaptedLinear
+from hsplitlora_flwr.models.split import ModelPart
+
+
+@dataclass(frozen=True)
+class Share:
+    """One client's rows of a batch: their number, their length before padding, and its layers by absolute name."""
+
+    rows: int
+    length: int
+    layers: Mapping[str, AdaptedLinear]
+
+
+@dataclass
+class Batch:
+    """Whose rows the batch under way holds, in their order."""
+
+    shares: Sequence[Share] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        """Rows of all clients together."""
+        return sum(share.rows for share in self.shares)
+
+
+class JointLinear(nn.Module):
+    """A frozen linear layer on which every row meets the adapter of its own client.
+
+    Parameters
+    ----------
+    base : nn.Module
+        The shared layer, with the accumulated update where that stands beside it.
+    name : str
+        Its absolute name.
+    batch : Batch
+        Says whose rows come.
+    """
+
+    is_adapted_linear = True
+
+    def __init__(self, base: nn.Module, name: str, batch: Batch) -> None:
+        super().__init__()
+        self.base = base
+        self._name, self._batch = name, batch
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight, for code that looks at its dtype or device."""
+        weight = self.base.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        shares = self._batch.shares
+        if not any(self._name in share.layers for share in shares):
+            return y
+        # Some models flatten (batch, seq) on the way to a layer.
+        rows = x.reshape(self._batch.rows, -1, x.shape[-1])
+        parts = rows.split([share.rows for share in shares])
+        terms = [self._term(share, part, y) for share, part in zip(shares, parts, strict=True)]
+        return y + torch.cat(terms).reshape(y.shape)
+
+    def _term(self, share: Share, x: Tensor, y: Tensor) -> Tensor:
+        """What a client's adapter adds to its rows ``(rows, seq, in)``: nothing behind their own length."""
+        if self._name not in share.layers:
+            return y.new_zeros(*x.shape[:-1], y.shape[-1])
+        term = share.layers[self._name].low_rank(x[:, : share.length]).to(y.dtype)
+        return nn.functional.pad(term, (0, 0, 0, x.shape[1] - share.length))
+
+
+def join(part: ModelPart) -> Batch:
+    """Make all linear layers of ``part`` serve several clients; the batch that they get is to be said each time."""
+    batch = Batch()
+    for name, module in list(part.linears()):
+        part.replace(name, JointLinear(module, name, batch))
+    return batch
+
+
+def adapted_layers(part: ModelPart) -> dict[str, AdaptedLinear]:
+    """The layers of a client's part that have an adapter, by absolute name."""
+    return {
+        name: module for name, module in part.linears() if isinstance(module, AdaptedLinear) and module.spec is not None
+    }

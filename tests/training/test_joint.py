@@ -1,0 +1,233 @@
+"""S1 per client: clients that share one pass over the base get the gradients that each would get alone."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from threading import Event
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+from hsplitlora_flwr.config import TrainConfig
+from hsplitlora_flwr.lora import AdapterSpec, extract, inject
+from hsplitlora_flwr.lora.delta import Change
+from hsplitlora_flwr.lora.layers import draw_masks
+from hsplitlora_flwr.models.split import ServerModel
+from hsplitlora_flwr.training.joint import JointPass
+from hsplitlora_flwr.training.schedule import AdapterOptimizer
+from hsplitlora_flwr.training.server import MicroBatch, ServerTrainer, SharedBase, differentiate
+from hsplitlora_flwr.transport.frames import Activation, Finish, Finished, Gradient
+from tests.tiny import BLOCKS, CONFIGS, random_batches, tiny_model
+
+NONE = torch.empty(0)
+
+
+@pytest.fixture(scope="module")
+def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., SharedBase]:
+    """Bases in float64, one a family and dtype."""
+    bases: dict[tuple[str, str], SharedBase] = {}
+
+    def get(family: str, dtype: str = "float64") -> SharedBase:
+        if (family, dtype) not in bases:
+            folder: Path = tmp_path_factory.mktemp("base")
+            model: PreTrainedModel = tiny_model(family)
+            model.save_pretrained(folder)
+            bases[family, dtype] = SharedBase(str(folder), dtype)
+        return bases[family, dtype]
+
+    return get
+
+
+def client_parts(base: SharedBase, splits: Sequence[int], dropout: float = 0.0) -> list[ServerModel]:
+    """Server parts of clients whose adapters have different ranks on different layers, and are not zero."""
+    parts = []
+    for number, split in enumerate(splits):
+        part = base.server_part(split).train()
+        ranks = itertools.cycle([*[2, 4, 0, 8][number % 4 :], 3])
+        specs = {n: AdapterSpec(r, 2.0 * r, dropout) for (n, _), r in zip(part.linears(), ranks, strict=False) if r}
+        inject(part, specs, f"client {number}")
+        generator = torch.Generator().manual_seed(number)
+        for parameter in trained(part):
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+        parts.append(part)
+    return parts
+
+
+def trained(part: ServerModel) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in part.parameters() if parameter.requires_grad]
+
+
+def works_of(parts: Sequence[ServerModel], lengths: Sequence[int], rows: Sequence[int]) -> list[MicroBatch]:
+    works = []
+    for number, (part, length, count) in enumerate(zip(parts, lengths, rows, strict=True)):
+        batch = next(random_batches(number, count, length))
+        shape = count, length, int(part.decoder.config.hidden_size)
+        cut = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(number)).to(part.dtype)
+        normalizer = int((batch.labels[:, 1:] != -100).sum()) + number
+        works.append(MicroBatch(part, cut.requires_grad_(), batch.attention_mask, batch.labels, normalizer))
+    return works
+
+
+def entered(base: SharedBase, parts: Sequence[ServerModel]) -> JointPass:
+    together = JointPass(base)
+    for part in parts:
+        together.enter(part)
+    return together
+
+
+def check(base: SharedBase, works: Sequence[MicroBatch], tolerance: float = 1e-9) -> None:
+    """The joint pass against one pass a client, losses and all gradients."""
+
+    def gradients(work: MicroBatch) -> list[torch.Tensor]:
+        leaves = [work.cut, *trained(work.model)]
+        found = [leaf.grad for leaf in leaves if leaf.grad is not None]
+        assert len(found) == len(leaves)
+        for leaf in leaves:
+            leaf.grad = None
+        return found
+
+    alone, expected = [], []
+    for work in works:
+        draw_masks(work.model, 3, 0)
+        alone.append(differentiate(work))
+        expected.append(gradients(work))
+        draw_masks(work.model, 3, 0)
+    losses = entered(base, [work.model for work in works]).differentiate(works)
+    assert losses == pytest.approx(alone, rel=tolerance)
+    for work, wanted in zip(works, expected, strict=True):
+        for one, other in zip(gradients(work), wanted, strict=True):
+            assert torch.linalg.norm(one - other) <= tolerance * torch.linalg.norm(other)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_gradients_are_those_of_each_client_alone(family: str, base_of: Callable[..., SharedBase]) -> None:
+    base = base_of(family)
+    parts = client_parts(base, [3, 1, 2, 1], dropout=0.2)
+    # Gemma 2 takes the softmax of its attention in fp32, and of rows that are padded further here.
+    check(base, works_of(parts, [11, 7, 9, 13], [2, 3, 1, 2]), 1e-6 if family == "gemma2" else 1e-9)
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, BLOCKS - 1), st.integers(6, 14), st.integers(1, 3)), min_size=2, max_size=5))
+def test_any_two_to_five_clients(base_of: Callable[..., SharedBase], clients: list[tuple[int, int, int]]) -> None:
+    base = base_of("llama")
+    splits, lengths, rows = zip(*clients, strict=True)
+    check(base, works_of(client_parts(base, splits), lengths, rows))
+
+
+def test_an_update_beside_the_weights(base_of: Callable[..., SharedBase]) -> None:
+    base = base_of("llama", "bfloat16")
+    generator = torch.Generator().manual_seed(0)
+    changes = {
+        name: Change(matrix=3 * torch.randn(linear.get_parameter("weight").shape, generator=generator))
+        for name, linear in base.server_part(2).linears()
+    }
+    without = differentiate(works_of(client_parts(base, [2]), [8], [2])[0])
+    base.update(changes)
+    works = works_of(client_parts(base, [2, 1]), [8, 8], [2, 2])
+    check(base, works, 0.05)  # bfloat16
+    assert abs(differentiate(works[0]) - without) > 0.01 * without
+    base.update({})
+
+
+def test_nothing_is_accumulated_by_a_pass_that_fails(base_of: Callable[..., SharedBase]) -> None:
+    base = base_of("llama")
+    works = works_of(client_parts(base, [1, 2]), [8, 8], [2, 2])
+    bad = replace(works[1], labels=torch.full_like(works[1].labels, 10**6))  # no such token
+    together = entered(base, [work.model for work in works])
+    with pytest.raises(IndexError):
+        together.differentiate([works[0], bad])
+    assert all(leaf.grad is None for work in works for leaf in (work.cut, *trained(work.model)))
+
+
+class Arrivals:
+    """Holds the first pass until a number of others have come."""
+
+    def __init__(self, together: JointPass, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.first, self.go, self.sizes = Event(), Event(), list[int]()
+        serve = together._serve
+
+        def watched(batch: Sequence[object]) -> None:
+            self.sizes.append(len(batch))
+            self.first.set()
+            self.go.wait(10)
+            serve(batch)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(together, "_serve", watched)
+
+
+def test_whatever_waits_is_the_next_pass(base_of: Callable[..., SharedBase], monkeypatch: pytest.MonkeyPatch) -> None:
+    base = base_of("llama")
+    works = works_of(client_parts(base, [1, 2, 3, 1]), [8, 9, 7, 8], [2, 1, 2, 2])
+    expected = [differentiate(work) for work in works]
+    together = entered(base, [work.model for work in works])
+    arrivals = Arrivals(together, monkeypatch)
+    with ThreadPoolExecutor(4) as threads:
+        results = [threads.submit(together, works[0])]
+        arrivals.first.wait(10)
+        results += [threads.submit(together, work) for work in works[1:]]
+        while len(together._waiting) < 3:
+            pass
+        arrivals.go.set()
+        assert [result.result(10) for result in results] == pytest.approx(expected, rel=1e-9)
+    assert arrivals.sizes == [1, 3]
+
+
+def test_the_guilty_one_alone_learns_of_it(base_of: Callable[..., SharedBase], monkeypatch: pytest.MonkeyPatch) -> None:
+    base = base_of("llama")
+    works = works_of(client_parts(base, [1, 2, 3]), [8, 9, 7], [2, 1, 2])
+    expected = differentiate(works[2])
+    works[1] = replace(works[1], labels=torch.full_like(works[1].labels, 10**6))
+    together = entered(base, [work.model for work in works])
+    arrivals = Arrivals(together, monkeypatch)
+    with ThreadPoolExecutor(3) as threads:
+        first = threads.submit(together, works[0])
+        arrivals.first.wait(10)
+        bad, good = (threads.submit(together, work) for work in works[1:])
+        while len(together._waiting) < 2:
+            pass
+        arrivals.go.set()
+        assert good.result(10) == pytest.approx(expected, rel=1e-9)
+        first.result(10)
+        with pytest.raises(IndexError):
+            bad.result(10)
+
+
+@pytest.mark.parametrize("clip", [0.05, 0.0])
+def test_trainers_that_share_passes_end_where_single_ones_do(base_of: Callable[..., SharedBase], clip: float) -> None:
+    base, config = base_of("llama"), TrainConfig(lr=1e-2, clip=clip)
+
+    def adapters(shared: bool) -> list[dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+        parts = client_parts(base, [1, 3, 2], dropout=0.1)
+        together = entered(base, parts)
+        through = together if shared else differentiate
+        trainers = [
+            ServerTrainer(part, AdapterOptimizer(trained(part), config), down="float64", through=through)
+            for part in parts
+        ]
+        with ThreadPoolExecutor(3) as threads:
+            list(threads.map(run, trainers, range(3)))
+        return [extract(part) for part in parts]
+
+    def run(trainer: ServerTrainer, number: int) -> None:
+        batches = random_batches(number, 2, 8 + number)
+        for step, batch in zip(range(4), batches, strict=False):
+            generator = torch.Generator().manual_seed(10 * number + step)
+            cut = torch.randn(2, 8 + number, 32, dtype=torch.float64, generator=generator)
+            tokens = int((batch.labels[:, 1:] != -100).sum())
+            frame = Activation(step, cut, NONE, batch.attention_mask, batch.labels, tokens, True, 0.5)
+            assert isinstance(trainer(frame), Gradient)
+        assert isinstance(trainer(Finish(0.5)), Finished)
+
+    for one, other in zip(adapters(shared=True), adapters(shared=False), strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            for mine, theirs in zip(one[name], other[name], strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-12)
