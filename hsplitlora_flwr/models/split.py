@@ -24,7 +24,7 @@ number of clients with different split points, each with adapters of its own (se
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -41,6 +41,8 @@ M = TypeVar("M", bound=nn.Module)
 
 IGNORED = -100
 """Label of a position that is not predicted: prompt and padding."""
+CHUNK = 256
+"""Positions whose logits are there at one time."""
 
 
 class ModelPart(nn.Module):
@@ -135,7 +137,7 @@ class ClientModel(ModelPart):
 
 
 class Entrance:
-    """Where a part above the client's begins: hands a hidden state to a module in place of what came before it."""
+    """Where a forward pass begins inside a model: hands a hidden state to a module in place of what came before it."""
 
     def __init__(self, module: nn.Module) -> None:
         self._hidden: Tensor | None = None
@@ -151,6 +153,8 @@ class Entrance:
             self._hidden = None
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._hidden is None:  # generation takes the usual way
+            return args, kwargs
         if args:
             return (self._hidden, *args[1:]), kwargs
         return args, kwargs | {"hidden_states": self._hidden}
@@ -197,12 +201,15 @@ class LossOutput:
 
 
 class PredictingPart(ModelPart):
-    """A part that ends in the model's norm and head, and so knows the loss."""
+    """A part that ends in the model's norm and head, and so knows the loss.
+
+    The head sees labelled positions only, and :data:`CHUNK` of them at a time: there is never a number for every token
+    and word of the vocabulary.
+    """
 
     def __init__(self, causal_lm: PreTrainedModel, family: Family, first_block: int) -> None:
         super().__init__(causal_lm, family, first_block)
-        self._labelled: Tensor | None = None
-        causal_lm.get_output_embeddings().register_forward_pre_hook(self._keep_labelled)
+        self._before_head = Entrance(causal_lm.get_output_embeddings())
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -215,27 +222,84 @@ class PredictingPart(ModelPart):
         assert isinstance(decoder, PreTrainedModel)
         return decoder
 
-    def _loss(self, labels: Tensor, normalizer: int | None, **inputs: Tensor) -> LossOutput:
-        losses, _ = self._token_losses(labels, **inputs)
+    def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """The losses of positions behind the final norm.
+
+        Parameters
+        ----------
+        hidden : Tensor
+            ``(positions, hidden)`` in the dtype of the base.
+        targets : Tensor
+            The tokens to predict, int64, ``(positions,)``.
+
+        Returns
+        -------
+        Tensor
+            Cross-entropy in fp32 or above, ``(positions,)``.
+        """
+        pieces = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+        if any(parameter.requires_grad for parameter in self._model.get_output_embeddings().parameters()):
+            return torch.cat([self._losses_at_once(*piece) for piece in pieces])
+        return torch.cat([frozen_losses(*piece, self._losses_at_once) for piece in pieces])
+
+    def _losses_at_once(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return token_losses(self._logits(hidden), targets)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """``(positions, vocab)`` as the model computes them, whatever it does behind the head."""
+        blocks = self.blocks
+        self.decoder.set_submodule(self.family.blocks, nn.ModuleList())  # positions are rows of one token here
+        try:
+            with self._before_head.at(hidden[:, None]):
+                logits: Tensor = self._model(**self._anything(hidden), use_cache=False).logits
+        finally:
+            self.decoder.set_submodule(self.family.blocks, blocks)
+        return logits[:, 0]
+
+    def _anything(self, hidden: Tensor) -> dict[str, Tensor]:
+        """An input of one token a row that suits the model; what becomes of it before the head is thrown away."""
+        return {"inputs_embeds": hidden.new_zeros(len(hidden), 1, int(self.decoder.config.hidden_size))}
+
+    def _loss(self, hidden: Tensor, labels: Tensor, normalizer: int | None) -> LossOutput:
+        losses, _ = self._token_losses(hidden, labels)
         return LossOutput(losses.sum() / (normalizer or max(len(losses), 1)), len(losses))
 
-    def _token_losses(self, labels: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of every labelled token, ``(tokens,)``, and the row of the batch that it is in."""
+    def _token_losses(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """From ``(batch, seq, hidden)``: the loss of every labelled token, and the row of the batch that it is in."""
         targets = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
         labelled = targets != IGNORED
-        self._labelled = labelled
-        try:
-            # The head sees labelled positions only; prompt and padding never cost (tokens x vocabulary).
-            logits = self._model(**inputs, use_cache=False).logits
-        finally:
-            self._labelled = None
-        return token_losses(logits, targets[labelled]), labelled.nonzero()[:, 0]
+        return self.losses(hidden[labelled], targets[labelled]), labelled.nonzero()[:, 0]
 
-    def _keep_labelled(self, head: nn.Module, args: tuple[Any, ...]) -> Any:
-        if self._labelled is None:  # generation asks for its own positions
-            return args
-        hidden: Tensor = args[0]
-        return (hidden[self._labelled], *args[1:])
+    def _decode(self, **inputs: Tensor) -> Tensor:
+        """``(batch, seq, hidden)`` behind the final norm."""
+        hidden: Tensor = self.decoder(**inputs, use_cache=False).last_hidden_state
+        return hidden
+
+
+class _FrozenHead(torch.autograd.Function):
+    """Losses of a few positions, with their gradients on the way forward, so that no logits wait for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, losses: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        if not ctx.needs_input_grad[0]:
+            return losses(hidden, targets)
+        with torch.enable_grad():
+            leaf = hidden.detach().requires_grad_()
+            each = losses(leaf, targets)
+            (gradient,) = torch.autograd.grad(each.sum(), leaf)  # row by row, as no loss sees another position
+        ctx.save_for_backward(gradient)
+        return each.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *weights: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * weights[0][:, None]).to(gradient.dtype), None, None
+
+
+def frozen_losses(hidden: Tensor, targets: Tensor, losses: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """``losses(hidden, targets)``, of which nothing but the gradient of ``hidden`` is kept for backward."""
+    result: Tensor = _FrozenHead.apply(hidden, targets, losses)  # type: ignore[no-untyped-call]
+    return result
 
 
 class ServerModel(PredictingPart):
@@ -262,8 +326,7 @@ class ServerModel(PredictingPart):
             What the summed loss is divided by; the number of labelled tokens by default. The micro-batches of one batch
             pass the batch's number, so that their losses and gradients add up to the batch's.
         """
-        with self._entrance.at(cut) as inputs:
-            return self._loss(labels, normalizer, inputs_embeds=inputs, attention_mask=attention_mask)
+        return self._loss(self._above(cut, attention_mask), labels, normalizer)
 
     def token_losses(self, cut: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of every labelled token, and where it stands; parameters as for a forward pass.
@@ -275,8 +338,11 @@ class ServerModel(PredictingPart):
         rows : Tensor
             The row of the batch that each token is in, int64, ``(tokens,)``.
         """
+        return self._token_losses(self._above(cut, attention_mask), labels)
+
+    def _above(self, cut: Tensor, attention_mask: Tensor) -> Tensor:
         with self._entrance.at(cut) as inputs:
-            return self._token_losses(labels, inputs_embeds=inputs, attention_mask=attention_mask)
+            return self._decode(inputs_embeds=inputs, attention_mask=attention_mask)
 
 
 class HeadModel(PredictingPart):
@@ -285,8 +351,8 @@ class HeadModel(PredictingPart):
     def __init__(self, causal_lm: PreTrainedModel, family: Family, first_block: int) -> None:
         super().__init__(causal_lm, family, first_block)
         final = (getattr(self.decoder, name, None) for name in family.final)
-        first = next((module for module in final if module is not None), causal_lm.get_output_embeddings())
-        self._entrance = Entrance(first)
+        norm = next((module for module in final if module is not None), None)
+        self._entrance = Entrance(norm) if norm else None
 
     def forward(self, hidden: Tensor, labels: Tensor, normalizer: int | None = None) -> LossOutput:
         """The loss of a hidden state; ``labels`` and ``normalizer`` as for :class:`ServerModel`.
@@ -296,14 +362,14 @@ class HeadModel(PredictingPart):
         hidden : Tensor
             What :class:`BodyModel` gives, ``(batch, seq, hidden)``.
         """
-        with self._entrance.at(hidden) as inputs:
-            return self._loss(labels, normalizer, inputs_embeds=inputs)
+        return self._loss(self.norm(hidden), labels, normalizer)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The logits of every position, ``(batch, seq, vocab)`` in the dtype of the base; ``hidden`` as above."""
+    def norm(self, hidden: Tensor) -> Tensor:
+        """What the model does between its last block and its head; shapes as they come."""
+        if self._entrance is None:
+            return hidden
         with self._entrance.at(hidden) as inputs:
-            logits: Tensor = self._model(inputs_embeds=inputs, use_cache=False).logits
-        return logits
+            return self._decode(inputs_embeds=inputs)
 
 
 class WholeModel(PredictingPart):
@@ -316,7 +382,10 @@ class WholeModel(PredictingPart):
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, normalizer: int | None = None
     ) -> LossOutput:
         """The loss of a batch; parameters as for :class:`ClientModel` and :class:`ServerModel`."""
-        return self._loss(labels, normalizer, input_ids=input_ids, attention_mask=attention_mask)
+        return self._loss(self._decode(input_ids=input_ids, attention_mask=attention_mask), labels, normalizer)
+
+    def _anything(self, hidden: Tensor) -> dict[str, Tensor]:
+        return {"input_ids": hidden.new_zeros(len(hidden), 1, dtype=torch.long)}
 
 
 class SplitError(ValueError):

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hsplitlora_flwr.lora.layers import AdapterSpec, inject, shape_of, takes_changes
-from hsplitlora_flwr.models.split import ClientModel, HeadModel, token_losses
+from hsplitlora_flwr.models.split import ClientModel, HeadModel
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def trace_head(head: HeadModel, rows: int, length: int) -> int:
         hidden = torch.empty(shape, dtype=head.dtype, requires_grad=True)
         targets = torch.zeros(rows * length, dtype=torch.long)
         with LiveBytes(head.parameters()) as live:
-            token_losses(head.logits(hidden).flatten(0, 1), targets).sum().backward()
+            head.losses(head.norm(hidden).flatten(0, 1), targets).sum().backward()
     peak: int = live.peak
     return peak
 

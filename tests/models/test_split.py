@@ -22,7 +22,7 @@ from transformers import (
 from hsplitlora_flwr.models import SplitError, UnsupportedModelError, find_family, list_families, split_model
 from hsplitlora_flwr.models.families import FAMILIES, tiny_config
 from hsplitlora_flwr.models.proof import prove
-from hsplitlora_flwr.models.split import check_split
+from hsplitlora_flwr.models.split import check_split, whole_model
 from tests.tiny import BLOCKS, CONFIGS, random_batches, tiny_model
 
 
@@ -91,8 +91,34 @@ def test_the_head_computes_labelled_positions_only() -> None:
     head.causal_lm.lm_head.register_forward_hook(lambda module, args, logits: seen.append(tuple(logits.shape)))
     hidden = body(torch.randn(4, 11, 32, dtype=torch.float64), batch.attention_mask)
     head(hidden, batch.labels)
-    assert seen == [(batch.label_tokens, 97)]
-    assert torch.equal(head.logits(hidden), model.lm_head(model.model.norm(hidden)))
+    assert seen == [(batch.label_tokens, 1, 97)]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("trains", [False, True])
+def test_the_loss_comes_in_chunks(name: str, trains: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses and gradients of any chunk are those of all logits at once, with a head that is frozen or trains."""
+    model, batch = tiny_model(name), next(random_batches())
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten())
+    head = model.get_output_embeddings().weight
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    gradients = dict(zip(names, torch.autograd.grad(expected, parameters, allow_unused=True), strict=True))
+    with monkeypatch.context() as patch:
+        patch.setattr("hsplitlora_flwr.models.split.CHUNK", 7)
+        whole = whole_model(model, find_family(model.config)).train()
+        sizes: list[int] = []
+        whole.causal_lm.get_output_embeddings().register_forward_hook(lambda m, args, y: sizes.append(len(y)))
+        for parameter in whole.parameters():
+            parameter.requires_grad_(trains or parameter is not head)
+        output = whole(batch.input_ids, batch.attention_mask, batch.labels)
+        output.loss.backward()
+    assert max(sizes) == 7 and sum(sizes) == batch.label_tokens == output.tokens
+    torch.testing.assert_close(output.loss, expected, rtol=0, atol=1e-12)
+    found = dict(whole.causal_lm.named_parameters())
+    for key, gradient in gradients.items():
+        if key in found and found[key].requires_grad and gradient is not None:
+            torch.testing.assert_close(found[key].grad, gradient, rtol=1e-9, atol=1e-12)
 
 
 def test_the_mask_matters_to_both_sides() -> None:
