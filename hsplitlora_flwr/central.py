@@ -25,6 +25,7 @@ from hsplitlora_flwr.models.loading import load_tokenizer, pick_device
 from hsplitlora_flwr.models.split import WholeModel
 from hsplitlora_flwr.strategy import HSplitLoRA
 from hsplitlora_flwr.training.memory import PeakMemory, return_freed_memory
+from hsplitlora_flwr.training.recompute import recompute_blocks
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.training.server import SharedBase, StepReport
 from hsplitlora_flwr.training.whole import train_whole
@@ -64,6 +65,8 @@ class CentralTraining(HSplitLoRA):
             spec = AdapterSpec(rank, config.alpha(rank), config.lora.dropout)
             layers = cost_model(config, train.batch_size, config.data.max_length).layers
             trained = inject(self._model, {layer.name: spec for layer in layers}, f"{config.run.seed}/all")
+        if train.recompute:
+            recompute_blocks(self._model)
         self._optimizer = AdapterOptimizer(trained, train)
         self._trained = sum(parameter.numel() for parameter in trained)
 

@@ -157,6 +157,9 @@ class TrainConfig:
     schedule: str = _setting("constant", "learning rate by global step", choices=("constant", "linear", "cosine"))
     warmup_steps: int = _setting(0, "steps of linear warm-up", low=0)
     weight_decay: float = _setting(0.0, "weight decay", low=0.0)
+    recompute: bool = _setting(
+        False, "compute the activations of blocks again in the backward pass, on both sides: less memory, more time"
+    )
     joint: str = _setting(
         "auto",
         "whether the server takes clients that wait through its blocks in one pass; auto = on a GPU",

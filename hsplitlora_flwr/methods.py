@@ -119,10 +119,11 @@ def cost_model(config: Config, rows: int, length: int, clients: int = 0) -> Cost
         bool(train.momentum),
         labels=config.split.labels if method.split else "server",
         in_flight=min(config.transport.in_flight, micro_batches) if method.split else 1,
+        recompute=train.recompute,
     )
     family, highest = find_family(model), max(*config.ranks, config.lora.rank)
     update_rank = config.lora.rank_cap or train.rounds * (clients or config.clients.count) * highest
-    cost = CostModel(model, family, workload, config.targets, update_rank)
+    cost = CostModel(model, family, workload, config.targets, update_rank, highest)
     if config.lora.targets.strip() != "auto" or method.targets is None:
         return cost
     names = {layer.name.rpartition(".")[2] for layer in cost.layers}
@@ -132,7 +133,7 @@ def cost_model(config: Config, rows: int, length: int, clients: int = 0) -> Cost
             f"method.name={config.method.name} puts adapters on query and value, and none of this model's layers has "
             f"one of their names: {sorted(names)}; name its layers in lora.targets"
         )
-    return CostModel(model, family, workload, targets, update_rank)
+    return CostModel(model, family, workload, targets, update_rank, highest)
 
 
 def make_round_plan(

@@ -31,6 +31,7 @@ from hsplitlora_flwr.training.client import (
     train_client,
 )
 from hsplitlora_flwr.training.evaluation import ClientEvaluator, Evaluation, evaluate, evaluate_client
+from hsplitlora_flwr.training.recompute import recompute_blocks
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.training.whole import train_whole
 from hsplitlora_flwr.transport.frames import Finish, Frame
@@ -81,6 +82,8 @@ class Participant:
         adapters = inject(self.model, task.specs, task.seed, start, freeze_a=task.method.freeze_a)
         self.optimizer = AdapterOptimizer(adapters, train)
         self.model.train()
+        if train.recompute:
+            recompute_blocks(self.model)
         # |W * gradient| is not additive over parts of a batch, so a probe takes the batch whole
         self._micro_batch_size = 0 if task.kind == PROBE else train.micro_batch_size
         self._record = TrainingRecord()

@@ -13,6 +13,7 @@ from hsplitlora_flwr.lora.layers import inject
 from hsplitlora_flwr.models.loading import pick_device
 from hsplitlora_flwr.models.split import BodyModel, ServerModel
 from hsplitlora_flwr.training.joint import JointPass
+from hsplitlora_flwr.training.recompute import recompute_blocks
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.training.server import ServerEvaluator, ServerTrainer, SharedBase, StepReport, differentiate
 from hsplitlora_flwr.transport.certificates import Identity, make_identity, read_identity
@@ -44,7 +45,7 @@ class Shard:
         device = pick_device(config.model.device)
         self.base = SharedBase(config.model.path, config.model.dtype, device)
         self._takes_all = config.train.joint == "on" or (config.train.joint == "auto" and device != "cpu")
-        self._together = JointPass(self.base)
+        self._together = JointPass(self.base, recompute=config.train.recompute)
 
     def admit(self, task: Task, start: Mapping[str, Factors], report: Callable[[StepReport], None]) -> Task:
         """Set up the server's half of a client's task.
@@ -70,6 +71,8 @@ class Shard:
         else:
             adapters = inject(model, task.specs, task.seed, start, freeze_a=task.method.freeze_a)
             optimizer = AdapterOptimizer(adapters, self._config.train)
+            if self._config.train.recompute:
+                recompute_blocks(model)
             through, threads = differentiate, self._threads
             if self._takes_all and task.kind == TRAIN and isinstance(model, ServerModel):
                 self._together.enter(model)
@@ -96,7 +99,7 @@ class Shard:
     def dismiss_all(self) -> None:
         """End the round: forget adapters and optimizers, and the tokens with the streams that they opened."""
         self._workers.clear()
-        self._together = JointPass(self.base)
+        self._together = JointPass(self.base, recompute=self._config.train.recompute)
         if self._stream:
             self._stream.dismiss_all()
 

@@ -57,6 +57,15 @@ def same_run(tiny_folder: Path, tmp_path: Path, **changes: Any) -> tuple[dict[st
     return summary, grid
 
 
+def test_computing_activations_again_gives_the_same_adapters(
+    tiny_folder: Path, tmp_path: Path, over_stream: dict[str, Any]
+) -> None:
+    summary, _ = same_run(tiny_folder, tmp_path, **{"train.recompute": True})
+    splits = [[client["split"] for client in s["plans"][0]["clients"]] for s in (summary, over_stream["summary"])]
+    assert splits[0] == splits[1]
+    assert_same(adapter(tmp_path), over_stream["adapter"])
+
+
 def train_at_once(grid: LocalGrid, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the nodes begin their training together, each in a thread; whatever else they do is one after another."""
     turn, start = Lock(), Barrier(len(GB))  # loading a model changes torch for all threads

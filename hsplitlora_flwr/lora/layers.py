@@ -98,6 +98,11 @@ class SeededDropout(nn.Module):
 
     A layer then drops the same inputs whether its model is cut or not, whichever clients train beside it, and when a
     forward pass is computed again (:func:`draw_masks`).
+
+    Attributes
+    ----------
+    drawn : int
+        Which mask the next forward pass has.
     """
 
     def __init__(self, probability: float, seed: int) -> None:
@@ -108,12 +113,14 @@ class SeededDropout(nn.Module):
         self.draw(0, 0)
 
     def draw(self, step: int, index: int) -> None:
-        """Go on with the masks of a micro-batch."""
-        self._generator.manual_seed(_number(f"{self._seed}/{step}/{index}"))
+        """Go on with the mask of a micro-batch."""
+        self.drawn = _number(f"{self._seed}/{step}/{index}")
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
+        self._generator.manual_seed(self.drawn)
+        self.drawn += 1
         mask = torch.empty(x.shape, dtype=x.dtype).bernoulli_(self._keep, generator=self._generator)
         return x * mask.div_(self._keep).to(x.device)
 

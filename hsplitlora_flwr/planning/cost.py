@@ -10,7 +10,8 @@ needs no weights. A client peaks while it loads or while it trains:
 
 An update that is merged into the weights is gone before training starts; one beside them (bf16) stays. Where the labels
 stay with the client it also holds the final norm and the head, and their step may be the largest temporary. Activations
-are kept for every micro-batch that is under way.
+are kept for every micro-batch that is under way. Where they are computed again, a block keeps its input alone, and all
+of one block is the temporary.
 
 The activations are those of a padded batch of the longest sequences. Weights are read through a memory map, so the rows
 of the embeddings that no text has used yet are not resident: a short run stays below the prediction by as much.
@@ -62,6 +63,8 @@ class Workload:
     in_flight : int
         Micro-batches whose activations are kept at once. A server that computes the loss takes them one by one; then
         its share of the memory is an upper bound.
+    recompute : bool
+        Whether blocks keep their input alone and compute the rest again in the backward pass.
 
     Raises
     ------
@@ -76,6 +79,7 @@ class Workload:
     momentum: bool = False
     labels: str = "server"
     in_flight: int = 1
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
@@ -135,6 +139,8 @@ class CostModel:
         Names of the linear layers that may get an adapter; all when None.
     update_rank : int, optional
         The highest rank that the accumulated update of a layer can reach; when None it may become dense.
+    adapter_rank : int
+        The highest rank of an adapter; it counts where activations are computed again.
 
     Raises
     ------
@@ -149,6 +155,7 @@ class CostModel:
         workload: Workload,
         targets: tuple[str, ...] | None = None,
         update_rank: int | None = None,
+        adapter_rank: int = 1,
     ) -> None:
         self.num_blocks = int(config.num_hidden_layers)
         self.workload = workload
@@ -177,7 +184,9 @@ class CostModel:
             raise PlanError(
                 f"lora.targets names {missing}; the blocks of this model have {sorted(_last_names(trace.layers))}"
             )
-        traced = {n: dataclasses.replace(la, input_bytes=in_flight * la.input_bytes) for n, la in trace.layers.items()}
+        again = workload.recompute
+        inputs = 0 if again else in_flight
+        traced = {n: dataclasses.replace(la, input_bytes=inputs * la.input_bytes) for n, la in trace.layers.items()}
         self.all_layers = [
             Layer(f"{family.block_name(index)}.{name}", index, *dataclasses.astuple(layer))
             for index in range(self.num_blocks)
@@ -195,12 +204,16 @@ class CostModel:
             for layer in self.layers
             if layer.block == 0
         )
-        self.block_bytes = in_flight * trace.kept
         self.cut_bytes = self.rows * int(config.hidden_size) * workload.item
+        self.block_bytes = in_flight * (self.cut_bytes if again else trace.kept)
         # A micro-batch on the wire: one frame as sent, one as received, and a copy of each inside the stream.
         frames = 4 * self.cut_bytes // workload.item * workload.adapter_item
-        every = {layer.name: 1 for layer in self.all_layers}
-        step = trace.peak - self._kept(every, self.all_layers, 0, 1) // in_flight
+        low_rank = self.rows * workload.adapter_item  # what an adapter of rank 1 keeps
+        if again:  # one block, all of it, with adapters of the highest rank
+            step = trace.peak + (adapter_rank - 1) * len(trace.layers) * low_rank
+        else:
+            every = {layer.name: 1 for layer in self.all_layers}
+            step = trace.peak - self._kept(every, self.all_layers, 0, 1) // in_flight
         # All but one may be on the wire while that one is computed on; or all are, and nothing is computed.
         self.temporary_bytes = max(step + (in_flight - 1) * frames, self.cut_bytes + in_flight * frames)
         self.head_bytes = trace_head(head_part(model, family), *shape) + (in_flight - 1) * frames
@@ -363,6 +376,8 @@ class CostModel:
         # The gradient of a frozen layer's input costs as much as its forward pass; attention has two operands.
         backward = 2.0 * self.rows * self.linear_parameters + 2 * self._attention_flops
         low_rank = 2.0 * self.rows * sum(layer.adapter_parameters(ranks[layer.name]) for layer in adapted)
+        if self.workload.recompute:
+            backward, low_rank = backward + forward, low_rank * 4 / 3
         return (last - first) * forward + (last - lowest) * backward + 3 * low_rank
 
     def adapter_parameters(self, ranks: Mapping[str, int]) -> int:
@@ -400,6 +415,8 @@ class CostModel:
 
     def _low_rank_bytes(self, rank: int) -> int:
         """What an adapter of ``rank`` keeps for backward between ``A`` and ``B``, for all micro-batches in flight."""
+        if self.workload.recompute:
+            return 0
         return self.workload.in_flight * rank * self.rows * self.workload.adapter_item
 
     def update_bytes(self, split: int) -> int:

@@ -13,7 +13,7 @@ with the one that the plan was made for (:func:`drift`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -239,14 +239,30 @@ def gradient_weight_product(linear: nn.Module, inputs: Tensor, gradient: Tensor)
 
 def _watch(
     linear: nn.Module, args: tuple[Any, ...], output: Tensor, *, scores: dict[str, float], name: str, cost: float
-) -> None:
-    inputs: Tensor = args[0].detach()
-
-    def score(gradient: Tensor) -> None:
+) -> Tensor:
+    def score(inputs: Tensor, gradient: Tensor) -> None:
         scores[name] = scores.get(name, 0.0) + gradient_weight_product(linear, inputs, gradient) / cost
 
-    if output.requires_grad:
-        output.register_hook(score)
+    if not output.requires_grad:
+        return output
+    watched: Tensor = _Watched.apply(output, args[0].detach(), score)  # type: ignore[no-untyped-call]
+    return watched
+
+
+class _Watched(torch.autograd.Function):
+    """Hands a layer's input and the gradient of its output to ``score``; autograd keeps the input, as any other."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, inputs: Tensor, score: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(inputs)
+        ctx.score = score
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (inputs,) = ctx.saved_tensors
+        ctx.score(inputs, gradients[0])
+        return gradients[0], None, None
 
 
 def _effective(linear: nn.Module, weight: Tensor, rows: slice) -> Tensor:

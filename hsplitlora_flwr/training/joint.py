@@ -27,6 +27,7 @@ from torch.nn.functional import pad
 from hsplitlora_flwr.lora.joint import Batch, Share, adapted_layers, join
 from hsplitlora_flwr.lora.layers import AdaptedLinear
 from hsplitlora_flwr.models.split import IGNORED, BodyModel, ServerModel
+from hsplitlora_flwr.training.recompute import recompute_blocks
 from hsplitlora_flwr.training.server import MicroBatch, SharedBase, differentiate
 
 
@@ -37,10 +38,12 @@ class JointPass:
     ----------
     base : SharedBase
         Its update must not change while this is in use.
+    recompute : bool
+        Compute the activations of blocks again in the backward pass.
     """
 
-    def __init__(self, base: SharedBase) -> None:
-        self._base = base
+    def __init__(self, base: SharedBase, *, recompute: bool = False) -> None:
+        self._base, self._recompute = base, recompute
         self._layers: dict[ServerModel, Mapping[str, AdaptedLinear]] = {}
         self._segments: list[tuple[BodyModel | ServerModel, Batch]] = []
         self._waiting: list[tuple[MicroBatch, Future[float]]] = []
@@ -139,7 +142,10 @@ class JointPass:
             self._base.middle_part(first, last).train() for first, last in pairwise(splits)
         ]
         parts.append(self._base.server_part(splits[-1]).train())
-        return [(part, join(part)) for part in parts]
+        batches = [join(part) for part in parts]
+        for part in parts if self._recompute else ():
+            recompute_blocks(part)
+        return list(zip(parts, batches, strict=True))
 
 
 def _trained(model: ServerModel) -> list[Tensor]:

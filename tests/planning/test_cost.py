@@ -18,6 +18,7 @@ from hsplitlora_flwr.methods import cost_model, make_round_plan
 from hsplitlora_flwr.models import find_family, split_model
 from hsplitlora_flwr.models.split import ModelPart, client_part, head_part, whole_model
 from hsplitlora_flwr.planning import Budget, CostModel, PlanError, Workload
+from hsplitlora_flwr.training.recompute import recompute_blocks
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.transport.frames import Activation, Frame, Gradient, Hidden, HiddenGradient, encode
 from tests.tiny import CONFIGS, tiny_model
@@ -134,6 +135,44 @@ def test_server_step_takes_what_is_predicted(name: str) -> None:
 
     predicted = cost.server_share(2, ranks) - 4 * adapters
     assert predicted == pytest.approx(allocated_peak(step), rel=0.08)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_steps_that_compute_activations_again_take_what_is_predicted(name: str, dtype: str) -> None:
+    model = tiny_model(name, dtype=getattr(torch, dtype))
+    workload = Workload(ROWS, LENGTH, dtype, recompute=True)
+    cost = CostModel(model.config, find_family(model.config), workload, adapter_rank=8)
+    client, server = split_model(model, 3)[0], split_model(model, 1)[1]
+    ranks = {layer.name: 8 for layer in cost.layers}
+    on_client, on_server = adapt(client, ranks), adapt(server, ranks)
+    cut = torch.randn(ROWS, LENGTH, 32, dtype=model.dtype)
+    for part in (client, server):
+        recompute_blocks(part)
+
+    def client_step() -> None:
+        end = client(IDS, MASK)
+        end.backward(torch.ones_like(end))
+
+    def server_step() -> None:
+        server(cut.clone().requires_grad_(), MASK, IDS).loss.backward()
+
+    parts = cost.memory_parts(3, ranks, updated=False)
+    assert parts["adapters"] == 4 * on_client
+    assert parts["activations"] + parts["temporary"] == pytest.approx(allocated_peak(client_step), rel=0.1)
+    predicted, measured = cost.server_share(1, ranks) - 4 * on_server, allocated_peak(server_step)
+    assert 0.9 * measured < predicted < 1.2 * measured  # a block's step need not peak where all of it is there
+
+
+def test_computing_again_trades_memory_for_time() -> None:
+    kept, again = (
+        CostModel(LlamaConfig(), find_family(LlamaConfig()), Workload(4, 512, recompute=recompute), adapter_rank=8)
+        for recompute in (False, True)
+    )
+    ranks = {layer.name: 8 for layer in kept.layers}
+    assert again.kept_bytes(ranks, 0, 10) == 10 * again.cut_bytes < kept.kept_bytes(ranks, 0, 10) / 10
+    assert again.client_bytes(10, ranks, updated=False) < kept.client_bytes(10, ranks, updated=False)
+    assert again.server_flops(10, {}) / kept.server_flops(10, {}) == pytest.approx(1.5, rel=0.05)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
