@@ -59,11 +59,9 @@ def same_run(tiny_folder: Path, tmp_path: Path, **changes: Any) -> tuple[dict[st
 
 def test_computing_activations_again_gives_the_same_adapters(tiny_folder: Path, tmp_path: Path) -> None:
     same_plan = {"method.name": "hsplitlora-no-armsc", "split.point": 2, "train.rounds": 1}
-    kept, _ = same_run(tiny_folder, tmp_path / "kept", **same_plan)
-    again, _ = same_run(tiny_folder, tmp_path / "again", **same_plan | {"train.recompute": True})
+    same_run(tiny_folder, tmp_path / "kept", **same_plan)
+    same_run(tiny_folder, tmp_path / "again", **same_plan | {"train.recompute": True})
     assert_same(adapter(tmp_path / "again"), adapter(tmp_path / "kept"))
-    for mine, theirs in zip(again["plans"][0]["clients"], kept["plans"][0]["clients"], strict=True):
-        assert mine["predicted_bytes"] < theirs["predicted_bytes"]
 
 
 def train_at_once(grid: LocalGrid, monkeypatch: pytest.MonkeyPatch) -> None:
