@@ -1,0 +1,28 @@
+"""Rounds with many clients."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from simulations.benchmarks import common
+from simulations.benchmarks import scale as module
+from simulations.benchmarks.common import Setup
+from simulations.benchmarks.scale import ROUNDS, scale
+
+
+@pytest.fixture(autouse=True)
+def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads in their place: importing torch once more takes longer than all the rest."""
+    monkeypatch.setattr(common, "ProcessPoolExecutor", lambda _, mp_context, **how: ThreadPoolExecutor(1, **how))
+
+
+def test_rounds_of_a_small_federation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CLIENTS", (2,))
+    rows = list(scale(Setup()))
+    assert [(row["clients"], row["round"]) for row in rows] == [(2, number) for number in range(1, ROUNDS + 1)]
+    assert rows[0]["server / round 1"] == 1.0
+    for row in rows:
+        assert float(row["server_mb"]) > 100
+        assert 0 < float(row["server_s_per_client"]) < float(row["s_per_client"])
