@@ -40,10 +40,11 @@ SETTINGS: dict[str, int | str] = {
 
 
 class Round(NamedTuple):
-    """Seconds of a round, those of them in which a client had the turn, and the server's memory after it, in bytes."""
+    """Seconds of a round, seconds of CPU of both processes and of the server's, and the server's memory, in bytes."""
 
     seconds: float
-    client_seconds: float
+    cpu: float
+    server_cpu: float
     memory: int
 
 
@@ -58,9 +59,10 @@ def scale(setup: Setup) -> Iterator[Row]:
 
     - ``server_mb``: memory of the server's process after a round, with what is free given back; ``server / round 1``
       is that over the first round's. Goal: flat within 5 %.
-    - ``s_per_client``: time of the round over the number of clients; ``s_per_client / fewest`` is its median over all
-      rounds, over that with the fewest clients. Goal: constant within 10 %.
-    - ``server_s_per_client``: the part of it in which no client had the turn.
+    - ``s_per_client``: time of the round over the number of clients.
+    - ``cpu_s_per_client``: the same in CPU time of both processes, which other work on the machine moves less;
+      ``/ fewest`` is its median over all rounds, over that with the fewest clients. Goal: constant within 10 %.
+    - ``server_cpu_s_per_client``: the server's part of it.
     """
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder))
@@ -68,17 +70,18 @@ def scale(setup: Setup) -> Iterator[Row]:
         for clients in CLIENTS:
             with Apart(Federation, folder, clients) as federation:
                 rounds: list[Round] = federation.call("run")
-            per_client = [each.seconds / clients for each in rounds]
-            fewest = fewest or Sample(per_client).median
+            cpu = [each.cpu / clients for each in rounds]
+            fewest = fewest or Sample(cpu).median
             for number, each in enumerate(rounds, 1):
                 yield {
                     "clients": clients,
                     "round": number,
                     "server_mb": each.memory / 1e6,
                     "server / round 1": each.memory / rounds[0].memory,
-                    "s_per_client": per_client[number - 1],
-                    "server_s_per_client": (each.seconds - each.client_seconds) / clients,
-                    "s_per_client / fewest": Sample(per_client).median / fewest,
+                    "s_per_client": each.seconds / clients,
+                    "cpu_s_per_client": cpu[number - 1],
+                    "cpu_s_per_client / fewest": Sample(cpu).median / fewest,
+                    "server_cpu_s_per_client": each.server_cpu / clients,
                 }
 
 
@@ -136,27 +139,25 @@ class _Measured(HSplitLoRA):
 
     def train_round(self, grid: Grid, server_round: int) -> MetricRecord:
         assert isinstance(grid, _AppGrid)
-        started, before = time.perf_counter(), grid.seconds
+        started, before = time.perf_counter(), grid.cpu()
         metrics = super().train_round(grid, server_round)
-        seconds = time.perf_counter() - started
-        self.rounds.append(Round(seconds, grid.seconds - before, resting_bytes()))
+        seconds, after = time.perf_counter() - started, grid.cpu()
+        server, clients = (end - start for start, end in zip(before, after, strict=True))
+        self.rounds.append(Round(seconds, server + clients, server, resting_bytes()))
         return metrics
 
 
 class _AppGrid(Grid):
-    """Takes messages to :class:`Nodes`, one after another.
-
-    Attributes
-    ----------
-    seconds : float
-        In which nodes had the turn.
-    """
+    """Takes messages to :class:`Nodes`, one after another."""
 
     def __init__(self, nodes: Apart, count: int) -> None:
-        self.seconds = 0.0
         self._nodes, self._count = nodes, count
         self._waiting: dict[str, Message] = {}
         self._ids = map(str, itertools.count())
+
+    def cpu(self) -> tuple[float, float]:
+        """Seconds of CPU of this process and of that of the nodes, so far."""
+        return time.process_time(), self._nodes.call("cpu")
 
     def get_node_ids(self) -> Iterable[int]:
         return range(1, self._count + 1)
@@ -169,9 +170,7 @@ class _AppGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         for message_id in message_ids:
             if message_id in self._waiting:
-                started = time.perf_counter()
                 reply: Message = self._nodes.call("answer", self._waiting.pop(message_id))
-                self.seconds += time.perf_counter() - started
                 reply.metadata.__dict__["_reply_to_message_id"] = message_id
                 yield reply
 
@@ -205,6 +204,10 @@ class Nodes:
         self._contexts = {
             node: Context(1, node, _node_config(node, count, folder), RecordDict(), {}) for node in range(1, count + 1)
         }
+
+    def cpu(self) -> float:
+        """Seconds of CPU of this process so far."""
+        return time.process_time()
 
     def answer(self, message: Message) -> Message:
         """What the client app replies, or the error that it raised."""
