@@ -13,6 +13,7 @@ from hsplitlora_flwr.lora.layers import inject
 from hsplitlora_flwr.models.loading import pick_device
 from hsplitlora_flwr.models.split import BodyModel, ServerModel
 from hsplitlora_flwr.training.joint import JointPass
+from hsplitlora_flwr.training.memory import trim_heap
 from hsplitlora_flwr.training.recompute import recompute_blocks
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.training.server import ServerEvaluator, ServerTrainer, SharedBase, StepReport, differentiate
@@ -100,6 +101,7 @@ class Shard:
         """End the round: forget adapters and optimizers, and the tokens with the streams that they opened."""
         self._workers.clear()
         self._together = JointPass(self.base, recompute=self._config.train.recompute)
+        trim_heap()  # every client's thread has left freed activations behind
         if self._stream:
             self._stream.dismiss_all()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -80,8 +81,8 @@ def clients(setup: Setup) -> Iterator[Row]:
     least, and so does the server's half of it. Split points are spread over the model; a token costs the two sides
     together the same wherever the cut is.
 
-    - ``total / one``: tokens/s of all together over those of one client, which took its turn beside them; goal: never
-      below 0.95.
+    - ``total / one``: tokens/s of all together over those of one client with the same kind of server, which took its
+      turn beside them, as all kinds and numbers do; goal: never below 0.95.
     - ``slowest / fastest``: steps/s, a sign of starvation where it is far below what the split points explain. On one
       machine they explain little, for the same reason.
 
@@ -95,25 +96,24 @@ def clients(setup: Setup) -> Iterator[Row]:
     with ExitStack() as stack:
         stack.callback(stream.stop)
         processes = [stack.enter_context(Apart(Client, setup.model, split)) for split in splits]
-        for server, admit in SERVERS.items():
-            paces: dict[int, list[Pace]] = {size: [] for size in COUNTS}
-            for turn in range(TURNS):
-                for size in COUNTS[:: -1 if turn % 2 else 1]:
-                    tokens = admit(base, stream, splits[:size])
-                    paces[size].append(train_at_once(processes[:size], stream.endpoint, tokens))
-            one = Sample([pace.tokens for pace in paces[COUNTS[0]]])
-            for size in COUNTS:
-                total = Sample([pace.tokens for pace in paces[size]])
-                ratio = total / one
-                yield {
-                    "server": server,
-                    "clients": size,
-                    "splits": ", ".join(map(str, splits[:size])),
-                    "tokens_per_s": total.median,
-                    "total / one": ratio.median,
-                    "spread": ratio.spread,
-                    "slowest / fastest": Sample([min(pace.steps) / max(pace.steps) for pace in paces[size]]).median,
-                }
+        sides = list(itertools.product(SERVERS, COUNTS))
+        paces: dict[tuple[str, int], list[Pace]] = {side: [] for side in sides}
+        for turn in range(TURNS):
+            for server, size in sides[:: -1 if turn % 2 else 1]:
+                tokens = SERVERS[server](base, stream, splits[:size])
+                paces[server, size].append(train_at_once(processes[:size], stream.endpoint, tokens))
+    for server, size in sides:
+        total, one = (Sample([pace.tokens for pace in paces[server, count]]) for count in (size, COUNTS[0]))
+        ratio = total / one
+        yield {
+            "server": server,
+            "clients": size,
+            "splits": ", ".join(map(str, splits[:size])),
+            "tokens_per_s": total.median,
+            "total / one": ratio.median,
+            "spread": ratio.spread,
+            "slowest / fastest": Sample([min(pace.steps) / max(pace.steps) for pace in paces[server, size]]).median,
+        }
 
 
 def spread_splits(blocks: int, count: int) -> list[int]:
