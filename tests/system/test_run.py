@@ -134,14 +134,14 @@ def test_a_crash_of_the_server_app_says_why(start_run: Run) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        process = start_run(transport__address="127.0.0.1", transport__port=port)
+        process = start_run(transport__address="127.0.0.1", transport__port=port, clients__count=1)
         output, _ = process.communicate(timeout=300)
     assert process.returncode == 1
     assert f"transport.port={port}: the port cannot be opened" in "\n".join(output.splitlines()[-4:])
 
 
 def test_a_round_goes_on_without_a_client_that_is_killed(start_run: Run, tmp_path: Path) -> None:
-    process = start_run(train__steps=60, train__rounds=1)
+    process = start_run(train__steps=40, train__rounds=1)
     events = tmp_path / "run" / "events.jsonl"
     deadline = time.monotonic() + 200
     while not (events.exists() and '"kind": "step"' in events.read_text()):
