@@ -27,7 +27,7 @@ class Share:
 
 
 @dataclass
-class Batch:
+class JointBatch:
     """Whose rows the batch under way holds, in their order."""
 
     shares: Sequence[Share] = field(default_factory=list)
@@ -47,13 +47,13 @@ class JointLinear(nn.Module):
         The shared layer, with the accumulated update where that stands beside it.
     name : str
         Its absolute name.
-    batch : Batch
+    batch : JointBatch
         Says whose rows come.
     """
 
     is_adapted_linear = True
 
-    def __init__(self, base: nn.Module, name: str, batch: Batch) -> None:
+    def __init__(self, base: nn.Module, name: str, batch: JointBatch) -> None:
         super().__init__()
         self.base = base
         self._name, self._batch = name, batch
@@ -84,9 +84,9 @@ class JointLinear(nn.Module):
         return nn.functional.pad(term, (0, 0, 0, x.shape[1] - share.length))
 
 
-def join(part: ModelPart) -> Batch:
+def join(part: ModelPart) -> JointBatch:
     """Make all linear layers of ``part`` serve several clients; the batch that they get is to be said each time."""
-    batch = Batch()
+    batch = JointBatch()
     for name, module in list(part.linears()):
         part.replace(name, JointLinear(module, name, batch))
     return batch

@@ -14,6 +14,7 @@ under way is the next one.
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -24,11 +25,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hsplitlora_flwr.lora.joint import Batch, Share, adapted_layers, join
+from hsplitlora_flwr.lora.joint import JointBatch, Share, adapted_layers, join
 from hsplitlora_flwr.lora.layers import AdaptedLinear
 from hsplitlora_flwr.models.split import IGNORED, BodyModel, ServerModel
 from hsplitlora_flwr.training.recompute import recompute_blocks
 from hsplitlora_flwr.training.server import MicroBatch, SharedBase, differentiate
+
+log = logging.getLogger(__name__)
 
 
 class JointPass:
@@ -45,7 +48,7 @@ class JointPass:
     def __init__(self, base: SharedBase, *, recompute: bool = False) -> None:
         self._base, self._recompute = base, recompute
         self._layers: dict[ServerModel, Mapping[str, AdaptedLinear]] = {}
-        self._segments: list[tuple[BodyModel | ServerModel, Batch]] = []
+        self._segments: list[tuple[BodyModel | ServerModel, JointBatch]] = []
         self._waiting: list[tuple[MicroBatch, Future[float]]] = []
         self._busy = False
         self._changed = Condition()
@@ -78,7 +81,7 @@ class JointPass:
             try:
                 losses = self.differentiate([work for work, _ in batch])
             except Exception:  # whatever it is, such as too little memory for all at once
-                pass
+                log.warning("a pass for %d clients failed; they come one by one", len(batch), exc_info=True)
             else:
                 for (_, result), loss in zip(batch, losses, strict=True):
                     result.set_result(loss)
@@ -129,14 +132,14 @@ class JointPass:
         )
         return [losses[owners[rows] == index].sum() for index in range(len(works))]
 
-    def _parts_from(self, works: Sequence[MicroBatch]) -> Iterator[tuple[BodyModel | ServerModel, Batch]]:
+    def _parts_from(self, works: Sequence[MicroBatch]) -> Iterator[tuple[BodyModel | ServerModel, JointBatch]]:
         """The model from the lowest split point of ``works`` up, in parts that begin at split points."""
         if not self._segments:
             self._segments = self._cut()
         lowest = works[0].model.split
         return ((part, batch) for part, batch in self._segments if part.first_block >= lowest)
 
-    def _cut(self) -> list[tuple[BodyModel | ServerModel, Batch]]:
+    def _cut(self) -> list[tuple[BodyModel | ServerModel, JointBatch]]:
         splits = sorted({model.split for model in self._layers})
         parts: list[BodyModel | ServerModel] = [
             self._base.middle_part(first, last).train() for first, last in pairwise(splits)
