@@ -180,7 +180,9 @@ def test_whatever_waits_is_the_next_pass(base_of: Callable[..., SharedBase], mon
     assert arrivals.sizes == [1, 3]
 
 
-def test_the_guilty_one_alone_learns_of_it(base_of: Callable[..., SharedBase], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_guilty_one_alone_learns_of_it(
+    base_of: Callable[..., SharedBase], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     base = base_of("llama")
     works = works_of(client_parts(base, [1, 2, 3]), [8, 9, 7], [2, 1, 2])
     expected = differentiate(works[2])
@@ -198,6 +200,7 @@ def test_the_guilty_one_alone_learns_of_it(base_of: Callable[..., SharedBase], m
         first.result(10)
         with pytest.raises(IndexError):
             bad.result(10)
+    assert "a pass for 2 clients failed; they come one by one" in caplog.text
 
 
 @pytest.mark.parametrize("clip", [0.05, 0.0])
