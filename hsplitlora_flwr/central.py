@@ -24,7 +24,7 @@ from hsplitlora_flwr.methods import cost_model
 from hsplitlora_flwr.models.loading import load_tokenizer, pick_device
 from hsplitlora_flwr.models.split import WholeModel
 from hsplitlora_flwr.strategy import HSplitLoRA
-from hsplitlora_flwr.training.memory import PeakMemory, return_freed_memory
+from hsplitlora_flwr.training.memory import PeakMemory
 from hsplitlora_flwr.training.recompute import recompute_blocks
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.training.server import SharedBase, StepReport
@@ -50,7 +50,6 @@ class CentralTraining(HSplitLoRA):
 
     def prepare(self, grid: Grid) -> None:
         """Load the model and make what trains."""
-        return_freed_memory()
         config, train = self.config, self.config.train
         self.report.status(f"loading {config.model.path}")
         self.base = SharedBase(config.model.path, config.model.dtype, pick_device(config.model.device))

@@ -7,7 +7,7 @@ import random
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -28,7 +28,7 @@ from hsplitlora_flwr.lora.delta import DeltaError
 from hsplitlora_flwr.models.loading import load_tokenizer, read_config
 from hsplitlora_flwr.node import NodeStore
 from hsplitlora_flwr.participant import OwnText, Participant
-from hsplitlora_flwr.training.memory import PeakMemory, process_bytes, return_freed_memory
+from hsplitlora_flwr.training.memory import PeakMemory, keep_freed_memory, process_bytes, return_freed_memory
 from hsplitlora_flwr.transport.frames import Failure, Frame
 from hsplitlora_flwr.transport.messages import add_frames, frame_bytes, read_frames
 from hsplitlora_flwr.transport.stream import StreamError, StreamLink, Unreachable
@@ -163,8 +163,13 @@ class _Client:
         """Do a task over the stream, or take the first turn over messages."""
         progress = Progress()
         return_freed_memory()  # before tensors come: where they lie is settled when they are made
-        task, store = Task.from_records(message.content), NodeStore(context)
+        task = Task.from_records(message.content)
         task = replace(task, config=_on_this_node(task.config, context))
+        work = partial(self._work, message, context, task, progress)
+        return keep_freed_memory(work) if task.spacious else work()
+
+    def _work(self, message: Message, context: Context, task: Task, progress: Progress) -> Message:
+        store = NodeStore(context)
         text, frames = self.text(context, task.config), list[Frame]()
         with PeakMemory() as memory:
             try:

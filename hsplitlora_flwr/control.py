@@ -22,6 +22,7 @@ from hsplitlora_flwr.lora.delta import Patch
 from hsplitlora_flwr.lora.layers import AdapterSpec
 from hsplitlora_flwr.methods import METHODS, Method
 from hsplitlora_flwr.planning.planner import Budget
+from hsplitlora_flwr.training.memory import FRAGMENTED
 from hsplitlora_flwr.transport.stream import Endpoint
 
 DESCRIBE, PROBE, TRAIN, EVALUATE = "query.describe", "train.probe", "train", "evaluate"
@@ -75,6 +76,10 @@ class Description:
         """What a plan may use."""
         return Budget(self.memory_bytes, self.process_bytes, self.flops or None, self.up or None, self.down or None)
 
+    def is_spacious(self, planned: int) -> bool:
+        """Whether the budget holds a plan of so many bytes, the process's own among them, even where it fragments."""
+        return self.process_bytes + FRAGMENTED * (planned - self.process_bytes) <= self.memory_bytes
+
     def to_records(self) -> RecordDict:
         """As the content of a reply."""
         return RecordDict({"description": ConfigRecord(vars(self) | {"held": json.dumps(dict(self.held))})})
@@ -106,6 +111,8 @@ class Task:
         Its adapters by absolute layer name; empty where nothing trains.
     first_step, steps : int
         Position in the learning-rate schedule, and the number of steps.
+    spacious : bool
+        The client's budget holds its plan even where its process keeps freed memory for later, which is faster.
     endpoint : Endpoint
         Of the stream.
     token : str
@@ -124,6 +131,7 @@ class Task:
     specs: Mapping[str, AdapterSpec]
     first_step: int
     steps: int
+    spacious: bool = False
     endpoint: Endpoint = field(default_factory=lambda: Endpoint("", "", ""))
     token: str = ""
     patch: Patch = field(default_factory=lambda: Patch(0, {}))
@@ -175,6 +183,7 @@ class Task:
             "alphas": [spec.alpha for spec in self.specs.values()],
             "first-step": self.first_step,
             "steps": self.steps,
+            "spacious": self.spacious,
         }
 
     @classmethod
@@ -190,6 +199,7 @@ class Task:
             specs={str(name): AdapterSpec(int(r), float(a), config.lora.dropout) for name, r, a in triples},
             first_step=int(text["first-step"]),
             steps=int(text["steps"]),
+            spacious=bool(text["spacious"]),
             **more,
         )
 

@@ -28,7 +28,7 @@ A client without an adapter on a layer has rank 0 there, whatever the rule.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from itertools import chain
 
@@ -41,7 +41,7 @@ Factors = tuple[Tensor, Tensor]
 Update = Mapping[str, Factors]
 """One client's adapters by absolute layer name, scales folded into ``A``."""
 Rule = Callable[[Sequence[Factors], Sequence[float]], Factors]
-"""Joins one layer's ``(B, A)`` of all clients, given their ``p_i``; fp64, and rank 0 where a client has no adapter."""
+"""Joins one layer's ``(B, A)`` of all clients, given their ``p_i``: of one dtype, rank 0 where one has none."""
 
 
 class AggregationError(ValueError):
@@ -64,8 +64,8 @@ def aggregate(updates: Sequence[Update], weights: Sequence[float], rule: str = "
     Returns
     -------
     dict[str, tuple[Tensor, Tensor]]
-        ``(B, A)`` by layer name, computed in fp64 and rounded once to the clients' dtype, fp32 at least. Under
-        ``noise_free``, ``svd`` and ``mean_b`` their product is the weighted sum of the clients' products.
+        ``(B, A)`` by layer name, tensors of their own, computed in fp64 and rounded once to the clients' dtype, fp32 at
+        least. Under ``noise_free``, ``svd`` and ``mean_b`` their product is the weighted sum of the clients' products.
 
     Raises
     ------
@@ -86,10 +86,11 @@ def aggregate(updates: Sequence[Update], weights: Sequence[float], rule: str = "
         held = [update.get(name) for update in updates]
         try:
             _check(held)
-            b, a = RULES[rule](_align(held), shares)
+            pairs = _align(held)
+            b, a = RULES[rule](pairs, shares)
         except AggregationError as error:
             raise AggregationError(f"layer '{name}': {error}") from None
-        dtype = reduce(torch.promote_types, (part.dtype for pair in held if pair for part in pair), torch.float32)
+        dtype = pairs[0][0].dtype
         result[name] = b.to(dtype), a.to(dtype)
     return result
 
@@ -148,8 +149,8 @@ def pad(factors: Factors, rank: int) -> Factors:
 def _noise_free(pairs: Sequence[Factors], shares: Sequence[float]) -> Factors:
     """Concatenation along the rank (METHOD section 4; FLoRA, arXiv 2409.05976). ``p_i`` is folded once, into ``A``."""
     left = torch.cat([b for b, _ in pairs], dim=1)  # (out, R)
-    right = torch.cat([share * a for share, (_, a) in zip(shares, pairs, strict=True)], dim=0)  # (R, in)
-    return left, right
+    weighted = ((share * a.double()).to(a.dtype) for share, (_, a) in zip(shares, pairs, strict=True))
+    return left, torch.cat(list(weighted))  # (R, in)
 
 
 def _svd(pairs: Sequence[Factors], shares: Sequence[float]) -> Factors:
@@ -157,7 +158,7 @@ def _svd(pairs: Sequence[Factors], shares: Sequence[float]) -> Factors:
 
     Singular values fall. Those that rounding cannot tell from zero are dropped, but rank 1 stays where a client has it.
     """
-    b, a = _noise_free(pairs, shares)
+    b, a = _noise_free(_double(pairs), shares)
     # The dense sum (out, in) is never formed: its singular values are those of the core between two thin QRs.
     q_left, r_left = torch.linalg.qr(b)
     q_right, r_right = torch.linalg.qr(a.T)
@@ -187,7 +188,7 @@ def _mean_b(pairs: Sequence[Factors], shares: Sequence[float]) -> Factors:
                 f"A of updates[{index}] differs from that of updates[0] by up to {(a - shared).abs().max():.3g}; "
                 "this rule needs one frozen A: start every client from the same A and train B alone"
             )
-    return _weighted(pairs, shares)[0], shared
+    return _weighted(pairs, shares)[0], shared.clone()
 
 
 def _zero_pad(pairs: Sequence[Factors], shares: Sequence[float]) -> Factors:
@@ -201,7 +202,7 @@ def _zero_pad_by_norm(pairs: Sequence[Factors], shares: Sequence[float]) -> Fact
 
     Where every norm is zero the weights stay ``p_i``.
     """
-    norms = [_norm(b, a) for b, a in pairs]
+    norms = [_norm(b, a) for b, a in _double(pairs)]
     total = sum(norms)
     return _zero_pad(pairs, [norm / total for norm in norms] if total else shares)
 
@@ -218,9 +219,11 @@ RULES: dict[str, Rule] = {
 
 
 def _weighted(pairs: Sequence[Factors], shares: Sequence[float]) -> Factors:
-    """Weighted means of the ``B`` and of the ``A``; all ranks are equal here."""
-    b = torch.stack([share * b for share, (b, _) in zip(shares, pairs, strict=True)]).sum(0)
-    a = torch.stack([share * a for share, (_, a) in zip(shares, pairs, strict=True)]).sum(0)
+    """Weighted means of the ``B`` and of the ``A``, fp64; all ranks are equal here."""
+    b, a = (torch.zeros(part.shape, dtype=torch.float64, device=part.device) for part in pairs[0])
+    for share, (one_b, one_a) in zip(shares, _double(pairs), strict=True):
+        b.add_(one_b, alpha=share)
+        a.add_(one_a, alpha=share)
     return b, a
 
 
@@ -231,10 +234,20 @@ def _norm(b: Tensor, a: Tensor) -> float:
 
 
 def _align(held: Sequence[Factors | None]) -> list[Factors]:
-    """One pair per client in fp64, of rank 0 where a client holds no adapter on the layer."""
+    """One pair per client, all of the clients' common dtype; of rank 0 where a client holds no adapter on the layer."""
+    dtype = reduce(torch.promote_types, (part.dtype for pair in held if pair for part in pair), torch.float32)
     b, a = next(pair for pair in held if pair)
     none = b[:, :0], a[:0]
-    return [(b.detach().double(), a.detach().double()) for b, a in (pair or none for pair in held)]
+    return [(b.detach().to(dtype), a.detach().to(dtype)) for b, a in (pair or none for pair in held)]
+
+
+def _double(pairs: Iterable[Factors]) -> list[Factors]:
+    return [(b.double(), a.double()) for b, a in pairs]
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every entry is finite: by their sum where that is finite, which takes one pass and no memory."""
+    return bool(tensor.sum().isfinite() or tensor.isfinite().all())
 
 
 def _check(held: Sequence[Factors | None]) -> None:
@@ -248,7 +261,7 @@ def _check(held: Sequence[Factors | None]) -> None:
                 f"B {tuple(b.shape)} and A {tuple(a.shape)} of updates[{index}] do not share a rank; "
                 "(out, r) and (r, in) are needed"
             )
-        if not (b.isfinite().all() and a.isfinite().all()):
+        if not (is_finite(b) and is_finite(a)):
             raise AggregationError(
                 f"the adapter of updates[{index}] is not finite: that client's training diverged; "
                 "leave the client out, or lower the learning rate"

@@ -1,8 +1,9 @@
 """The accumulated update of the model: exact, bounded, versioned, and kept apart from the base.
 
 ``W_eff = W_0 + change``, where every round adds the factors of its update to the change of each layer (METHOD.md,
-section 4). A change takes whichever exact form has the fewest bytes: the factors as they are, a thinner pair of the
-same product, or the dense matrix.
+section 4). A change takes an exact form of few bytes: the factors as they are, a thinner pair of the same product, or
+the dense matrix. A thinner pair is looked for whenever the rank passes a power of two: the search takes longer than all
+else that a round's aggregation does, and mostly finds nothing, since adapters start afresh every round.
 
 The server's :class:`Delta` remembers the latest updates of a layer, as long as they have fewer bytes than the dense
 matrix. :meth:`Delta.since` brings a client up to date from there, however many rounds it missed: for each layer that
@@ -25,7 +26,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from hsplitlora_flwr.lora.aggregation import Update
+from hsplitlora_flwr.lora.aggregation import Update, is_finite
 
 BASE = "0"
 """The state of a layer without a change. Later states are ``version-digest``."""
@@ -154,6 +155,8 @@ class Delta:
 
     def add(self, update: Update) -> dict[str, float]:
         """Add the update of one round: ``(B, A)`` by layer name, scales and weights folded in.
+
+        The store keeps the tensors where they are fp32 on the CPU; they are not to be changed after.
 
         Returns
         -------
@@ -376,7 +379,10 @@ def _sum(change: Change, update: Change) -> Change:
         return update
     if change.factors is not None and update.factors is not None:
         (b, a), (new_b, new_a) = change.factors, update.factors
-        return _smallest(*thin(torch.cat([b, new_b], dim=1), torch.cat([a, new_a], dim=0)))
+        b, a, known = torch.cat([b, new_b], dim=1), torch.cat([a, new_a], dim=0), b.shape[1]
+        # What is tried follows from the two alone, so that server and clients do the same.
+        passes_power_of_two = b.shape[1].bit_length() > known.bit_length()
+        return _smallest(*thin(b, a)) if passes_power_of_two else _smallest(b, a)
     total = change.dense().double()
     if update.factors is not None:
         total.addmm_(update.factors[0].double(), update.factors[1].double())
@@ -406,8 +412,9 @@ def _checked(update: Update, layers: Mapping[str, _Layer]) -> dict[str, Change]:
         shape = (b.shape[0], a.shape[1])
         if name in layers and layers[name].change.shape != shape:
             raise DeltaError(f"layer '{name}' is {layers[name].change.shape}, and its update is {shape}")
-        if not (b.isfinite().all() and a.isfinite().all()):
+        if not (is_finite(b) and is_finite(a)):
             raise DeltaError(f"layer '{name}': the update is not finite; lower train.lr or set train.clip")
-        pair = (factor.detach().to("cpu", torch.float32, copy=True) for factor in (b, a))
-        changes[name] = _smallest(*thin(*pair))
+        if not (b.any() and a.any()):
+            b, a = b[:, :0], a[:0]
+        changes[name] = _smallest(*(factor.detach().to("cpu", torch.float32) for factor in (b, a)))
     return changes

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import sys
 
+import psutil
 import pytest
 import torch
 
 from hsplitlora_flwr.training import memory
-from hsplitlora_flwr.training.memory import PeakMemory, process_bytes, resting_bytes
+from hsplitlora_flwr.training.memory import (
+    PeakMemory,
+    keep_freed_memory,
+    process_bytes,
+    resting_bytes,
+    return_freed_memory,
+)
 from tests.tiny import CONFIGS
 
 MIB = 1 << 20
@@ -47,3 +54,23 @@ def test_the_heap_that_small_tensors_leave_counts_as_they_did() -> None:
     assert resting_bytes() < resting_with_them - 30 * MIB, "their pages went back to the system"
     assert process_bytes(CONFIGS["llama"]) > with_them - 10 * MIB, "but their places wait for the next ones"
     del pin
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks glibc about its heap")
+def test_a_thread_keeps_freed_memory_and_the_process_does_not_after_it() -> None:
+    def left_over() -> int:
+        rest = resting_bytes()
+        blocks = [torch.ones(MIB) for _ in range(50)]  # 4 MiB each
+        del blocks
+        return int(psutil.Process().memory_info().rss) - rest
+
+    return_freed_memory()
+    before, rest = left_over(), resting_bytes()
+    assert keep_freed_memory(left_over) > 40 * MIB
+    assert resting_bytes() < rest + 10 * MIB
+    assert left_over() < before + 10 * MIB
+
+
+def test_what_goes_wrong_in_the_thread_is_said() -> None:
+    with pytest.raises(ZeroDivisionError):
+        keep_freed_memory(lambda: 1 // 0)
