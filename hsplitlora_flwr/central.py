@@ -52,7 +52,8 @@ class CentralTraining(HSplitLoRA):
         """Load the model and make what trains."""
         config, train = self.config, self.config.train
         self.report.status(f"loading {config.model.path}")
-        self.base = SharedBase(config.model.path, config.model.dtype, pick_device(config.model.device))
+        model = config.model
+        self.base = SharedBase(model.path, model.dtype, pick_device(model.device), model.quantise)
         self._read_held_out()
         rows = tokenize(self._examples, load_tokenizer(config.model.path), config.data.max_length)
         self._batches = training_batches(rows, train.batch_size, config.run.seed)

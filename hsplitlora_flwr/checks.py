@@ -6,6 +6,7 @@ from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.data.sources import DataError, TextData
 from hsplitlora_flwr.methods import METHODS, cost_model
 from hsplitlora_flwr.models.loading import check_model
+from hsplitlora_flwr.models.quantisation import check_quantiser
 from hsplitlora_flwr.planning.cost import PlanError
 from hsplitlora_flwr.reporting.metrics import check_installed
 
@@ -38,7 +39,10 @@ def check_model_settings(config: Config) -> None:
     ValueError
         ``ModelFilesError``, ``SplitError``, ``UnsupportedModelError`` or ``PlanError``, each with the value that is
         wrong and what to do.
+    ModuleNotFoundError
+        If what quantises the base is not installed.
     """
+    check_quantiser(config.model.quantise)
     check_model(config.model.path, config.split.min, config.split.max)
     cost, method = cost_model(config, rows=1, length=2), METHODS[config.method.name]
     if method.central:

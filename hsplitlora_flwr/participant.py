@@ -72,13 +72,16 @@ class Participant:
     ) -> None:
         config, train = task.config, task.config.train
         device, path, dtype = pick_device(config.model.device), config.model.path, config.model.dtype
+        quantise = config.model.quantise
         self.task, self.text, self._seed = task.without_tensors(), text, seed
         self.model: ClientModel | WholeModel
         self.head: HeadModel | None = None
         if task.method.split:
-            self.model, self.head = load_client(path, task.split, dtype, device, changes, head=task.labels_stay)
+            self.model, self.head = load_client(
+                path, task.split, dtype, device, changes, quantise=quantise, head=task.labels_stay
+            )
         else:
-            self.model = load_whole(path, dtype, device, changes)
+            self.model = load_whole(path, dtype, device, changes, quantise=quantise)
         adapters = inject(self.model, task.specs, task.seed, start, freeze_a=task.method.freeze_a)
         self.optimizer = AdapterOptimizer(adapters, train)
         self.model.train()

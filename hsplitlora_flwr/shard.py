@@ -44,7 +44,7 @@ class Shard:
         self._stream = None if config.transport.kind == "messages" else open_stream(config.transport)
         self._workers: dict[str, Worker] = {}
         device = pick_device(config.model.device)
-        self.base = SharedBase(config.model.path, config.model.dtype, device)
+        self.base = SharedBase(config.model.path, config.model.dtype, device, config.model.quantise)
         self._takes_all = config.train.joint == "on" or (config.train.joint == "auto" and device != "cpu")
         self._together = JointPass(self.base, recompute=config.train.recompute)
 

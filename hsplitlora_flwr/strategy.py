@@ -50,6 +50,7 @@ from hsplitlora_flwr.lora.export import TOLERANCE, save_delta, save_merged_model
 from hsplitlora_flwr.lora.layers import AdapterSpec, extract
 from hsplitlora_flwr.methods import METHODS, cost_model, make_round_plan
 from hsplitlora_flwr.models.loading import load_tokenizer, read_config
+from hsplitlora_flwr.models.quantisation import check_quantiser
 from hsplitlora_flwr.models.split import WholeModel
 from hsplitlora_flwr.planning.importance import combine, drift, scoring, smooth
 from hsplitlora_flwr.planning.planner import Budget, ClientPlan, Plan, probe_split
@@ -161,6 +162,7 @@ class HSplitLoRA(Strategy):
 
     def prepare(self, grid: Grid) -> None:
         """Wait for the clients, see that a plan is possible, and only then load the base."""
+        check_quantiser(self.config.model.quantise)  # and load the library, which is part of the process
         self._process_bytes = process_bytes(read_config(self.config.model.path))
         self.clients.wait(grid)
         self.describe(grid)

@@ -30,6 +30,7 @@ from rich.table import Table
 from hsplitlora_flwr.config import Config, ConfigError
 from hsplitlora_flwr.methods import METHODS, cost_model, make_round_plan
 from hsplitlora_flwr.models.loading import read_config
+from hsplitlora_flwr.models.quantisation import check_quantiser
 from hsplitlora_flwr.planning import Budget, CostModel, Plan
 from hsplitlora_flwr.reporting.events import format_bytes
 from hsplitlora_flwr.training.memory import process_bytes, resting_bytes
@@ -72,6 +73,8 @@ def forecast(config: Config) -> Forecast:
     ValueError
         ``ConfigError``, ``ModelFilesError``, ``UnsupportedModelError`` or ``PlanError``, each with the value that is
         wrong and what to do.
+    ModuleNotFoundError
+        If what quantises the base is not installed.
     """
     path, train = Path(config.model.path).expanduser(), config.train
     if path.is_file() and path.name == "config.json":
@@ -82,6 +85,7 @@ def forecast(config: Config) -> Forecast:
         raise ConfigError("clients.memory_gb is empty; state the memory of the clients")
     rows = min(train.micro_batch_size or train.batch_size, train.batch_size)
     cost = cost_model(config, rows, config.data.max_length)
+    check_quantiser(config.model.quantise)  # and load the library, which is part of a client's process
     own = process_bytes(read_config(config.model.path))
     budgets = {str(client): _budget(config, client, own) for client in range(config.clients.count)}
     # Memory that is not stated shall not be that of the machine on which somebody plans.
@@ -103,13 +107,15 @@ def show(result: Forecast, console: Console) -> None:
     """Print a forecast."""
     config, cost, plan, server = result.config, result.cost, result.plan, result.server
     workload = cost.workload
+    quantised = "" if workload.quantise == "none" else f", blocks in {workload.quantise}"
 
     def say(text: str) -> None:
         console.print(text, soft_wrap=True, markup=False)
 
     say(
         f"{config.model.path}: {cost.num_blocks} blocks, {cost.total_parameters / 1e9:.2f} billion parameters in "
-        f"{workload.dtype}; {workload.batch_size} x {workload.sequence_length} tokens at a time; {config.method.name}"
+        f"{workload.dtype}{quantised}; {workload.batch_size} x {workload.sequence_length} tokens at a time; "
+        f"{config.method.name}"
     )
     say("importance: uniform, as it is not known before training")
     console.print(_table(result))
@@ -180,7 +186,7 @@ def run(composed: DictConfig, console: Console) -> int:
         values: Any = OmegaConf.to_container(composed, resolve=True)
         del values["launcher"]
         show(forecast(Config.from_mapping(values)), console)
-    except (ValueError, OmegaConfBaseException) as error:  # all errors of settings, models and plans are these
+    except (ValueError, ModuleNotFoundError, OmegaConfBaseException) as error:  # what settings, models and plans raise
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -66,6 +66,13 @@ def test_wrong_values_name_key_value_and_remedy(key: str, value: Any, says: str)
     assert says in str(caught.value)
 
 
+@pytest.mark.parametrize(("key", "value"), [("method.name", "full"), ("run.merged", True)])
+def test_a_quantised_base_stays_as_it_is(key: str, value: Any) -> None:
+    Config.from_run_config({key: value})
+    with pytest.raises(ConfigError, match=rf"model\.quantise=4bit leaves the weights .* {key}={str(value).lower()}"):
+        Config.from_run_config({key: value, "model.quantise": "4bit"})
+
+
 def test_split_bounds_in_order() -> None:
     with pytest.raises(ConfigError, match=r"split.max=2 is below split.min=3"):
         Config.from_run_config({"split.min": 3, "split.max": 2})

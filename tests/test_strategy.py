@@ -27,7 +27,8 @@ from hsplitlora_flwr.data.partition import partition
 from hsplitlora_flwr.data.sources import load_text
 from hsplitlora_flwr.lora.layers import AdapterSpec, extract, inject
 from hsplitlora_flwr.methods import METHODS
-from hsplitlora_flwr.models import find_family
+from hsplitlora_flwr.models import find_family, load_causal_lm
+from hsplitlora_flwr.models.quantisation import QuantisedLinear
 from hsplitlora_flwr.models.split import WholeModel, whole_model
 from hsplitlora_flwr.strategy import HSplitLoRA
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
@@ -175,6 +176,32 @@ def test_a_run_is_its_rounds_calculated_plainly(name: str, tiny_folder: Path, tm
     merged = tuned.merge_and_unload()
     moved = 0.0
     for layer, expected in expected_update(config, summary).items():
+        found = (merged.get_submodule(layer).weight - base.get_submodule(layer).weight).detach().double().numpy()
+        assert np.abs(found - expected).max() < 2e-3 * np.abs(expected).max() + 1e-6, layer
+        moved += float(np.abs(expected).sum())
+    assert moved > 1
+
+
+def test_a_quantised_base_with_an_exact_update_beside_it(tiny_folder: Path, tmp_path: Path) -> None:
+    """Two rounds are those of the weights that the quantised ones stand for, and leave the same kind of adapter."""
+    pytest.importorskip("bitsandbytes")
+    twin = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    for layer, module in load_causal_lm(str(tiny_folder), quantise="4bit").named_modules():
+        if isinstance(module, QuantisedLinear):
+            twin.get_submodule(layer).weight.data = module.dequantised()
+    dequantised = tmp_path / "dequantised"
+    twin.save_pretrained(dequantised)
+    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(dequantised)
+    config = settings(tiny_folder, tmp_path, **{"model.quantise": "4bit"})
+    summary = run(config, tmp_path)
+    assert summary["perplexity_after"] < summary["perplexity_before"]
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        tiny_folder
+    )
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_folder), tmp_path / "adapter")
+    merged, base = tuned.merge_and_unload(), AutoModelForCausalLM.from_pretrained(tiny_folder)
+    moved = 0.0
+    for layer, expected in expected_update(settings(dequantised, tmp_path), summary).items():
         found = (merged.get_submodule(layer).weight - base.get_submodule(layer).weight).detach().double().numpy()
         assert np.abs(found - expected).max() < 2e-3 * np.abs(expected).max() + 1e-6, layer
         moved += float(np.abs(expected).sum())

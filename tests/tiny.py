@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
+import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -21,7 +23,9 @@ from transformers import (
 )
 
 from hsplitlora_flwr.data.collate import Batch
+from hsplitlora_flwr.models import load_causal_lm
 from hsplitlora_flwr.models.families import tiny_config
+from hsplitlora_flwr.models.quantisation import QuantisedLinear
 
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(),
@@ -47,6 +51,19 @@ def tiny_model(name: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> 
     for parameter in model.parameters():  # norms start at one and biases at zero, which would hide mistakes
         parameter.data += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
     return model.to(dtype).eval()
+
+
+def quantised_twins(name: str, quantise: str, folder: Path) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """In float64, a tiny model with its blocks in 8 or 4 bits, and a plain one with the weights that they stand for."""
+    pytest.importorskip("bitsandbytes")
+    tiny_model(name).save_pretrained(folder)
+    plain = load_causal_lm(str(folder), "float64")
+    quantised = load_causal_lm(str(folder), "float64", quantise=quantise)
+    for layer, module in quantised.named_modules():
+        if isinstance(module, QuantisedLinear):
+            weight = module.dequantised()
+            plain.get_submodule(layer).weight.data = weight.T if module.transposed else weight
+    return quantised, plain
 
 
 def random_batches(seed: int = 0, rows: int = 4, length: int = 11) -> Iterator[Batch]:

@@ -21,6 +21,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hsplitlora_flwr.lora.delta import Change, Delta, DeltaError, Patch, digest, thin
+from hsplitlora_flwr.lora.layers import shape_of
+from hsplitlora_flwr.models.quantisation import QuantisedLinear
+from hsplitlora_flwr.models.split import is_linear
 
 DELTA_FILE = "delta.safetensors"
 TOLERANCE = 1e-6
@@ -48,10 +51,8 @@ def save_peft_adapter(
     factors = {name: _factors(change) for name, change in changes.items()}
     factors = {name: (b, a) for name, (b, a) in factors.items() if b.shape[1]}
     if not factors:  # an update of zero: PEFT needs one layer, and a zero adapter on it says the same
-        name = next(name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D))
-        module = model.get_submodule(name)
-        rows, columns = module.weight.shape  # type: ignore[misc]
-        rows, columns = (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+        name = next(name for name, module in model.named_modules() if is_linear(module))
+        rows, columns = shape_of(model.get_submodule(name))
         factors = {name: (torch.zeros(rows, 1), torch.zeros(1, columns))}
     ranks = {name: b.shape[1] for name, (b, _) in factors.items()}
     default = max(ranks.values())
@@ -67,7 +68,7 @@ def save_peft_adapter(
         alpha_pattern=dict(pattern),
         lora_dropout=0.0,
         bias="none",
-        fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in factors),
+        fan_in_fan_out=any(_is_conv1d(model.get_submodule(name)) for name in factors),
         inference_mode=True,
     )
     folder = Path(folder)
@@ -78,6 +79,10 @@ def save_peft_adapter(
         tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(str(folder))
+
+
+def _is_conv1d(linear: torch.nn.Module) -> bool:
+    return isinstance(linear, Conv1D) or (isinstance(linear, QuantisedLinear) and linear.transposed)
 
 
 def _factors(change: Change) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hsplitlora_flwr.lora.aggregation import Factors
 from hsplitlora_flwr.lora.delta import Change
+from hsplitlora_flwr.models.quantisation import QuantisedLinear
 from hsplitlora_flwr.models.split import ModelPart
 
 
@@ -64,11 +65,12 @@ class AdaptedLinear(nn.Module):
         A ``start`` of lower rank fills the first rows of ``A`` and columns of ``B``; the others are fresh.
         """
         out_features, in_features = shape_of(self.base)
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        base_dtype, device = _kind_of(self.base)
+        dtype = torch.promote_types(base_dtype, torch.float32)
         bound = 1 / math.sqrt(in_features)  # kaiming_uniform_(a=sqrt(5)), as PEFT
         a = torch.empty(spec.rank, in_features, dtype=torch.float64)
         b = torch.zeros(out_features, spec.rank, dtype=torch.float64)
-        if not self.weight.is_meta:
+        if device.type != "meta":
             # drawn row by row: an adapter of lower rank starts as the first rows of one of higher rank
             a.uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))
         if start is not None:
@@ -77,8 +79,8 @@ class AdaptedLinear(nn.Module):
         self.spec = spec
         # a dropout of 0 would still copy its input, and the copy would be kept for backward
         self.dropout = SeededDropout(spec.dropout, seed) if spec.dropout else nn.Identity()
-        self.lora_A = nn.Parameter(a.to(self.weight.device, dtype))
-        self.lora_B = nn.Parameter(b.to(self.weight.device, dtype))
+        self.lora_A = nn.Parameter(a.to(device, dtype))
+        self.lora_B = nn.Parameter(b.to(device, dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
@@ -184,9 +186,12 @@ def extract(part: ModelPart) -> dict[str, Factors]:
     }
 
 
-def takes_changes(dtype: torch.dtype) -> bool:
-    """Whether weights of ``dtype`` hold an fp32 update exactly: then it is merged, else attached beside them."""
-    return dtype in (torch.float32, torch.float64)
+def takes_changes(dtype: torch.dtype, quantise: str = "none") -> bool:
+    """Whether weights of a base hold an fp32 update exactly: then it is merged, else attached beside them.
+
+    Parameters are those of :func:`hsplitlora_flwr.models.load_causal_lm`. Quantised weights hold none.
+    """
+    return quantise == "none" and dtype in (torch.float32, torch.float64)
 
 
 def merge_changes(part: ModelPart, changes: Mapping[str, Change], original: Callable[[str], Tensor]) -> None:
@@ -203,6 +208,11 @@ def merge_changes(part: ModelPart, changes: Mapping[str, Change], original: Call
         The accumulated update by absolute layer name.
     original : Callable[[str], Tensor]
         Gives ``W_0`` of a layer, as the checkpoint stores it.
+
+    Raises
+    ------
+    TypeError
+        If a weight is quantised.
     """
     for name, module in part.linears():
         if name in changes:
@@ -230,7 +240,7 @@ def attach_changes(part: ModelPart, changes: Mapping[str, Change]) -> None:
     for name, module in list(part.linears()):
         if name in changes:
             layer = _adapted(part, name, module)
-            layer.change = changes[name].to(layer.weight.device)
+            layer.change = changes[name].to(_kind_of(layer.base)[1])
 
 
 def as_stored(linear: nn.Module, matrix: Tensor) -> Tensor:
@@ -240,15 +250,35 @@ def as_stored(linear: nn.Module, matrix: Tensor) -> Tensor:
 
 def shape_of(linear: nn.Module) -> tuple[int, int]:
     """``(out, in)`` of a linear layer; GPT-2's Conv1D stores its weight transposed."""
+    if isinstance(linear, QuantisedLinear):
+        return linear.out_features, linear.in_features
     rows, columns = _weight(linear).shape
     return (columns, rows) if _is_transposed(linear) else (rows, columns)
+
+
+def dense_weight(linear: nn.Module) -> Tensor:
+    """The frozen weight of a linear layer, ``(out, in)``; a quantised one is dequantised for this call."""
+    if isinstance(linear, QuantisedLinear):
+        return linear.dequantised()
+    weight = _weight(linear)
+    return weight.T if _is_transposed(linear) else weight
 
 
 def _is_transposed(linear: nn.Module) -> bool:
     return isinstance(linear.base if isinstance(linear, AdaptedLinear) else linear, Conv1D)
 
 
+def _kind_of(linear: nn.Module) -> tuple[torch.dtype, torch.device]:
+    """Dtype and device of a layer's products."""
+    if isinstance(linear, QuantisedLinear):
+        return linear.dtype, linear.packed.device
+    weight = _weight(linear)
+    return weight.dtype, weight.device
+
+
 def _weight(linear: nn.Module) -> Tensor:
+    if isinstance(linear, QuantisedLinear):
+        raise TypeError(f"a weight in {linear.quantise} takes no update; put the update beside it with attach_changes")
     weight = linear.weight
     assert isinstance(weight, Tensor)
     return weight

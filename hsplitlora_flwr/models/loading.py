@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from hsplitlora_flwr.models.demo import demo_model, is_demo_model
 from hsplitlora_flwr.models.families import FAMILIES, Family
 from hsplitlora_flwr.models.proof import find_family
+from hsplitlora_flwr.models.quantisation import QuantisedLinear, check_quantiser, quantise_linears
 from hsplitlora_flwr.models.split import (
     BodyModel,
     ClientModel,
@@ -40,7 +41,7 @@ class ModelFilesError(ValueError):
     """A model's files are missing, incomplete or not in a format that is read."""
 
 
-def load_causal_lm(path: str, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
+def load_causal_lm(path: str, dtype: str = "float32", device: str = "cpu", quantise: str = "none") -> PreTrainedModel:
     """A whole causal LM, frozen, in evaluation mode.
 
     Parameters
@@ -51,40 +52,41 @@ def load_causal_lm(path: str, dtype: str = "float32", device: str = "cpu") -> Pr
         ``float32``, ``bfloat16`` or ``float64``.
     device : str
         Where the weights go, for instance ``cpu`` or ``cuda:0``.
+    quantise : {"none", "8bit", "4bit"}
+        How the linear layers of the blocks hold their weights; see :mod:`hsplitlora_flwr.models.quantisation`.
 
     Raises
     ------
     ModelFilesError
         If there are no weights to read.
+    ModuleNotFoundError
+        If what quantises is not installed.
     """
+    check_quantiser(quantise)
     checkpoint = Checkpoint(path)
-    model = empty_model(checkpoint.config, dtype)
+    model = empty_model(checkpoint.config, dtype, quantise)
     _materialise({"": model}, checkpoint, dtype, device)
     model.requires_grad_(False).eval()
     return model
 
 
-def load_client_model(path: str, split: int, dtype: str = "float32", device: str = "cpu") -> ClientModel:
-    """Embeddings and blocks ``0 .. split - 1``; no other tensor is read.
-
-    Raises
-    ------
-    ModelFilesError, SplitError, UnsupportedModelError
-        If the files cannot be read, the split is out of range, or the model cannot be cut.
-    """
-    return load_client_parts(path, split, dtype, device, head=False)[0]
+def load_client_model(
+    path: str, split: int, dtype: str = "float32", device: str = "cpu", quantise: str = "none"
+) -> ClientModel:
+    """Embeddings and blocks ``0 .. split - 1``; no other tensor is read. As for :func:`load_client_parts`."""
+    return load_client_parts(path, split, dtype, device, quantise, head=False)[0]
 
 
 @overload
 def load_client_parts(
-    path: str, split: int, dtype: str = ..., device: str = ..., *, head: Literal[True] = ...
+    path: str, split: int, dtype: str = ..., device: str = ..., quantise: str = ..., *, head: Literal[True] = ...
 ) -> tuple[ClientModel, HeadModel]: ...
 @overload
 def load_client_parts(
-    path: str, split: int, dtype: str = ..., device: str = ..., *, head: bool
+    path: str, split: int, dtype: str = ..., device: str = ..., quantise: str = ..., *, head: bool
 ) -> tuple[ClientModel, HeadModel | None]: ...
 def load_client_parts(
-    path: str, split: int, dtype: str = "float32", device: str = "cpu", *, head: bool = True
+    path: str, split: int, dtype: str = "float32", device: str = "cpu", quantise: str = "none", *, head: bool = True
 ) -> tuple[ClientModel, HeadModel | None]:
     """What a client holds: embeddings and blocks ``0 .. split - 1``, and with ``head`` the final norm and the head.
 
@@ -92,7 +94,7 @@ def load_client_parts(
 
     Parameters
     ----------
-    path, dtype, device : str
+    path, dtype, device, quantise : str
         As for :func:`load_causal_lm`.
     split : int
         Number of blocks of the client, ``1 <= split <= L - 1``.
@@ -103,11 +105,14 @@ def load_client_parts(
     ------
     ModelFilesError, SplitError, UnsupportedModelError
         If the files cannot be read, the split is out of range, or the model cannot be cut.
+    ModuleNotFoundError
+        If what quantises is not installed.
     """
+    check_quantiser(quantise)
     checkpoint = Checkpoint(path)
     family = find_family(checkpoint.config)
     check_split(checkpoint.config, split)
-    model = empty_model(checkpoint.config, dtype)
+    model = empty_model(checkpoint.config, dtype, quantise)
     client, top = client_part(model, family, split), head_part(model, family) if head else None
     modules = {f"{family.decoder}.": client.decoder} | ({"": top.causal_lm} if top else {})
     _materialise(modules, checkpoint, dtype, device)
@@ -223,11 +228,17 @@ def check_model(path: str, split_min: int = 1, split_max: int = 0) -> Family:
     return find_family(checkpoint.config)
 
 
-def empty_model(config: PretrainedConfig, dtype: str = "float32") -> PreTrainedModel:
-    """A causal LM whose parameters have shapes but no memory; its computed buffers (rotary tables) are real."""
+def empty_model(config: PretrainedConfig, dtype: str = "float32", quantise: str = "none") -> PreTrainedModel:
+    """A causal LM whose parameters have shapes but no memory; its computed buffers (rotary tables) are real.
+
+    With ``quantise`` the linear layers of its blocks quantise what they load.
+    """
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     model.tie_weights()
+    if quantise != "none":
+        family = find_family(config)
+        quantise_linears(model.get_submodule(f"{family.decoder}.{family.blocks}"), quantise)
     model.requires_grad_(False).eval()
     return model
 
@@ -259,6 +270,8 @@ class Checkpoint:
     def tensors(self, names: list[str], prefix: str) -> Iterator[tuple[str, Tensor]]:
         """The tensors called ``names``, memory-mapped, shard by shard.
 
+        Every tensor has a mapping of its own: pages that were read stay in memory for no longer than their tensor.
+
         ``prefix`` is the name of the base model inside the causal LM (``transformer`` for GPT-2): a checkpoint may hold
         names with it or without it.
 
@@ -275,9 +288,11 @@ class Checkpoint:
             file = self._file(shard)
             if file is None:
                 raise ModelFilesError(f"model.path={self.path}: the weight file {shard} is missing")
-            with self._open(file) as tensors:
-                for name, stored in pairs:
-                    yield name, tensors.get_tensor(stored)
+            for name, stored in pairs:
+                with self._open(file) as tensors:
+                    tensor = tensors.get_tensor(stored)
+                yield name, tensor
+                del tensor
 
     def tensor(self, name: str, prefix: str) -> Tensor:
         """One tensor, memory-mapped; as for :meth:`tensors`."""
@@ -330,7 +345,11 @@ def _materialise(modules: Mapping[str, PreTrainedModel], checkpoint: Checkpoint,
                 f"model.path={checkpoint.path}: '{name}' has shape {tuple(tensor.shape)}, "
                 f"the configuration says {tuple(wanted)}"
             )
-        value = nn.Parameter(tensor.to(device=device, dtype=getattr(torch, dtype)), requires_grad=False)
+        tensor = tensor.to(device=device, dtype=getattr(torch, dtype))
+        if isinstance(owner, QuantisedLinear) and attribute == "weight":
+            owner.load(tensor)
+            continue
+        value = nn.Parameter(tensor, requires_grad=False)
         for _, owner, attribute in by_first_name[name]:
             setattr(owner, attribute, value)
     for module in modules.values():

@@ -36,6 +36,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hsplitlora_flwr.models.families import Family, shorten
+from hsplitlora_flwr.models.quantisation import QuantisedLinear
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -105,8 +106,11 @@ class ModelPart(nn.Module):
         self.blocks[int(index) - self.first_block].set_submodule(inside, module)
 
     def resident_parameters(self) -> int:
-        """Number of base parameters held here; adapters do not count."""
-        return sum(p.numel() for name, p in self.named_parameters() if not name.endswith(("lora_A", "lora_B")))
+        """Number of base parameters held here, quantised ones included; adapters do not count."""
+        plain = sum(p.numel() for name, p in self.named_parameters() if not name.endswith(("lora_A", "lora_B")))
+        return plain + sum(
+            module.out_features * module.in_features for module in self.modules() if isinstance(module, QuantisedLinear)
+        )
 
 
 class ClientModel(ModelPart):
@@ -454,8 +458,8 @@ class _Absent(nn.Module):
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer: nn.Linear, GPT-2's Conv1D, or one of them with an adapter."""
-    return isinstance(module, nn.Linear | Conv1D) or getattr(module, "is_adapted_linear", False)
+    """Whether a module is a linear layer: nn.Linear, GPT-2's Conv1D, one of them quantised, or with an adapter."""
+    return isinstance(module, nn.Linear | Conv1D | QuantisedLinear) or getattr(module, "is_adapted_linear", False)
 
 
 def _share(module: M) -> M:

@@ -8,10 +8,10 @@ needs no weights. A client peaks while it loads or while it trains:
     training = process + weights + adapters x (parameter + gradient + optimizer states)
                + activations kept for backward + the largest temporary
 
-An update that is merged into the weights is gone before training starts; one beside them (bf16) stays. Where the labels
-stay with the client it also holds the final norm and the head, and their step may be the largest temporary. Activations
-are kept for every micro-batch that is under way. Where they are computed again, a block keeps its input alone, and all
-of one block is the temporary.
+An update that is merged into the weights is gone before training starts; one beside them (bf16, 8 or 4 bits) stays.
+Where the labels stay with the client it also holds the final norm and the head, and their step may be the largest
+temporary. Activations are kept for every micro-batch that is under way. Where they are computed again, a block keeps
+its input alone, and all of one block is the temporary. A quantised weight is dequantised for each of its products.
 
 The activations are those of a padded batch of the longest sequences. Weights are read through a memory map, so the rows
 of the embeddings that no text has used yet are not resident: a short run stays below the prediction by as much.
@@ -31,6 +31,7 @@ from hsplitlora_flwr.config import WIRES
 from hsplitlora_flwr.lora.layers import takes_changes
 from hsplitlora_flwr.models.families import Family, shorten
 from hsplitlora_flwr.models.loading import empty_model
+from hsplitlora_flwr.models.quantisation import dequantised_bytes, weight_bytes
 from hsplitlora_flwr.models.split import client_part, head_part
 from hsplitlora_flwr.planning.trace import trace_block, trace_head
 
@@ -65,6 +66,8 @@ class Workload:
         its share of the memory is an upper bound.
     recompute : bool
         Whether blocks keep their input alone and compute the rest again in the backward pass.
+    quantise : {"none", "8bit", "4bit"}
+        How the linear layers of the blocks hold their weights; their products are in ``dtype``.
 
     Raises
     ------
@@ -80,6 +83,7 @@ class Workload:
     labels: str = "server"
     in_flight: int = 1
     recompute: bool = False
+    quantise: str = "none"
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
@@ -197,6 +201,11 @@ class CostModel:
         ]
         matrices = [layer.in_features * layer.out_features for layer in trace.layers.values()]
         self.linear_parameters, self._largest_matrix = sum(matrices), max(matrices)
+        # What quantising takes off a block.
+        self._saved = self.linear_parameters * workload.item - sum(
+            weight_bytes(layer.out_features, layer.in_features, workload.item, workload.quantise)
+            for layer in trace.layers.values()
+        )
         self._block_update = 4 * sum(
             min(layer.in_features * layer.out_features, layer.adapter_parameters(update_rank))
             if update_rank is not None
@@ -214,6 +223,7 @@ class CostModel:
         else:
             every = {layer.name: 1 for layer in self.all_layers}
             step = trace.peak - self._kept(every, self.all_layers, 0, 1) // in_flight
+        step += dequantised_bytes(self._largest_matrix, workload.item, workload.quantise)
         # All but one may be on the wire while that one is computed on; or all are, and nothing is computed.
         self.temporary_bytes = max(step + (in_flight - 1) * frames, self.cut_bytes + in_flight * frames)
         self.head_bytes = trace_head(head_part(model, family), *shape) + (in_flight - 1) * frames
@@ -229,6 +239,15 @@ class CostModel:
         """
         above = (self.num_blocks - split) * self.block_parameters
         return self.total_parameters - above - (0 if self._client_has_labels else self.head_parameters)
+
+    def client_weight_bytes(self, split: int) -> int:
+        """Bytes of :meth:`client_parameters`, as they are held."""
+        return self.client_parameters(split) * self.workload.item - split * self._saved
+
+    @property
+    def total_weight_bytes(self) -> int:
+        """Bytes of the whole base, as it is held."""
+        return self.total_parameters * self.workload.item - self.num_blocks * self._saved
 
     def client_bytes(
         self, split: int, ranks: Mapping[str, int], process_bytes: int = 0, *, updated: bool = True
@@ -263,7 +282,7 @@ class CostModel:
             ``weights``, ``adapters``, ``activations``, ``update``, ``temporary`` and ``process``.
         """
         return self._parts(
-            weights=self.client_parameters(split),
+            weights=self.client_weight_bytes(split),
             adapters=self.adapter_bytes(ranks, 0, split),
             activations=self.kept_bytes(ranks, 0, split),
             update=self.update_bytes(split) if updated else 0,
@@ -278,11 +297,11 @@ class CostModel:
     def _parts(
         self, weights: int, adapters: int, activations: int, update: int, temporary: int, process: int
     ) -> dict[str, int]:
-        """The parts of a client's peak, from its number of weights and the bytes of the rest."""
-        if update and takes_changes(getattr(torch, self.workload.dtype)):
+        """The parts of a client's peak."""
+        if update and takes_changes(getattr(torch, self.workload.dtype), self.workload.quantise):
             update = max(update + 4 * self._largest_matrix - adapters - activations - temporary, 0)
         return {
-            "weights": weights * self.workload.item,
+            "weights": weights,
             "adapters": adapters,
             "activations": activations,
             "update": update,
@@ -295,7 +314,7 @@ class CostModel:
 
         One base, the accumulated update, and for each client ``(split, ranks)`` its own part.
         """
-        base = self.total_parameters * self.workload.item + self.update_bytes(self.num_blocks)
+        base = self.total_weight_bytes + self.update_bytes(self.num_blocks)
         return process_bytes + base + sum(self.server_share(split, ranks) for split, ranks in clients.values())
 
     def server_share(self, split: int, ranks: Mapping[str, int]) -> int:
@@ -309,7 +328,7 @@ class CostModel:
     def whole_bytes(self, ranks: Mapping[str, int], process_bytes: int = 0, *, updated: bool = True) -> int:
         """Predicted peak memory of a client that trains the unsplit model; parameters as for :meth:`client_bytes`."""
         parts = self._parts(
-            weights=self.total_parameters,
+            weights=self.total_weight_bytes,
             adapters=self.adapter_bytes(ranks, 0, self.num_blocks),
             activations=self.kept_bytes(ranks, 0, self.num_blocks),
             update=self.update_bytes(self.num_blocks) if updated else 0,

@@ -20,9 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from hsplitlora_flwr.lora.layers import AdaptedLinear, shape_of
+from hsplitlora_flwr.lora.layers import AdaptedLinear, dense_weight, shape_of
 from hsplitlora_flwr.models.split import ClientModel, ModelPart
 
 ROWS = 1024
@@ -222,12 +221,7 @@ def gradient_weight_product(linear: nn.Module, inputs: Tensor, gradient: Tensor)
     inputs, gradient : Tensor
         What it read, ``(..., in)``, and ``dLoss/dy`` at its output, ``(..., out)``.
     """
-    base = _base(linear)
-    x, g = inputs.flatten(0, -2), gradient.flatten(0, -2)
-    weight = base.weight
-    assert isinstance(weight, Tensor)
-    if isinstance(base, Conv1D):
-        weight = weight.T
+    x, g, weight = inputs.flatten(0, -2), gradient.flatten(0, -2), dense_weight(_base(linear))
     total = g.new_zeros((), dtype=torch.promote_types(g.dtype, torch.float32))
     for start in range(0, weight.shape[0], ROWS):
         rows = slice(start, start + ROWS)

@@ -45,29 +45,38 @@ class TrainingRecord:
 
 
 def load_client(
-    path: str, split: int, dtype: str, device: str, changes: Mapping[str, Change], *, head: bool = False
+    path: str,
+    split: int,
+    dtype: str,
+    device: str,
+    changes: Mapping[str, Change],
+    *,
+    quantise: str = "none",
+    head: bool = False,
 ) -> tuple[ClientModel, HeadModel | None]:
-    """The client's part with the accumulated update: in the weights where they are fp32, else beside them.
+    """The client's part with the accumulated update: in the weights where they hold it exactly, else beside them.
 
     Parameters
     ----------
-    path, split, dtype, device, head
+    path, split, dtype, device, quantise, head
         As for :func:`hsplitlora_flwr.models.load_client_parts`.
     changes : Mapping[str, Change]
         The update by absolute layer name.
     """
-    model, tail = load_client_parts(path, split, dtype, device, head=head)
-    return _with_changes(model, changes), tail
+    model, tail = load_client_parts(path, split, dtype, device, quantise, head=head)
+    return _with_changes(model, changes, quantise), tail
 
 
-def load_whole(path: str, dtype: str, device: str, changes: Mapping[str, Change]) -> WholeModel:
+def load_whole(
+    path: str, dtype: str, device: str, changes: Mapping[str, Change], *, quantise: str = "none"
+) -> WholeModel:
     """The whole model with the accumulated update, for methods that do not split; parameters as above."""
-    model = load_causal_lm(path, dtype, device)
-    return _with_changes(whole_model(model, find_family(model.config)), changes)
+    model = load_causal_lm(path, dtype, device, quantise)
+    return _with_changes(whole_model(model, find_family(model.config)), changes, quantise)
 
 
-def _with_changes(model: P, changes: Mapping[str, Change]) -> P:
-    if takes_changes(model.dtype):
+def _with_changes(model: P, changes: Mapping[str, Change], quantise: str) -> P:
+    if takes_changes(model.dtype, quantise):
         weights = dict(model.linears())
         merge_changes(model, changes, lambda name: cast(Tensor, weights[name].weight))
     else:

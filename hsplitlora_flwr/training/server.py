@@ -48,15 +48,15 @@ class SharedBase:
 
     Parameters
     ----------
-    path, dtype, device : str
+    path, dtype, device, quantise : str
         As for :func:`hsplitlora_flwr.models.load_causal_lm`.
     """
 
-    def __init__(self, path: str, dtype: str = "float32", device: str = "cpu") -> None:
-        self.model = load_causal_lm(path, dtype, device)
+    def __init__(self, path: str, dtype: str = "float32", device: str = "cpu", quantise: str = "none") -> None:
+        self.model = load_causal_lm(path, dtype, device, quantise)
         self.family = find_family(self.model.config)
         self._checkpoint = Checkpoint(path)
-        self._in_place = takes_changes(self.model.dtype)
+        self._in_place = takes_changes(self.model.dtype, quantise)
         self._changes: Mapping[str, Change] = {}
 
     def update(self, changes: Mapping[str, Change]) -> None:
@@ -89,7 +89,13 @@ class SharedBase:
         return self._with_changes(whole_model(self.model, self.family))
 
     def merged(self) -> PreTrainedModel:
-        """The whole model with the update in its weights, rounded to their dtype; parts are not to be made any more."""
+        """The whole model with the update in its weights, rounded to their dtype; parts are not to be made any more.
+
+        Raises
+        ------
+        TypeError
+            If weights are quantised.
+        """
         self._merge()
         return self.model
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from hsplitlora_flwr.lora import AdapterSpec, Delta, attach_changes, extract, inject, merge_changes
-from hsplitlora_flwr.lora.layers import SeededDropout, draw_masks
+from hsplitlora_flwr.lora.layers import SeededDropout, draw_masks, shape_of
 from hsplitlora_flwr.models import split_model
-from tests.tiny import random_batches, tiny_model
+from tests.tiny import quantised_twins, random_batches, tiny_model
 
 
 def changes_for(names: list[str], shapes: dict[str, tuple[int, int]]) -> Delta:
@@ -87,6 +89,30 @@ def test_over_a_bf16_base_the_update_stays_fp32() -> None:
     rounded = (weight.float() + delta.changes()[name].dense()).to(torch.bfloat16)
     assert (rounded == weight).float().mean() > 0.9
     client(batch.input_ids, batch.attention_mask)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_over_a_quantised_base_the_update_stays_exact(name: str, tmp_path: Path) -> None:
+    model, plain = quantised_twins(name, "4bit", tmp_path)
+    client, _ = split_model(model, 1)
+    before = {key: buffer.clone() for key, buffer in model.named_buffers()}
+    delta = changes_for([layer for layer, _ in client.linears()], {n: shape_of(m) for n, m in client.linears()})
+    attach_changes(client, delta.changes())
+    specs = {layer: AdapterSpec(2, 4.0) for layer, _ in client.linears()}
+    inject(client, specs, "s")
+    for layer, module in client.linears():
+        assert module.lora_A.dtype == torch.float64
+        rows, columns = delta.changes()[layer].shape
+        x = torch.randn(3, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        stored = plain.get_submodule(layer)
+        weight = stored.weight.T if name == "gpt2" else stored.weight
+        exact = x @ (weight + delta.changes()[layer].dense().double()).T
+        bias = 0 if stored.bias is None else stored.bias
+        torch.testing.assert_close(module(x), exact + bias, rtol=0, atol=1e-6)
+        assert module.lora_B.shape == (rows, 2)
+    assert all(torch.equal(buffer, before[key]) for key, buffer in model.named_buffers())
+    with pytest.raises(TypeError, match=r"a weight in 4bit takes no update; .* attach_changes"):
+        merge_changes(split_model(model, 1)[0], delta.changes(), lambda layer: plain.get_parameter(f"{layer}.weight"))
 
 
 def test_dropout_acts_in_training_only() -> None:

@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 from hsplitlora_flwr.config import WIRES, Config, TrainConfig
 from hsplitlora_flwr.lora import AdapterSpec, inject
 from hsplitlora_flwr.methods import cost_model, make_round_plan
-from hsplitlora_flwr.models import find_family, split_model
+from hsplitlora_flwr.models import find_family, load_causal_lm, load_client_model, split_model
 from hsplitlora_flwr.models.split import ModelPart, client_part, head_part, whole_model
 from hsplitlora_flwr.planning import Budget, CostModel, PlanError, Workload
 from hsplitlora_flwr.training.recompute import recompute_blocks
@@ -36,9 +36,10 @@ def cost_of(
     dtype: str = "float32",
     labels: str = "server",
     in_flight: int = 1,
+    quantise: str = "none",
 ) -> CostModel:
     config = tiny_model(name).config
-    workload = Workload(ROWS, LENGTH, dtype, labels=labels, in_flight=in_flight)
+    workload = Workload(ROWS, LENGTH, dtype, labels=labels, in_flight=in_flight, quantise=quantise)
     return CostModel(config, find_family(config), workload, targets)
 
 
@@ -119,6 +120,47 @@ def test_client_step_takes_what_is_predicted(name: str, dtype: str) -> None:
 
     parts = cost.memory_parts(3, ranks, updated=False)
     assert parts["adapters"] == 4 * adapters
+    assert parts["activations"] + parts["temporary"] == pytest.approx(allocated_peak(step), rel=0.1)
+
+
+@pytest.mark.parametrize("quantise", ["8bit", "4bit"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt-350m-like"])
+def test_quantised_weights_have_the_predicted_bytes(name: str, dtype: str, quantise: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    tiny_model(name).save_pretrained(tmp_path)
+    cost = cost_of(name, dtype=dtype, quantise=quantise)
+
+    def held(part: torch.nn.Module) -> int:
+        buffers = (b for key, b in part.named_buffers() if key.endswith(("packed", "scales")))
+        return sum(tensor.nbytes for tensor in (*part.parameters(), *buffers))
+
+    for split in range(1, cost.num_blocks):
+        client = load_client_model(str(tmp_path), split, dtype, quantise=quantise)
+        assert cost.memory_parts(split, {})["weights"] == held(client)
+        assert cost.client_parameters(split) == client.resident_parameters()
+    whole = held(load_causal_lm(str(tmp_path), dtype, quantise=quantise))
+    update = cost.update_bytes(cost.num_blocks)
+    assert cost.server_bytes({}) == whole + update
+    parts = cost.memory_parts(2, {}), cost.memory_parts(2, {}, updated=False)
+    assert parts[0]["update"] - parts[1]["update"] == cost.update_bytes(2), "it stays beside the weights"
+
+
+@pytest.mark.parametrize("quantise", ["8bit", "4bit"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_over_a_quantised_base_takes_what_is_predicted(dtype: str, quantise: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    tiny_model("llama").save_pretrained(tmp_path)
+    cost = cost_of("llama", dtype=dtype, quantise=quantise)
+    client = load_client_model(str(tmp_path), 3, dtype, quantise=quantise)
+    ranks = {layer.name: 8 for layer in cost.layers if layer.block < 3}
+    adapt(client, ranks)
+
+    def step() -> None:
+        cut = client(IDS, MASK)
+        cut.backward(torch.ones_like(cut))
+
+    parts = cost.memory_parts(3, ranks, updated=False)
     assert parts["activations"] + parts["temporary"] == pytest.approx(allocated_peak(step), rel=0.1)
 
 

@@ -6,6 +6,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ from hsplitlora_flwr.planning.importance import (
     smooth,
     unit_cost,
 )
-from tests.tiny import BLOCKS, CONFIGS, random_batches, tiny_model
+from tests.tiny import BLOCKS, CONFIGS, quantised_twins, random_batches, tiny_model
 
 Matrices = Mapping[str, Tensor]
 
@@ -111,6 +112,19 @@ def test_both_sides_score_what_they_hold(name: str) -> None:
         assert split_scores(client, server, some_batches()) == pytest.approx(expected, rel=1e-5)
         parameters = (p for part in (client, server) for p in part.parameters())
         assert all(p.grad is None for p in parameters), "no gradient may be kept"
+
+
+@pytest.mark.parametrize(("name", "quantise"), [("llama", "8bit"), ("gpt2", "4bit")])
+def test_scores_of_a_quantised_base_are_those_of_its_dequantised_weights(
+    name: str, quantise: str, tmp_path: Path
+) -> None:
+    model, plain = quantised_twins(name, quantise, tmp_path)
+    parts = split_model(model, 2)
+    changes = random_changes(parts)
+    for part in parts:
+        attach_changes(part, changes)
+    expected = dense_scores(plain, some_batches(), {layer: change.dense() for layer, change in changes.items()})
+    assert split_scores(*parts, some_batches()) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("update", ["none", "merged", "attached"])

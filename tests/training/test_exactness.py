@@ -8,22 +8,23 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from hsplitlora_flwr.config import TrainConfig
 from hsplitlora_flwr.lora import AdapterSpec, extract, inject
 from hsplitlora_flwr.lora.aggregation import Factors
-from hsplitlora_flwr.models import split_model
+from hsplitlora_flwr.models import load_causal_lm, split_model
 from hsplitlora_flwr.training.client import ClientTrainer, take_turn, train_client
 from hsplitlora_flwr.training.schedule import AdapterOptimizer, learning_rate
 from hsplitlora_flwr.training.server import ServerTrainer
 from hsplitlora_flwr.transport.frames import Activation, Finished, Frame, Gradient, HiddenGradient, decode, encode
-from tests.tiny import BLOCKS, CONFIGS, random_batches, tiny_model
+from tests.tiny import BLOCKS, CONFIGS, quantised_twins, random_batches, tiny_model
 
 Labels = Literal["server", "client"]
 
@@ -123,8 +124,17 @@ def train_in_turns(
     return adapters_of(client, server), client.record.losses
 
 
-def peft_twin(model: PreTrainedModel, specs: Mapping[str, AdapterSpec]) -> PeftModel:
+def starts_of(model: PreTrainedModel, specs: Mapping[str, AdapterSpec]) -> dict[str, Factors]:
+    client, server = split_model(model, 1)
+    inject(client, specs, "seed"), inject(server, specs, "seed")
+    return {**extract(client), **extract(server)}
+
+
+def peft_twin(
+    model: PreTrainedModel, specs: Mapping[str, AdapterSpec], starts: Mapping[str, Factors] | None = None
+) -> PeftModel:
     """The unsplit model under stock PEFT, its adapters started like ours."""
+    starts = starts or starts_of(model, specs)
     config = LoraConfig(
         r=1,
         target_modules=list(specs),
@@ -133,9 +143,6 @@ def peft_twin(model: PreTrainedModel, specs: Mapping[str, AdapterSpec]) -> PeftM
         fan_in_fan_out=model.config.model_type == "gpt2",
         lora_dropout=0.0,
     )
-    client, server = split_model(model, 1)
-    inject(client, specs, "seed"), inject(server, specs, "seed")
-    starts = {**extract(client), **extract(server)}
     twin = get_peft_model(model, config, autocast_adapter_dtype=False).to(model.dtype)
     for name, spec in specs.items():
         layer = twin.get_submodule(f"base_model.model.{name}")
@@ -143,8 +150,10 @@ def peft_twin(model: PreTrainedModel, specs: Mapping[str, AdapterSpec]) -> PeftM
     return twin
 
 
-def train_unsplit(model: PreTrainedModel, specs: Mapping[str, AdapterSpec]) -> tuple[dict[str, Factors], list[float]]:
-    twin = peft_twin(model, specs)
+def train_unsplit(
+    model: PreTrainedModel, specs: Mapping[str, AdapterSpec], starts: Mapping[str, Factors] | None = None
+) -> tuple[dict[str, Factors], list[float]]:
+    twin = peft_twin(model, specs, starts)
     parameters = [p for p in twin.parameters() if p.requires_grad]
     adamw = torch.optim.AdamW(parameters, weight_decay=TRAIN.weight_decay)
     losses = []
@@ -261,6 +270,35 @@ def test_a_bf16_base_trains_fp32_adapters() -> None:
     assert losses == pytest.approx(exact, rel=2e-2)
     assert {factor.dtype for pair in adapters.values() for factor in pair} == {torch.float32}
     assert all(b.abs().max() > 0 for b, _ in adapters.values())
+
+
+QUANTISED = [("llama", "4bit"), ("gpt2", "4bit"), ("opt-350m-like", "4bit"), ("gemma2", "4bit"), ("gpt2", "8bit")]
+
+
+@pytest.mark.parametrize(("name", "quantise"), QUANTISED)
+def test_a_quantised_base_trains_as_the_weights_that_it_stands_for(name: str, quantise: str, tmp_path: Path) -> None:
+    model, plain = quantised_twins(name, quantise, tmp_path)
+    specs = specs_of(model)
+    expected, losses = train_unsplit(plain, specs)
+    before = {key: buffer.clone() for key, buffer in model.named_buffers()}
+    got, split_losses = train_split(model, specs, 2)
+    assert split_losses == pytest.approx(losses, rel=1e-9)
+    assert_same(got, expected)
+    assert all(torch.equal(buffer, before[key]) for key, buffer in model.named_buffers())
+
+
+@pytest.mark.parametrize("quantise", ["8bit", "4bit"])
+def test_a_quantised_base_trains_as_stock_peft_over_bitsandbytes(quantise: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    tiny_model("llama", dtype=torch.float32).save_pretrained(tmp_path)
+    model = load_causal_lm(str(tmp_path), quantise=quantise)
+    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    chosen = BitsAndBytesConfig(load_in_8bit=True) if quantise == "8bit" else four
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=chosen, dtype=torch.float32)
+    specs = specs_of(model)
+    _, expected = train_unsplit(stock, specs, starts_of(model, specs))
+    _, losses = train_split(model, specs, 2)
+    assert losses == pytest.approx(expected, rel=1e-5)
 
 
 def test_frames_that_do_not_belong_are_refused() -> None:

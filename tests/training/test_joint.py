@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from hsplitlora_flwr.config import TrainConfig
 from hsplitlora_flwr.lora import AdapterSpec, extract, inject
 from hsplitlora_flwr.lora.delta import Change
-from hsplitlora_flwr.lora.layers import draw_masks
+from hsplitlora_flwr.lora.layers import draw_masks, shape_of
 from hsplitlora_flwr.models.split import ServerModel
 from hsplitlora_flwr.training.joint import JointPass
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
@@ -135,6 +135,21 @@ def test_an_update_beside_the_weights(base_of: Callable[..., SharedBase]) -> Non
     check(base, works, 0.05)  # bfloat16
     assert abs(differentiate(works[0]) - without) > 0.01 * without
     base.update({})
+
+
+@pytest.mark.parametrize("quantise", ["8bit", "4bit"])
+def test_a_quantised_base_with_an_update_beside_it(quantise: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    tiny_model("gpt2").save_pretrained(tmp_path)
+    base = SharedBase(str(tmp_path), "float64", quantise=quantise)
+    generator = torch.Generator().manual_seed(0)
+    layers = [(name, linear) for name, linear in base.server_part(2).linears() if name.endswith("c_fc")]
+    base.update({name: Change(matrix=torch.randn(shape_of(linear), generator=generator)) for name, linear in layers})
+    works = works_of(client_parts(base, [2, 1, 2]), [8, 8, 6], [2, 2, 1])
+    check(base, works, 1e-6)  # the update is in fp32
+    changed = differentiate(works[0])
+    base.update({})
+    assert abs(differentiate(works_of(client_parts(base, [2]), [8], [2])[0]) - changed) > 1e-3 * changed
 
 
 def test_nothing_is_accumulated_by_a_pass_that_fails(base_of: Callable[..., SharedBase]) -> None:
