@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hsplitlora_flwr.checks import check_model_settings, check_text
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.data.sources import DataError, Example, TextData
 from hsplitlora_flwr.methods import cost_model
-from hsplitlora_flwr.models import ModelFilesError, SplitError
+from hsplitlora_flwr.models import ModelFilesError, SplitError, quantisation
 from hsplitlora_flwr.planning import PlanError
 from tests.tiny import tiny_model
 
@@ -40,6 +41,13 @@ def test_each_mistake_has_an_error_of_its_own(config: Config, tmp_path: Path) ->
         check_model_settings(change(config, lora__targets="query"))
     with pytest.raises(ModelFilesError, match="no folder of that name"):
         check_model_settings(change(config, model__path=str(tmp_path / "nothing")))
+
+
+def test_what_quantises_is_missing(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantisation._functional.cache_clear()
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    with pytest.raises(ModuleNotFoundError, match=r"model\.quantise.*pip install 'hsplitlora_flwr\[quantised\]'"):
+        check_model_settings(change(config, model__quantise="8bit", model__path="is not looked at"))
 
 
 def test_a_budget_below_the_weights_names_the_missing_bytes(config: Config) -> None:
