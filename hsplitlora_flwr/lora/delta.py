@@ -262,12 +262,12 @@ class _Layer:
 
     @classmethod
     def whole(cls, change: Change, version: int) -> _Layer:
-        return cls(change, (f"{version}-{digest(*change.tensors)}",))
+        return cls(change, (f"{version}-{_name(change)}",))
 
     def plus(self, update: Change, version: int) -> _Layer:
         if not update.nbytes:
             return self
-        states = (*self.states, f"{version}-{digest(self.states[-1], *update.tensors)}")
+        states = (*self.states, f"{version}-{_name(update, self.states[-1])}")
         updates = (*self.updates, update)
         while _nbytes(updates) >= 4 * math.prod(update.shape):  # not below those of the dense matrix
             states, updates = states[1:], updates[1:]
@@ -317,6 +317,11 @@ def unpack(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Change]]:
             yield name, Change(matrix=tensor)
         elif role == "B":
             yield name, Change(factors=(tensor, tensors[f"{name}:A"]))
+
+
+def _name(change: Change, *before: str) -> str:
+    """A digest of what came before and of a change's sums along each rank: to tell changes apart, not to check them."""
+    return digest(*before, *(tensor.sum(dim) for dim, tensor in enumerate(change.tensors)))
 
 
 def digest(*parts: str | Tensor) -> str:
@@ -414,7 +419,7 @@ def _checked(update: Update, layers: Mapping[str, _Layer]) -> dict[str, Change]:
             raise DeltaError(f"layer '{name}' is {layers[name].change.shape}, and its update is {shape}")
         if not (is_finite(b) and is_finite(a)):
             raise DeltaError(f"layer '{name}': the update is not finite; lower train.lr or set train.clip")
-        if not (b.any() and a.any()):
+        if not all(factor.numel() and any(factor.aminmax()) for factor in (b, a)):
             b, a = b[:, :0], a[:0]
         changes[name] = _smallest(*(factor.detach().to("cpu", torch.float32) for factor in (b, a)))
     return changes
