@@ -425,7 +425,7 @@ class CostModel:
             return 0
         lowest = first if everything else min(layer.block for layer in adapted)
         inputs = {(layer.block, layer.input_id): layer.input_bytes for layer in adapted}
-        low = sum(self._low_rank_bytes(ranks[layer.name]) for layer in adapted)
+        low = self._low_rank_bytes(sum(ranks[layer.name] for layer in adapted))
         return (last - lowest) * self.block_bytes + sum(inputs.values()) + low
 
     def adapter_price(self, layer: Layer, rank: int) -> int:

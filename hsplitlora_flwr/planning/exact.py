@@ -29,7 +29,7 @@ GAP = 1e-4
 """The value is the best to within this share; ``Solution.bound`` proves it."""
 TIME_GAP = 0.02
 """The round is the shortest to within this share."""
-_KNAPSACKS = 24  # integer programs for single clients, largest gap first; more where the clients are few
+_KNAPSACKS = 240  # integer programs for single clients, largest gap first, over the number of classes
 _SEARCHES = 30  # limits of the slowest client that are tried
 
 
@@ -100,7 +100,7 @@ class _Planner:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.knapsack = Knapsack(problem)
-        self._knapsacks = _KNAPSACKS + 10 * _KNAPSACKS // len(problem.classes)
+        self._knapsacks = _KNAPSACKS // len(problem.classes)
 
     def maximise(self, limit: float, server_limit: float, gap: float = GAP) -> Solution | None:
         """The most value, to within a share ``gap``, when a client may take ``limit`` seconds and the server

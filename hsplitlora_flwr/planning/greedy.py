@@ -27,9 +27,10 @@ def solve(problem: Problem, important_share: float) -> Assignment:
     order = np.argsort(-problem.importance, kind="stable")
     held = np.cumsum(problem.importance[order]) - problem.importance[order]  # by those before
     important = order[held < important_share * problem.importance.sum()]
+    needed = _bytes_needed(problem, important)
     below = {}
     for number, each in enumerate(problem.classes):
-        split = deepest_split(problem, each.memory, important, len(problem.ranks) - 1)
+        split = max((split for split in problem.splits if needed[split] <= each.memory), default=problem.splits[0])
         below[number, split] = len(each.members), _fill_client(problem, each.memory, split, order)
     clients = np.zeros(problem.cost.num_blocks, dtype=np.int64)
     for (_, split), (members, _) in below.items():
@@ -37,13 +38,14 @@ def solve(problem: Problem, important_share: float) -> Assignment:
     return problem.assign(below, _fill_server(problem, clients, order))
 
 
-def deepest_split(problem: Problem, memory: float, layers: NDArray[np.intp], rank: int) -> int:
-    """The deepest split at which ``layers`` below it all get the ``rank``-th rank; else the shallowest."""
-    for split in reversed(problem.splits[1:]):
-        wanted = {int(m): rank for m in layers if problem.block[m] < split}
-        if max(problem.floor[split], problem.base[split] + problem.training_bytes(split, wanted)) <= memory:
-            return split
-    return problem.splits[0]
+def _bytes_needed(problem: Problem, important: NDArray[np.intp]) -> dict[int, float]:
+    """What a client needs at each split for the highest rank on the important layers below it."""
+    rank = len(problem.ranks) - 1
+    needed = {}
+    for split in problem.splits:
+        wanted = {int(m): rank for m in important if problem.block[m] < split}
+        needed[split] = max(problem.floor[split], problem.base[split] + problem.training_bytes(split, wanted))
+    return needed
 
 
 def _fill_client(problem: Problem, memory: float, split: int, order: NDArray[np.intp]) -> Choice:

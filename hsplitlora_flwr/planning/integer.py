@@ -18,7 +18,8 @@ from hsplitlora_flwr.planning.knapsack import rank_losses
 from hsplitlora_flwr.planning.mix import Aim, Mix, rank_profits, split_prices
 from hsplitlora_flwr.planning.problem import Array, Problem
 
-_NODES = 500  # of the search tree; what is proven by then stands
+_NODES = 20  # of the search tree; what is proven by then stands, and more of them seldom prove more
+_VARIABLES = 2500  # a larger program takes its time, and has so many adapters that rounding loses next to nothing
 
 _INFEASIBLE = 2  # status of scipy.optimize.milp
 
@@ -47,8 +48,11 @@ def solve_counts(problem: Problem, below: Array, aim: Aim, prices: Array, width:
     number, split = np.nonzero(np.isfinite(price) & (price - price.min(axis=1, keepdims=True) <= width))
     layer, rank = np.nonzero((rank_losses(problem, profits, prices[1]) <= width) & (problem.values > 0))
 
-    layers, inputs, blocks = len(problem.values), len(problem.input_bytes), problem.cost.num_blocks
     y, w = len(number), len(layer)
+    if y + w > _VARIABLES:
+        return Mix.none()
+
+    layers, inputs, blocks = len(problem.values), len(problem.input_bytes), problem.cost.num_blocks
     taken = _ones(layer, np.arange(w), layers, w)
     of_layer = np.arange(layers)
     constraints = [

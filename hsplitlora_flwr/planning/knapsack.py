@@ -22,6 +22,7 @@ from hsplitlora_flwr.planning.problem import Array, Choice, Problem
 EPS = 1e-9
 """Relative slack of comparisons of seconds, which are not whole numbers as bytes are."""
 _GAP = 2e-5  # of an integer program
+_NODES = 100  # of its search tree; what is proven by then stands
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ class Knapsack:
                 LinearConstraint(sparse.hstack([taken, -kept], format="csr"), -np.inf, 0),
                 LinearConstraint(np.array(joint), -np.inf, most),
             ],
-            options={"mip_rel_gap": _GAP, "presolve": False},  # little is left for presolve to do
+            options={"mip_rel_gap": _GAP, "node_limit": _NODES, "presolve": False},  # little is left for presolve to do
         )
         if result.x is None:
             return None, bound

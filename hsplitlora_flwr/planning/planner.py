@@ -124,8 +124,8 @@ def make_plan(
     Returns
     -------
     Plan
-        No budget is exceeded by the cost model. The exact plan is proven to be within ``exact.GAP`` of the optimum for
-        a dozen clients or so, typically within ten times that for hundreds with different budgets; ``bound`` tells.
+        No budget is exceeded by the cost model. At ``tolerance`` 0 the exact plan is proven to be within ``exact.GAP``
+        of the optimum for a few clients of a small model, typically within ten times that else; ``bound`` tells.
 
     Raises
     ------
