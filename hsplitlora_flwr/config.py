@@ -168,8 +168,11 @@ class TrainConfig:
     schedule: str = _setting("constant", "learning rate by global step", choices=("constant", "linear", "cosine"))
     warmup_steps: int = _setting(0, "steps of linear warm-up", low=0)
     weight_decay: float = _setting(0.0, "weight decay", low=0.0)
-    recompute: bool = _setting(
-        False, "compute the activations of blocks again in the backward pass, on both sides: less memory, more time"
+    recompute: str = _setting(
+        "off",
+        "whether blocks compute their activations again in the backward pass: less memory, more time; "
+        "auto = on the side whose memory does not hold its part of the plan otherwise",
+        choices=("off", "on", "auto"),
     )
     joint: str = _setting(
         "auto",

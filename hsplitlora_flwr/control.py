@@ -121,6 +121,8 @@ class Task:
         What the client's accumulated update lacks.
     start : Mapping[str, Factors]
         Adapters of the client's layers to go on from, scale folded in; empty where adapters start afresh.
+    recompute, server_recompute : bool
+        Whether blocks of the client, and of the server for it, compute their activations again in the backward pass.
     """
 
     config: Config
@@ -136,6 +138,8 @@ class Task:
     token: str = ""
     patch: Patch = field(default_factory=lambda: Patch(0, {}))
     start: Mapping[str, Factors] = field(default_factory=dict)
+    recompute: bool = False
+    server_recompute: bool = False
 
     @property
     def method(self) -> Method:
@@ -190,6 +194,8 @@ class Task:
             "first-step": self.first_step,
             "steps": self.steps,
             "spacious": self.spacious,
+            "recompute": self.recompute,
+            "server-recompute": self.server_recompute,
         }
 
     @classmethod
@@ -206,6 +212,8 @@ class Task:
             first_step=int(text["first-step"]),
             steps=int(text["steps"]),
             spacious=bool(text["spacious"]),
+            recompute=bool(text["recompute"]),
+            server_recompute=bool(text["server-recompute"]),
             **more,
         )
 

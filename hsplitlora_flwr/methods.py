@@ -119,7 +119,6 @@ def cost_model(config: Config, rows: int, length: int, clients: int = 0) -> Cost
         bool(train.momentum),
         labels=config.split.labels if method.split else "server",
         in_flight=min(config.transport.in_flight, micro_batches) if method.split else 1,
-        recompute=train.recompute,
         quantise=config.model.quantise,
     )
     family, highest = find_family(model), max(*config.ranks, config.lora.rank)
@@ -167,6 +166,7 @@ def make_round_plan(
             cost,
             ranks=config.ranks if method.ranks == "budget" else (config.lora.rank,),
             over_budget=plan.over_budget,
+            recompute=train.recompute,
         )
     if method.ranks == "equal":
         return equal_plan(
@@ -177,6 +177,7 @@ def make_round_plan(
             server=server,
             min_split=split.min,
             max_split=split.max or None,
+            recompute=train.recompute,
         )
     return make_plan(
         budgets,
@@ -192,4 +193,5 @@ def make_round_plan(
         deadline=plan.deadline or None,
         steps=train.steps * math.ceil(train.batch_size / (train.micro_batch_size or train.batch_size)),
         wire=(config.transport.up, config.transport.down),
+        recompute=train.recompute,
     )

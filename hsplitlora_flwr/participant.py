@@ -85,7 +85,7 @@ class Participant:
         adapters = inject(self.model, task.specs, task.seed, start, freeze_a=task.method.freeze_a)
         self.optimizer = AdapterOptimizer(adapters, train)
         self.model.train()
-        if train.recompute:
+        if task.recompute:
             recompute_blocks(self.model)
         # |W * gradient| is not additive over parts of a batch, so a probe takes the batch whole
         self._micro_batch_size = 0 if task.kind == PROBE else train.micro_batch_size

@@ -23,7 +23,12 @@ def plan_rows(clients: Iterable[Description], plan: Plan, num_blocks: int) -> li
             "left_out": "",
         }
         if own := plan.clients.get(client.name):
-            row |= {"split": own.split, "ranks": dict(own.ranks), "predicted_bytes": own.predicted_bytes}
+            row |= {
+                "split": own.split,
+                "ranks": dict(own.ranks),
+                "recompute": own.recomputing,
+                "predicted_bytes": own.predicted_bytes,
+            }
         else:
             row["left_out"] = f"misses {plan.left_out[client.name]:,} bytes of memory"
         rows.append(row)
@@ -75,6 +80,7 @@ def client_row(
         "examples": client.examples,
         "split": plan.split,
         "ranks": {rank: ranks.count(rank) for rank in sorted(set(ranks))},
+        "recompute": plan.recomputing,
         "trainable_parameters": sum(b.numel() + (a.numel() if trains_a else 0) for b, a in adapters.values()),
         "resident_parameters": int(metrics["resident-parameters"]),
         "budget_bytes": client.memory_bytes,

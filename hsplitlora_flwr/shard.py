@@ -46,7 +46,7 @@ class Shard:
         device = pick_device(config.model.device)
         self.base = SharedBase(config.model.path, config.model.dtype, device, config.model.quantise)
         self._takes_all = config.train.joint == "on" or (config.train.joint == "auto" and device != "cpu")
-        self._together = JointPass(self.base, recompute=config.train.recompute)
+        self._together = JointPass(self.base)
 
     def admit(self, task: Task, start: Mapping[str, Factors], report: Callable[[StepReport], None]) -> Task:
         """Set up the server's half of a client's task.
@@ -72,11 +72,11 @@ class Shard:
         else:
             adapters = inject(model, task.specs, task.seed, start, freeze_a=task.method.freeze_a)
             optimizer = AdapterOptimizer(adapters, self._config.train)
-            if self._config.train.recompute:
+            if task.server_recompute:
                 recompute_blocks(model)
             through, threads = differentiate, self._threads
             if self._takes_all and task.kind == TRAIN and isinstance(model, ServerModel):
-                self._together.enter(model)
+                self._together.enter(model, recompute=task.server_recompute)
                 through, threads = self._together, all_cores
             worker = ServerTrainer(model.train(), optimizer, report, threads, self._config.transport.down, through)
         self._workers[task.client] = worker
@@ -100,7 +100,7 @@ class Shard:
     def dismiss_all(self) -> None:
         """End the round: forget adapters and optimizers, and the tokens with the streams that they opened."""
         self._workers.clear()
-        self._together = JointPass(self.base, recompute=self._config.train.recompute)
+        self._together = JointPass(self.base)
         trim_heap()  # every client's thread has left freed activations behind
         if self._stream:
             self._stream.dismiss_all()

@@ -230,12 +230,8 @@ class HSplitLoRA(Strategy):
         """One train message per planned client, and the server's half of its training behind a fresh token."""
         if self.method.carries:  # what training goes on from is the global adapter, not an update in the weights
             self.base.update({})
-        messages = []
-        for node, plan in self.plans.items():
-            alpha, dropout = self.config.alpha, self.config.lora.dropout
-            specs = {name: AdapterSpec(rank, alpha(rank), dropout) for name, rank in plan.ranks.items()}
-            messages.append(self._admit(node, TRAIN, server_round, plan.split, specs, self.config.train.steps))
-        return messages
+        steps = self.config.train.steps
+        return [self._admit(node, TRAIN, server_round, plan, steps) for node, plan in self.plans.items()]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -328,7 +324,7 @@ class HSplitLoRA(Strategy):
     ) -> Iterable[Message]:
         """One message per client that trained, to measure what it keeps out of training."""
         return [
-            self._admit(node, EVALUATE, server_round, plan.split, {}, 0)
+            self._admit(node, EVALUATE, server_round, replace(plan, ranks={}), 0)
             for node, plan in self.plans.items()
             if node in self.clients.descriptions
         ]
@@ -396,14 +392,16 @@ class HSplitLoRA(Strategy):
     def _probe(self, grid: Grid, server_round: int) -> dict[str, float]:
         """One measurement: every client scores the weights below a provisional split, the server those above."""
         self.report.status("measuring which weights matter")
-        config, messages = self.config, []
+        config, messages, again = self.config, [], self.config.train.recompute == "on"
+        bounds = config.split.min, config.split.max or None
         above: dict[int, dict[str, float]] = {}
         with ExitStack() as stack:
             for node, client in self.clients.descriptions.items():
-                split = probe_split(self._cost, client.budget, config.ranks, config.split.min, config.split.max or None)
+                split = probe_split(self._cost, client.budget, config.ranks, *bounds, recompute=again)
                 if split is None:  # it cannot take part at all; the planner says by how many bytes
                     continue
-                messages.append(self._admit(node, PROBE, server_round, split, {}, config.plan.probe_batches))
+                plan = ClientPlan(split, {}, 0, recompute=again, server_recompute=again)
+                messages.append(self._admit(node, PROBE, server_round, plan, config.plan.probe_batches))
                 upper = self.shard.trainer(client.name).model
                 above[node] = stack.enter_context(scoring(upper, config.plan.cost, config.lora.rank))
             replies = self.clients.exchange(grid, messages, server_round, self._answer)
@@ -416,23 +414,25 @@ class HSplitLoRA(Strategy):
             measured.append((examples[node] / sum(examples.values()), scores))
         return combine(measured)
 
-    def _admit(
-        self, node: int, kind: str, server_round: int, split: int, specs: Mapping[str, AdapterSpec], steps: int
-    ) -> Message:
+    def _admit(self, node: int, kind: str, server_round: int, plan: ClientPlan, steps: int) -> Message:
         """Set the server's half of one client up, if there is one, and write the message that starts the client's."""
-        held = {layer.name for layer in self._cost.all_layers if layer.block < split}
+        alpha, dropout = self.config.alpha, self.config.lora.dropout
+        specs = {name: AdapterSpec(rank, alpha(rank), dropout) for name, rank in plan.ranks.items()}
+        held = {layer.name for layer in self._cost.all_layers if layer.block < plan.split}
         start = {name: truncate(factors, specs[name].rank) for name, factors in self.adapter.items() if name in specs}
         task = Task(
             config=self.config,
             kind=kind,
             client=self.clients.name(node),
             round=server_round,
-            split=split,
+            split=plan.split,
             specs=specs,
             first_step=(server_round - 1) * self.config.train.steps,
             steps=steps,
             spacious=kind == TRAIN and self.clients.descriptions[node].is_spacious(self.plans[node].predicted_bytes),
             start={name: factors for name, factors in start.items() if name in held},
+            recompute=plan.recompute,
+            server_recompute=plan.server_recompute,
         )
         if self.method.split:
             task = self.shard.admit(task, start, lambda step: self._report_step(task, step))

@@ -146,6 +146,7 @@ def _table(result: Forecast) -> Table:
         "blocks",
         "ranks",
         "mean",
+        "recompute",
         "memory",
         *PARTS,
         *(["round"] if timed else []),
@@ -156,7 +157,8 @@ def _table(result: Forecast) -> Table:
         ranks = list(client.ranks.values()) or [0]
         # The cost model takes the memory of a part of the model apart, not that of the whole.
         whole = split == cost.num_blocks
-        parts = {} if whole else cost.memory_parts(split, client.ranks, budget.process_bytes)
+        again = client.recompute
+        parts = {} if whole else cost.memory_parts(split, client.ranks, budget.process_bytes, recompute=again)
         table.add_row(
             name,
             format_bytes(budget.memory_bytes),
@@ -164,6 +166,7 @@ def _table(result: Forecast) -> Table:
             f"0-{split - 1}" if split > 1 else "0",
             f"{min(ranks)}-{max(ranks)}" if min(ranks) < max(ranks) else str(ranks[0]),
             f"{sum(ranks) / len(ranks):.1f}",
+            client.recomputing,
             format_bytes(client.predicted_bytes),
             *(format_bytes(parts[part]) if parts else "-" for part in PARTS),
             *([f"{client.predicted_seconds:.3g} s"] if timed else []),

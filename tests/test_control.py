@@ -30,7 +30,7 @@ def test_task() -> None:
     change = Change(factors=(torch.randn(4, 2), torch.randn(2, 4)))
     patch = Patch(2, {"model.layers.0.q": LayerPatch("0", "2-ab", (change,))})
     start = {"model.layers.1.q": (torch.randn(4, 3), torch.randn(3, 4))}
-    sent = Task(config, TRAIN, "1", 3, 2, specs, 24, 12, True, patch=patch, start=start)
+    sent = Task(config, TRAIN, "1", 3, 2, specs, 24, 12, True, patch=patch, start=start, recompute=True)
     sent = sent.over_stream(Endpoint("127.0.0.1:5", "PEM", "name"), "secret")
     records = sent.to_records()
     task = Task.from_records(records)
@@ -39,6 +39,7 @@ def test_task() -> None:
     assert task.config == config
     assert task.spacious
     assert task.specs == specs
+    assert (task.recompute, task.server_recompute) == (True, False)
     [part] = task.patch.layers.values()
     assert (part.start, part.end, task.patch.version) == ("0", "2-ab", 2)
     for mine, theirs in zip(part.updates[0].tensors, change.tensors, strict=True):

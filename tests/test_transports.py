@@ -8,6 +8,7 @@ import shutil
 import socket
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from threading import Barrier, Lock
 from typing import Any
@@ -19,6 +20,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hsplitlora_flwr.control import FORGET, PROBE, TRAIN, TURN
+from hsplitlora_flwr.methods import make_round_plan
+from hsplitlora_flwr.models.split import ClientModel, ModelPart
+from hsplitlora_flwr.planning import Plan
 from hsplitlora_flwr.training.client import TrainingRecord, train_client
 from hsplitlora_flwr.training.joint import JointPass
 from hsplitlora_flwr.training.server import MicroBatch
@@ -60,8 +64,32 @@ def same_run(tiny_folder: Path, tmp_path: Path, **changes: Any) -> tuple[dict[st
 def test_computing_activations_again_gives_the_same_adapters(tiny_folder: Path, tmp_path: Path) -> None:
     same_plan = {"method.name": "hsplitlora-no-armsc", "split.point": 2, "train.rounds": 1}
     same_run(tiny_folder, tmp_path / "kept", **same_plan)
-    same_run(tiny_folder, tmp_path / "again", **same_plan | {"train.recompute": True})
+    same_run(tiny_folder, tmp_path / "again", **same_plan | {"train.recompute": "on"})
     assert_same(adapter(tmp_path / "again"), adapter(tmp_path / "kept"))
+
+
+def test_each_side_computes_again_what_its_plan_says(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts: dict[str, list[ModelPart]] = {"participant": [], "shard": []}
+
+    def planned(*arguments: Any) -> Plan:
+        plan = make_round_plan(*arguments)
+        clients = {
+            name: replace(client, recompute=name == "1", server_recompute=name != "0")
+            for name, client in plan.clients.items()
+        }
+        return replace(plan, clients=clients)
+
+    monkeypatch.setattr("hsplitlora_flwr.strategy.make_round_plan", planned)
+    for module, seen in parts.items():
+        monkeypatch.setattr(f"hsplitlora_flwr.{module}.recompute_blocks", seen.append)
+    same_plan = {"method.name": "hsplitlora-no-armsc", "split.point": 2, "train.rounds": 1}
+    summary, _ = same_run(tiny_folder, tmp_path, **same_plan)
+    rows = {row["client"]: row["recompute"] for row in summary["rounds"][-1]["clients"]}
+    assert rows == {str(i): ("none", "both", "server")[min(i, 2)] for i in range(len(GB))}
+    assert len(parts["participant"]) == 1 and isinstance(parts["participant"][0], ClientModel)
+    assert len(parts["shard"]) == len(GB) - 1
 
 
 def train_at_once(grid: LocalGrid, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,10 +65,15 @@ class JointLinear(nn.Module):
         assert isinstance(weight, Tensor)
         return weight
 
+    @property
+    def adapters(self) -> list[AdaptedLinear]:
+        """Those of the clients whose rows the batch holds."""
+        return [share.layers[self._name] for share in self._batch.shares if self._name in share.layers]
+
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
         shares = self._batch.shares
-        if not any(self._name in share.layers for share in shares):
+        if not self.adapters:
             return y
         # Some models flatten (batch, seq) on the way to a layer.
         rows = x.reshape(self._batch.rows, -1, x.shape[-1])

@@ -64,8 +64,6 @@ class Workload:
     in_flight : int
         Micro-batches whose activations are kept at once. A server that computes the loss takes them one by one; then
         its share of the memory is an upper bound.
-    recompute : bool
-        Whether blocks keep their input alone and compute the rest again in the backward pass.
     quantise : {"none", "8bit", "4bit"}
         How the linear layers of the blocks hold their weights; their products are in ``dtype``.
 
@@ -82,7 +80,6 @@ class Workload:
     momentum: bool = False
     labels: str = "server"
     in_flight: int = 1
-    recompute: bool = False
     quantise: str = "none"
 
     def __post_init__(self) -> None:
@@ -129,7 +126,10 @@ class Layer:
 
 
 class CostModel:
-    """Memory of clients and server as a function of split points and ranks.
+    """Memory of clients and server as a function of split points, ranks, and whether activations are computed again.
+
+    Where ``recompute`` is given, blocks of that side keep their input alone and compute the rest again in the backward
+    pass.
 
     Parameters
     ----------
@@ -188,9 +188,7 @@ class CostModel:
             raise PlanError(
                 f"lora.targets names {missing}; the blocks of this model have {sorted(_last_names(trace.layers))}"
             )
-        again = workload.recompute
-        inputs = 0 if again else in_flight
-        traced = {n: dataclasses.replace(la, input_bytes=inputs * la.input_bytes) for n, la in trace.layers.items()}
+        traced = {n: dataclasses.replace(la, input_bytes=in_flight * la.input_bytes) for n, la in trace.layers.items()}
         self.all_layers = [
             Layer(f"{family.block_name(index)}.{name}", index, *dataclasses.astuple(layer))
             for index in range(self.num_blocks)
@@ -214,19 +212,20 @@ class CostModel:
             if layer.block == 0
         )
         self.cut_bytes = self.rows * int(config.hidden_size) * workload.item
-        self.block_bytes = in_flight * (self.cut_bytes if again else trace.kept)
+        self._block_bytes = in_flight * trace.kept, in_flight * self.cut_bytes  # kept, computed again
         # A micro-batch on the wire: one frame as sent, one as received, and a copy of each inside the stream.
         frames = 4 * self.cut_bytes // workload.item * workload.adapter_item
         low_rank = self.rows * workload.adapter_item  # what an adapter of rank 1 keeps
-        if again:  # one block, all of it, with adapters of the highest rank
-            step = trace.peak + (adapter_rank - 1) * len(trace.layers) * low_rank
-        else:
-            every = {layer.name: 1 for layer in self.all_layers}
-            step = trace.peak - self._kept(every, self.all_layers, 0, 1) // in_flight
-        step += dequantised_bytes(self._largest_matrix, workload.item, workload.quantise)
+        every = {layer.name: 1 for layer in self.all_layers}
+        dequantised = dequantised_bytes(self._largest_matrix, workload.item, workload.quantise)
+        step = dequantised + trace.peak - self._kept(every, self.all_layers, 0, 1) // in_flight
+        # one block, all of it
+        again = dequantised + trace.peak + (adapter_rank - 1) * len(trace.layers) * low_rank
         # All but one may be on the wire while that one is computed on; or all are, and nothing is computed.
-        self.temporary_bytes = max(step + (in_flight - 1) * frames, self.cut_bytes + in_flight * frames)
-        self.head_bytes = trace_head(head_part(model, family), *shape) + (in_flight - 1) * frames
+        waiting, all_waiting = (in_flight - 1) * frames, self.cut_bytes + in_flight * frames
+        self.temporary_bytes = max(step + waiting, all_waiting)
+        self._temporary_again = max(again + waiting, all_waiting)
+        self.head_bytes = trace_head(head_part(model, family), *shape) + waiting
         self._head_flops = 2.0 * self.rows * int(config.vocab_size) * int(config.hidden_size)
         heads = int(config.num_attention_heads)
         head_size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
@@ -250,7 +249,13 @@ class CostModel:
         return self.total_parameters * self.workload.item - self.num_blocks * self._saved
 
     def client_bytes(
-        self, split: int, ranks: Mapping[str, int], process_bytes: int = 0, *, updated: bool = True
+        self,
+        split: int,
+        ranks: Mapping[str, int],
+        process_bytes: int = 0,
+        *,
+        recompute: bool = False,
+        updated: bool = True,
     ) -> int:
         """Predicted peak memory of a client process; the sum of :meth:`memory_parts`.
 
@@ -262,13 +267,21 @@ class CostModel:
             By absolute layer name; layers at or above ``split`` are not the client's and do not count.
         process_bytes : int
             What the process takes for itself; see :func:`hsplitlora_flwr.training.memory.process_bytes`.
+        recompute : bool
+            Whether its activations are computed again.
         updated : bool
             Whether the client gets an accumulated update, as from the second round on.
         """
-        return sum(self.memory_parts(split, ranks, process_bytes, updated=updated).values())
+        return sum(self.memory_parts(split, ranks, process_bytes, recompute=recompute, updated=updated).values())
 
     def memory_parts(
-        self, split: int, ranks: Mapping[str, int], process_bytes: int = 0, *, updated: bool = True
+        self,
+        split: int,
+        ranks: Mapping[str, int],
+        process_bytes: int = 0,
+        *,
+        recompute: bool = False,
+        updated: bool = True,
     ) -> dict[str, int]:
         """Predicted peak memory of a client process by what takes it, in bytes.
 
@@ -281,18 +294,20 @@ class CostModel:
         dict[str, int]
             ``weights``, ``adapters``, ``activations``, ``update``, ``temporary`` and ``process``.
         """
+        adapters = self.adapter_bytes(ranks, 0, split)
         return self._parts(
             weights=self.client_weight_bytes(split),
-            adapters=self.adapter_bytes(ranks, 0, split),
-            activations=self.kept_bytes(ranks, 0, split),
+            adapters=adapters,
+            activations=self.kept_bytes(ranks, 0, split, recompute=recompute),
             update=self.update_bytes(split) if updated else 0,
-            temporary=self._temporary(self._client_has_labels),
+            temporary=self._temporary(self._client_has_labels, recompute and adapters > 0),
             process=process_bytes,
         )
 
-    def _temporary(self, head: bool) -> int:
+    def _temporary(self, head: bool, recompute: bool) -> int:
         """The largest temporary of a part, with or without the head."""
-        return max(self.temporary_bytes, self.head_bytes) if head else self.temporary_bytes
+        blocks = self._temporary_again if recompute else self.temporary_bytes
+        return max(blocks, self.head_bytes) if head else blocks
 
     def _parts(
         self, weights: int, adapters: int, activations: int, update: int, temporary: int, process: int
@@ -309,49 +324,59 @@ class CostModel:
             "process": process,
         }
 
-    def server_bytes(self, clients: Mapping[str, tuple[int, Mapping[str, int]]], process_bytes: int = 0) -> int:
+    def server_bytes(
+        self,
+        clients: Mapping[str, tuple[int, Mapping[str, int]]],
+        process_bytes: int = 0,
+        *,
+        recompute: bool = False,
+    ) -> int:
         """Predicted peak memory of the server.
 
         One base, the accumulated update, and for each client ``(split, ranks)`` its own part.
         """
         base = self.total_weight_bytes + self.update_bytes(self.num_blocks)
-        return process_bytes + base + sum(self.server_share(split, ranks) for split, ranks in clients.values())
+        shares = (self.server_share(split, ranks, recompute=recompute) for split, ranks in clients.values())
+        return process_bytes + base + sum(shares)
 
-    def server_share(self, split: int, ranks: Mapping[str, int]) -> int:
+    def server_share(self, split: int, ranks: Mapping[str, int], *, recompute: bool = False) -> int:
         """What one client costs the server: adapters, activations and temporaries from ``split`` up."""
         return (
             self.adapter_bytes(ranks, split, self.num_blocks)
-            + self.kept_bytes(ranks, split, self.num_blocks, everything=True)
-            + self._temporary(not self._client_has_labels)
+            + self.kept_bytes(ranks, split, self.num_blocks, everything=True, recompute=recompute)
+            + self._temporary(not self._client_has_labels, recompute)
         )
 
-    def whole_bytes(self, ranks: Mapping[str, int], process_bytes: int = 0, *, updated: bool = True) -> int:
+    def whole_bytes(
+        self, ranks: Mapping[str, int], process_bytes: int = 0, *, recompute: bool = False, updated: bool = True
+    ) -> int:
         """Predicted peak memory of a client that trains the unsplit model; parameters as for :meth:`client_bytes`."""
         parts = self._parts(
             weights=self.total_weight_bytes,
             adapters=self.adapter_bytes(ranks, 0, self.num_blocks),
-            activations=self.kept_bytes(ranks, 0, self.num_blocks),
+            activations=self.kept_bytes(ranks, 0, self.num_blocks, recompute=recompute),
             update=self.update_bytes(self.num_blocks) if updated else 0,
-            temporary=self._temporary(True),
+            temporary=self._temporary(True, recompute),
             process=process_bytes,
         )
         return sum(parts.values())
 
-    def client_flops(self, split: int, ranks: Mapping[str, int]) -> float:
+    def client_flops(self, split: int, ranks: Mapping[str, int], *, recompute: bool = False) -> float:
         """Floating-point operations of the client in one training step, forward and backward.
 
         Nothing below the lowest adapted block needs a backward pass. A multiplication and an addition are two. With the
         labels goes the head, as for :meth:`server_flops`.
         """
-        return self._block_flops(ranks, 0, split) + (2 * self._head_flops if self._client_has_labels else 0)
+        head = 2 * self._head_flops if self._client_has_labels else 0
+        return self._block_flops(ranks, 0, split, recompute=recompute) + head
 
-    def server_flops(self, split: int, ranks: Mapping[str, int]) -> float:
+    def server_flops(self, split: int, ranks: Mapping[str, int], *, recompute: bool = False) -> float:
         """Floating-point operations of the server for one client in one training step.
 
         The backward pass always reaches the cut. Every position is taken as labelled, so the head's share is a bound.
         """
         head = 0 if self._client_has_labels else 2 * self._head_flops
-        return self._block_flops(ranks, split, self.num_blocks, everything=True) + head
+        return self._block_flops(ranks, split, self.num_blocks, everything=True, recompute=recompute) + head
 
     def whole_flops(self, ranks: Mapping[str, int]) -> float:
         """Floating-point operations of one training step of the unsplit model."""
@@ -387,7 +412,15 @@ class CostModel:
         scales = 4 * self.rows if wire == "int8" else 0  # fp32, one per token
         return self.cut_bytes // self.workload.item * int(getattr(torch, wire).itemsize) + scales
 
-    def _block_flops(self, ranks: Mapping[str, int], first: int, last: int, *, everything: bool = False) -> float:
+    def _block_flops(
+        self,
+        ranks: Mapping[str, int],
+        first: int,
+        last: int,
+        *,
+        everything: bool = False,
+        recompute: bool = False,
+    ) -> float:
         """Of blocks ``first .. last - 1``; backward reaches down to the lowest adapted one, or to all of them."""
         adapted = [layer for layer in self.layers if first <= layer.block < last and ranks.get(layer.name, 0)]
         lowest = first if everything else min((layer.block for layer in adapted), default=last)
@@ -395,7 +428,7 @@ class CostModel:
         # The gradient of a frozen layer's input costs as much as its forward pass; attention has two operands.
         backward = 2.0 * self.rows * self.linear_parameters + 2 * self._attention_flops
         low_rank = 2.0 * self.rows * sum(layer.adapter_parameters(ranks[layer.name]) for layer in adapted)
-        if self.workload.recompute:
+        if recompute:
             backward, low_rank = backward + forward, low_rank * 4 / 3
         return (last - first) * forward + (last - lowest) * backward + 3 * low_rank
 
@@ -409,33 +442,53 @@ class CostModel:
         parameters = sum(layer.adapter_parameters(ranks.get(layer.name, 0)) for layer in layers)
         return parameters * self.workload.adapter_parameter_bytes
 
-    def kept_bytes(self, ranks: Mapping[str, int], first: int, last: int, *, everything: bool = False) -> int:
+    def kept_bytes(
+        self,
+        ranks: Mapping[str, int],
+        first: int,
+        last: int,
+        *,
+        everything: bool = False,
+        recompute: bool = False,
+    ) -> int:
         """Activations that blocks ``first .. last - 1`` keep for backward, for all micro-batches in flight.
 
         Below the lowest adapter no gradient is needed and nothing is kept, unless ``everything`` says that the input of
         the first block asks for its gradient, as the cut activation does on the server.
         """
-        return self._kept(ranks, self.layers, first, last, everything=everything)
+        return self._kept(ranks, self.layers, first, last, everything=everything, recompute=recompute)
 
     def _kept(
-        self, ranks: Mapping[str, int], layers: Iterable[Layer], first: int, last: int, *, everything: bool = False
+        self,
+        ranks: Mapping[str, int],
+        layers: Iterable[Layer],
+        first: int,
+        last: int,
+        *,
+        everything: bool = False,
+        recompute: bool = False,
     ) -> int:
         adapted = [layer for layer in layers if first <= layer.block < last and ranks.get(layer.name, 0)]
         if not adapted and not everything:
             return 0
         lowest = first if everything else min(layer.block for layer in adapted)
+        blocks = (last - lowest) * self.block_bytes(recompute)
+        if recompute:
+            return blocks
         inputs = {(layer.block, layer.input_id): layer.input_bytes for layer in adapted}
-        low = self._low_rank_bytes(sum(ranks[layer.name] for layer in adapted))
-        return (last - lowest) * self.block_bytes + sum(inputs.values()) + low
+        return blocks + sum(inputs.values()) + self._low_rank_bytes(sum(ranks[layer.name] for layer in adapted))
 
-    def adapter_price(self, layer: Layer, rank: int) -> int:
+    def block_bytes(self, recompute: bool = False) -> int:
+        """What a block without adapters keeps for backward, for all micro-batches in flight."""
+        return self._block_bytes[recompute]
+
+    def adapter_price(self, layer: Layer, rank: int, *, recompute: bool = False) -> int:
         """What one more adapter adds to :meth:`adapter_bytes` and :meth:`kept_bytes`, its input apart."""
-        return layer.adapter_parameters(rank) * self.workload.adapter_parameter_bytes + self._low_rank_bytes(rank)
+        kept = 0 if recompute else self._low_rank_bytes(rank)
+        return layer.adapter_parameters(rank) * self.workload.adapter_parameter_bytes + kept
 
     def _low_rank_bytes(self, rank: int) -> int:
         """What an adapter of ``rank`` keeps for backward between ``A`` and ``B``, for all micro-batches in flight."""
-        if self.workload.recompute:
-            return 0
         return self.workload.in_flight * rank * self.rows * self.workload.adapter_item
 
     def update_bytes(self, split: int) -> int:

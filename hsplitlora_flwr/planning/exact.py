@@ -8,6 +8,9 @@ client is on its own (:mod:`hsplitlora_flwr.planning.knapsack`), above it client
 A round lasts as long as the slowest client's own time plus the server's. For a fixed limit on the slowest client, the
 splits and ranks that take longer drop out and the rest is as without it. The limit is one number, searched by branch
 and bound: a longer limit never costs value, nor time of the server.
+
+Where activations may be computed again, each knapsack says which of the two is worth more, and the server's side is
+solved both ways unless it has room for everything.
 """
 
 from __future__ import annotations
@@ -81,26 +84,62 @@ def solve(problem: Problem, deadline: float | None, tolerance: float) -> tuple[A
     PlanError
         If no plan fits the server's memory or meets the deadline; the text says what is missing.
     """
-    planner = _Planner(problem)
-    best = planner.maximise(math.inf, math.inf)
-    if best is None:
-        clients = np.bincount(planner.deepest(), problem.sizes, problem.cost.num_blocks).astype(np.int64)
-        raise problem.server_too_small(clients)
-    if deadline is not None and best.seconds > deadline:
-        best = planner.maximise_within(deadline)
-    fastest = planner.shorten(best, (1 - tolerance) * best.value)
+    found, bound = _best(problem, deadline)
+    target = (1 - tolerance) * max(best.value for _, best in found)
+    rounds = [(planner, planner.shorten(best, target)) for planner, best in found if best.value >= target]
+    planner, fastest = min(rounds, key=lambda each: each[1].seconds)
     # What the shortest round leaves room for goes back to the ranks, and so does a little of its time.
     spare = TIME_GAP / 4 * fastest.seconds
     richest = planner.maximise(fastest.own, min(fastest.served + spare, (deadline or math.inf) - fastest.own), 10 * GAP)
     chosen = max((s for s in (fastest, richest) if s), key=lambda s: s.value)
-    return planner.assign(chosen), max(best.bound, best.value)
+    return planner.assign(chosen), bound
+
+
+def _best(problem: Problem, deadline: float | None) -> tuple[list[tuple[_Planner, Solution]], float]:
+    """The most value, for a server that keeps its activations and for one that computes them again, and a bound of
+    both. The second is not tried where the first gives all that the clients leave to it."""
+    knapsack, found, bound, late = Knapsack(problem), [], 0.0, None
+    for costs in problem.costs:
+        planner = _Planner(problem.serving(costs), knapsack)
+        try:
+            best = planner.best(deadline)
+        except PlanError as error:
+            late = late or error
+            continue
+        if best is None:
+            continue
+        found.append((planner, best))
+        bound = max(bound, best.bound, best.value)
+        if costs is not problem.costs[-1] and best.value >= (1 - 10 * GAP) * (most := planner.most()):
+            return found, max(bound, most)
+    if not found:
+        clients = np.bincount(planner.deepest(), problem.sizes, problem.cost.num_blocks).astype(np.int64)
+        raise late or problem.server_too_small(clients)
+    return found, bound
 
 
 class _Planner:
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        self.knapsack = Knapsack(problem)
+    def __init__(self, problem: Problem, knapsack: Knapsack) -> None:
+        self.problem, self.knapsack = problem, knapsack
         self._knapsacks = _KNAPSACKS // len(problem.classes)
+
+    def best(self, deadline: float | None) -> Solution | None:
+        """The most value; None when the server's memory is too small.
+
+        Raises
+        ------
+        PlanError
+            If no plan meets the deadline.
+        """
+        best = self.maximise(math.inf, math.inf)
+        return best if best is None or deadline is None or best.seconds <= deadline else self.maximise_within(deadline)
+
+    def most(self) -> float:
+        """A bound of the value when the server may take all the memory, and everybody all the time, in the world."""
+        problem = self.problem
+        of_block = np.bincount(problem.block, problem.values[:, -1], problem.cost.num_blocks)
+        above = np.cumsum(of_block[::-1])[::-1]  # of the blocks from a split up
+        return float(problem.sizes @ (self.knapsack.bounds(math.inf) + above).max(axis=1))
 
     def maximise(self, limit: float, server_limit: float, gap: float = GAP) -> Solution | None:
         """The most value, to within a share ``gap``, when a client may take ``limit`` seconds and the server
@@ -236,7 +275,8 @@ class _Planner:
         """Seconds of the slowest client at its deepest split with the highest ranks."""
         problem = self.problem
         every = {layer.name: int(problem.ranks[-1]) for layer in problem.cost.layers}
-        flops = {split: problem.cost.client_flops(split, every) for split in problem.splits}
+        again = problem.costs[-1].recompute
+        flops = {split: problem.cost.client_flops(split, every, recompute=again) for split in problem.splits}
         return max(problem.own_seconds(number, flops[split]) for number, split in enumerate(self.deepest()))
 
     def _shortest_round(self) -> Solution:

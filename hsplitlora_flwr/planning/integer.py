@@ -46,7 +46,8 @@ def solve_counts(problem: Problem, below: Array, aim: Aim, prices: Array, width:
     of_block = np.bincount(problem.input_block, np.maximum(of_input, 0.0), problem.cost.num_blocks)
     price = split_prices(problem, below, prices) - np.cumsum(of_block[::-1])[::-1]
     number, split = np.nonzero(np.isfinite(price) & (price - price.min(axis=1, keepdims=True) <= width))
-    layer, rank = np.nonzero((rank_losses(problem, profits, prices[1]) <= width) & (problem.values > 0))
+    losses = rank_losses(problem, profits, prices[1] * problem.input_bytes)
+    layer, rank = np.nonzero((losses <= width) & (problem.values > 0))
 
     y, w = len(number), len(layer)
     if y + w > _VARIABLES:

@@ -1,9 +1,9 @@
 """The best ranks of one client below its split point: a multiple-choice knapsack with kept activations.
 
-Activations are kept from the lowest adapted block ``b`` up, so memory and time of a client are linear in its ranks once
-``b`` is fixed. Bounds come from the linear relaxation, which is solved for every capacity at once: weights by value per
-byte, cumulated, are a concave function of the capacity. Most bounds are reached by rounding; what is left is a small
-integer program.
+Activations are kept from the lowest adapted block ``b`` up, or computed again, so memory and time of a client are
+linear in its ranks once ``b`` and which of the two are fixed. Bounds come from the linear relaxation, which is solved
+for every capacity at once: weights by value per byte, cumulated, are a concave function of the capacity. Most bounds
+are reached by rounding; what is left is a small integer program.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
+from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from hsplitlora_flwr.planning.problem import Array, Choice, Problem
+from hsplitlora_flwr.planning.problem import AdapterCosts, Array, Choice, Problem
 
 EPS = 1e-9
 """Relative slack of comparisons of seconds, which are not whole numbers as bytes are."""
@@ -39,8 +41,7 @@ class Knapsack:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self._memory = Relaxation(problem, problem.prices, problem.input_bytes)
-        self._time = Relaxation(problem, problem.flops, np.zeros_like(problem.input_bytes))
+        self._packings = [_Packing(problem, costs) for costs in problem.costs]
         self._solved: dict[tuple[int, int, float], Ranks] = {}
 
     @cached_property
@@ -63,16 +64,14 @@ class Knapsack:
         best = np.where(possible, 0.0, -math.inf)
         flops = np.array([self._step_flops(number, limit) for number in range(len(problem.classes))])
         for split in problem.splits:
-            if not possible[:, split].any():
+            able = possible[:, split]
+            if not able.any():
                 break
-            for lowest in range(split):
-                blocks = split - lowest
-                value = self._memory(lowest, split, memory - problem.base[split] - blocks * problem.cost.block_bytes)
-                if not math.isinf(limit):
-                    room = flops - problem.forward[split] - blocks * problem.backward
-                    value = np.minimum(value, self._time(lowest, split, room))
-                best[:, split] = np.where(possible[:, split], np.maximum(best[:, split], value), -math.inf)
-                if lowest == 0 and (best[possible[:, split], split] >= self._memory.total(split)).all():
+            most = self._packings[0].most(split)
+            for lowest, packing in product(range(split), self._packings):
+                value = packing.bounds(lowest, split, memory[able], flops[able])
+                best[able, split] = np.maximum(best[able, split], value)
+                if lowest == 0 and (best[able, split] >= most).all():
                     break
         for (number, split, solved_limit), ranks in self._solved.items():
             if solved_limit == limit:
@@ -98,78 +97,97 @@ class Knapsack:
         each = self.problem.classes[number]
         return (limit / self.problem.steps - each.wire) * each.flops * (1 + EPS)
 
-    def _rooms(self, number: int, split: int, lowest: int, limit: float) -> tuple[float, float]:
-        """Bytes and operations for adapters from block ``lowest`` up."""
-        problem, blocks = self.problem, split - lowest
-        memory = problem.classes[number].memory - problem.base[split] - blocks * problem.cost.block_bytes
-        flops = self._step_flops(number, limit) - problem.forward[split] - blocks * problem.backward
-        return memory, flops
-
     def _improve(self, number: int, split: int, limit: float, known: Ranks | None, slack: float) -> Ranks:
-        """The best over the lowest adapted blocks: rounded when ``known`` is None, else by integer programs."""
+        """The best over the lowest adapted blocks, activations kept or not: rounded when ``known`` is None, else by
+        integer programs."""
         candidates = []
-        for lowest in range(split):
-            memory, flops = self._rooms(number, split, lowest, limit)
-            if memory >= 0 and flops >= 0:
-                value = float(self._memory(lowest, split, np.array([memory]))[0])
-                if not math.isinf(flops):
-                    value = min(value, float(self._time(lowest, split, np.array([flops]))[0]))
-                candidates.append((value, lowest, memory, flops))
+        memory, flops = np.array([self.problem.classes[number].memory]), np.array([self._step_flops(number, limit)])
+        for lowest, packing in product(range(split), self._packings):
+            bound = float(packing.bounds(lowest, split, memory, flops)[0])
+            if bound >= 0:
+                room, work = (float(array[0]) for array in packing.rooms(lowest, split, memory, flops))
+                candidates.append((bound, lowest, packing, room, work))
         best, value = (known.choice, known.value) if known else ({}, 0.0)
         bounds = [0.0]
-        for bound, lowest, memory, flops in sorted(candidates, reverse=True):
+        for bound, lowest, packing, room, work in sorted(candidates, key=itemgetter(0, 1), reverse=True):
             if bound <= value + slack:
                 bounds.append(bound)
                 break
             if known:
-                choice, bound = self._integer_program(lowest, split, memory, flops, bound, value)
+                choice, bound = packing.integer_program(lowest, split, room, work, bound, value)
             else:
-                choice = self._fill(lowest, split, memory, flops)
+                choice = packing.fill(lowest, split, room, work)
             bounds.append(bound)
             if choice is not None and (total := self.problem.value(choice)) > value:
                 best, value = choice, total
         return Ranks(best, value, max(*bounds, value))
 
-    def _fill(self, lowest: int, split: int, memory: float, flops: float) -> Choice:
+
+class _Packing:
+    """Ranks of blocks ``lowest .. split - 1`` where activations are kept, or where they are computed again."""
+
+    def __init__(self, problem: Problem, costs: AdapterCosts) -> None:
+        self.problem, self.costs = problem, costs
+        self._memory = Relaxation(problem, costs.prices, costs.input_bytes)
+        self._time = Relaxation(problem, costs.flops, np.zeros_like(costs.input_bytes))
+
+    def most(self, split: int) -> float:
+        """The value of the highest rank on every layer below ``split``."""
+        return self._memory.total(split)
+
+    def rooms(self, lowest: int, split: int, memory: Array, flops: Array) -> tuple[Array, Array]:
+        """Bytes and operations for adapters, of clients that have ``memory`` bytes and ``flops`` operations a step."""
+        costs, blocks = self.costs, split - lowest
+        room: Array = memory - costs.base[split] - blocks * costs.block_bytes
+        work: Array = flops - self.problem.forward[split] - blocks * costs.backward
+        return room, work
+
+    def bounds(self, lowest: int, split: int, memory: Array, flops: Array) -> Array:
+        """Upper bounds of the value by client; minus infinity where there is no room."""
+        room, work = self.rooms(lowest, split, memory, flops)
+        bounds = self._memory(lowest, split, room)
+        return bounds if np.isinf(work).all() else np.minimum(bounds, self._time(lowest, split, work))
+
+    def fill(self, lowest: int, split: int, memory: float, flops: float) -> Choice:
         """Raise ranks by value per byte while they fit: all that the relaxation takes whole, then what is left room
         for."""
-        problem = self.problem
+        problem, costs = self.problem, self.costs
         taken, rest = self._memory.take(lowest, split, memory)
         choice = dict(taken)  # of a layer's raises the last, which is the highest, stays
         opened = {int(problem.input[m]) for m in choice}
-        memory -= sum(problem.prices[m, k] for m, k in choice.items()) + sum(problem.input_bytes[g] for g in opened)
-        flops -= sum(problem.flops[m, k] for m, k in choice.items())
+        memory -= sum(costs.prices[m, k] for m, k in choice.items()) + sum(costs.input_bytes[g] for g in opened)
+        flops -= sum(costs.flops[m, k] for m, k in choice.items())
         while flops < 0:  # the time row binds first
             m, k = choice.popitem()
-            memory, flops = memory + problem.prices[m, k], flops + problem.flops[m, k]
+            memory, flops = memory + costs.prices[m, k], flops + costs.flops[m, k]
             if not any(problem.input[m] == problem.input[other] for other in choice):
                 opened.discard(int(problem.input[m]))
-                memory += problem.input_bytes[problem.input[m]]
+                memory += costs.input_bytes[problem.input[m]]
             rest = [*taken, *rest]
         for m, k in rest:
             before = choice.get(m, -1)
             if k <= before:
                 continue
             g = int(problem.input[m])
-            price = problem.prices[m, k] - (problem.prices[m, before] if before >= 0 else 0.0)
-            price += 0.0 if g in opened else problem.input_bytes[g]
-            work = problem.flops[m, k] - (problem.flops[m, before] if before >= 0 else 0.0)
+            price = costs.prices[m, k] - (costs.prices[m, before] if before >= 0 else 0.0)
+            price += 0.0 if g in opened else costs.input_bytes[g]
+            work = costs.flops[m, k] - (costs.flops[m, before] if before >= 0 else 0.0)
             if price <= memory and work <= flops:
                 memory, flops = memory - price, flops - work
                 choice[m] = k
                 opened.add(g)
         return choice
 
-    def _integer_program(
+    def integer_program(
         self, lowest: int, split: int, memory: float, flops: float, bound: float, value: float
     ) -> tuple[Choice | None, float]:
         """Ranks of blocks from ``lowest`` up that beat ``value``, and a bound; ranks that cannot are left out.
 
         Variables: ``x[m, k]`` and ``z[g]`` (an input is kept), all 0 or 1.
         """
-        problem = self.problem
+        problem, costs = self.problem, self.costs
         slope = self._memory.slope(lowest, split, memory)
-        losses = rank_losses(problem, problem.values - slope * problem.prices, slope)
+        losses = rank_losses(problem, problem.values - slope * costs.prices, slope * costs.input_bytes)
         inside = (problem.block >= lowest) & (problem.block < split)
         at_memory = float(self._memory(lowest, split, np.array([memory]))[0])
         useful = inside[:, None] & (problem.values > 0)
@@ -185,11 +203,11 @@ class Knapsack:
             (np.ones(len(rows)), (np.arange(len(rows)), np.searchsorted(inputs, problem.input[rows]))),
             shape=(len(rows), z),
         )
-        unit, unit_flops = float(problem.prices.min()), float(problem.flops.min())
-        joint = [np.concatenate([problem.prices[layers, ranks], problem.input_bytes[inputs]]) / unit]
+        unit, unit_flops = float(costs.prices.min()), float(costs.flops.min())
+        joint = [np.concatenate([costs.prices[layers, ranks], costs.input_bytes[inputs]]) / unit]
         most = [memory / unit]
         if not math.isinf(flops):
-            joint.append(np.concatenate([problem.flops[layers, ranks], np.zeros(z)]) / unit_flops)
+            joint.append(np.concatenate([costs.flops[layers, ranks], np.zeros(z)]) / unit_flops)
             most.append(flops / unit_flops)
         result = milp(
             -np.concatenate([problem.values[layers, ranks], np.zeros(z)]),
@@ -209,13 +227,13 @@ class Knapsack:
         return (choice if self._fits(choice, memory, flops) else None), bound
 
     def _fits(self, choice: Choice, memory: float, flops: float) -> bool:
-        problem = self.problem
+        problem, costs = self.problem, self.costs
         inputs = {int(problem.input[m]) for m in choice}
-        price = sum(problem.prices[m, k] for m, k in choice.items()) + sum(problem.input_bytes[g] for g in inputs)
-        return bool(price <= memory and sum(problem.flops[m, k] for m, k in choice.items()) <= flops)
+        price = sum(costs.prices[m, k] for m, k in choice.items()) + sum(costs.input_bytes[g] for g in inputs)
+        return bool(price <= memory and sum(costs.flops[m, k] for m, k in choice.items()) <= flops)
 
 
-def rank_losses(problem: Problem, profits: Array, byte_price: float) -> Array:
+def rank_losses(problem: Problem, profits: Array, input_prices: Array) -> Array:
     """What taking a rank on a layer costs, at prices, against the best for its input; ``(layers, ranks)``, from 0 up.
 
     Parameters
@@ -224,11 +242,11 @@ def rank_losses(problem: Problem, profits: Array, byte_price: float) -> Array:
         The layers and their inputs.
     profits : Array
         ``(layers, ranks)``; value less price.
-    byte_price : float
-        Price of a byte that an input takes.
+    input_prices : Array
+        ``(inputs,)``; of keeping an input.
     """
     best = np.maximum(profits.max(axis=1), 0.0)
-    of_input = np.bincount(problem.input, best) - byte_price * problem.input_bytes
+    of_input = np.bincount(problem.input, best) - input_prices
     losses: Array = best[:, None] - profits + np.maximum(-of_input, 0.0)[problem.input][:, None]
     return losses
 

@@ -10,8 +10,9 @@ named alternative, and its value stands beside every plan.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from hsplitlora_flwr.planning import exact, greedy
 from hsplitlora_flwr.planning.cost import CostModel, PlanError
@@ -20,6 +21,7 @@ from hsplitlora_flwr.planning.problem import Assignment, Budget, Problem
 __all__ = ["Budget", "ClientPlan", "Plan", "make_plan", "probe_split"]
 
 PLANNERS = ("exact", "greedy")
+RECOMPUTE = {"off": (False,), "on": (True,), "auto": (False, True)}
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,22 @@ class ClientPlan:
         Peak memory of the client by the cost model.
     predicted_seconds : float
         The client's own time in a round, computing and on the wire.
+    recompute, server_recompute : bool
+        Whether blocks of the client, and of the server for it, compute their activations again in the backward pass.
     """
 
     split: int
     ranks: Mapping[str, int]
     predicted_bytes: int
     predicted_seconds: float = 0.0
+    recompute: bool = False
+    server_recompute: bool = False
+
+    @property
+    def recomputing(self) -> str:
+        """The sides that compute their activations again: ``none``, ``client``, ``server`` or ``both``."""
+        sides = [side for side, again in (("client", self.recompute), ("server", self.server_recompute)) if again]
+        return "both" if len(sides) > 1 else "".join(sides) or "none"
 
 
 @dataclass(frozen=True)
@@ -90,6 +102,7 @@ def make_plan(
     deadline: float | None = None,
     steps: int = 1,
     wire: tuple[str, str] = ("float32", "float32"),
+    recompute: str = "off",
 ) -> Plan:
     """Choose a split point and ranks for every client.
 
@@ -120,6 +133,9 @@ def make_plan(
         Passes of the cost model's workload in a round of a client.
     wire : tuple[str, str]
         Numbers on the wire, up and down; see :meth:`hsplitlora_flwr.planning.cost.CostModel.wire_bytes`.
+    recompute : {"off", "on", "auto"}
+        Whether blocks compute their activations again in the backward pass, on both sides; with ``auto`` a client does,
+        and so does the server, where its memory does not hold its part of the plan otherwise.
 
     Returns
     -------
@@ -135,6 +151,7 @@ def make_plan(
     """
     max_split = cost.num_blocks - 1 if max_split is None else max_split
     _check(ranks, min_split, max_split, cost, planner, tolerance, steps)
+    choices = recompute_choices(recompute)
     if deadline is not None:
         _check_deadline(deadline, planner, [*budgets.values(), *([server] if server else [])])
     missing = {
@@ -156,6 +173,7 @@ def make_plan(
         max_split=max_split,
         steps=steps,
         wire=wire,
+        recompute=choices,
     )
     bound = math.inf
     if planner == "greedy":
@@ -171,8 +189,27 @@ def make_plan(
     return _plan(problem, able, assignment, left_out, greedy_objective, bound)
 
 
+def recompute_choices(recompute: str) -> tuple[bool, ...]:
+    """Whether activations may be kept (False) or computed again (True), what takes less time first.
+
+    Raises
+    ------
+    PlanError
+        If ``recompute`` is none of ``off``, ``on`` and ``auto``.
+    """
+    if recompute not in RECOMPUTE:
+        raise PlanError(f"recompute={recompute!r} is unknown; choose one of {', '.join(RECOMPUTE)}")
+    return RECOMPUTE[recompute]
+
+
 def probe_split(
-    cost: CostModel, budget: Budget, ranks: Sequence[int], min_split: int = 1, max_split: int | None = None
+    cost: CostModel,
+    budget: Budget,
+    ranks: Sequence[int],
+    min_split: int = 1,
+    max_split: int | None = None,
+    *,
+    recompute: bool = False,
 ) -> int | None:
     """The split point of a client while the importance is measured; None when it cannot take part.
 
@@ -183,7 +220,7 @@ def probe_split(
     lowest = min(rank for rank in ranks if rank)
     for split in range(cost.num_blocks - 1 if max_split is None else max_split, min_split, -1):
         everywhere = {layer.name: lowest for layer in cost.layers if layer.block < split}
-        if cost.client_bytes(split, everywhere, budget.process_bytes) <= budget.memory_bytes:
+        if cost.client_bytes(split, everywhere, budget.process_bytes, recompute=recompute) <= budget.memory_bytes:
             return split
     return min_split
 
@@ -198,29 +235,40 @@ def _plan(
 ) -> Plan:
     """The plan with what it costs, by the cost model itself."""
     cost, server = problem.cost, problem.server
+    choices = [costs.recompute for costs in problem.costs]
     number = {client: n for n, each in enumerate(problem.classes) for client in each.members}
-    own = {
-        client: problem.own_seconds(number[client], cost.client_flops(split, ranks))
-        for client, (split, ranks) in assignment.items()
-    }
-    served = problem.server_seconds(math.fsum(cost.server_flops(*plan) for plan in assignment.values()))
+    served, server_again = first_fitting(
+        partial(cost.server_bytes, assignment, server.process_bytes if server else 0),
+        choices,
+        server.memory_bytes if server else math.inf,
+    )
+    plans: dict[str, ClientPlan] = {}
+    for client, budget in budgets.items():
+        split, ranks = assignment[client]
+        memory = partial(cost.client_bytes, split, ranks, budget.process_bytes)
+        taken, again = first_fitting(memory, choices, budget.memory_bytes)
+        own = problem.own_seconds(number[client], cost.client_flops(split, ranks, recompute=again))
+        plans[client] = ClientPlan(split, ranks, taken, own, again, server_again)
+    flops = math.fsum(cost.server_flops(*plan, recompute=server_again) for plan in assignment.values())
     return Plan(
-        {
-            client: ClientPlan(
-                assignment[client][0],
-                assignment[client][1],
-                cost.client_bytes(*assignment[client], budget.process_bytes),
-                own[client],
-            )
-            for client, budget in budgets.items()
-        },
+        plans,
         left_out,
         problem.objective(assignment),
-        cost.server_bytes(assignment, server.process_bytes if server else 0),
+        served,
         greedy_objective,
         bound,
-        max(own.values()) + served,
+        max(plan.predicted_seconds for plan in plans.values()) + problem.server_seconds(flops),
     )
+
+
+def first_fitting(memory: Callable[..., int], choices: Sequence[bool], limit: float) -> tuple[int, bool]:
+    """``memory(recompute=choice)`` and the choice: the first that keeps to a limit, else the one that takes least."""
+    tried = []
+    for choice in choices:
+        tried.append((memory(recompute=choice), choice))
+        if tried[-1][0] <= limit:
+            return tried[-1]
+    return min(tried)
 
 
 def nobody_fits(budgets: Mapping[str, Budget], left_out: Mapping[str, int], what: str, remedy: str) -> PlanError:

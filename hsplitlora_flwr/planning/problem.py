@@ -8,6 +8,7 @@ ascending), inputs ``g`` and split points ``l``. Clients with equal budgets are 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -77,6 +78,33 @@ class ClientClass:
     wire: float
 
 
+@dataclass(frozen=True)
+class AdapterCosts:
+    """What adapters cost where activations are kept for backward, or where they are computed again.
+
+    Parameters
+    ----------
+    recompute : bool
+        Which of the two.
+    prices, flops : Array
+        ``(layers, ranks)``; bytes, and operations of a step.
+    input_bytes : Array
+        ``(inputs,)``; bytes that the first adapter on an input adds to its price.
+    base : Array
+        ``(L,)``; bytes of a client that trains, by split, beside its adapters and the activations that it keeps.
+    block_bytes, backward : float
+        Bytes and operations for every block from the lowest adapted one up.
+    """
+
+    recompute: bool
+    prices: Array
+    flops: Array
+    input_bytes: Array
+    base: Array
+    block_bytes: float
+    backward: float
+
+
 class Problem:
     """Budgets, importance and costs as arrays. Values are in units of the importance of all layers together.
 
@@ -98,6 +126,8 @@ class Problem:
         Local steps of a round.
     wire : tuple[str, str]
         Numbers on the wire, up and down; see :meth:`hsplitlora_flwr.planning.cost.CostModel.wire_bytes`.
+    recompute : Sequence[bool]
+        Whether activations may be kept, computed again, or either. Keeping them takes less time and comes first.
     """
 
     def __init__(
@@ -112,6 +142,7 @@ class Problem:
         max_split: int,
         steps: int,
         wire: tuple[str, str],
+        recompute: Sequence[bool] = (False,),
     ) -> None:
         self.cost, self.server, self.steps = cost, server, steps
         self.ranks = np.array(sorted({rank for rank in ranks if rank > 0}))
@@ -119,6 +150,14 @@ class Problem:
         self._read_speeds(budgets, server, wire)
         self._read_layers(importance)
         self._read_splits()
+        self.costs = tuple(map(self._adapter_costs, recompute))
+        self._serve(self.costs[0])
+
+    def serving(self, costs: AdapterCosts) -> Problem:
+        """The same problem, with these costs of the adapters on the server."""
+        other = copy.copy(self)
+        other._serve(costs)
+        return other
 
     def _read_speeds(self, budgets: Mapping[str, Budget], server: Budget | None, wire: tuple[str, str]) -> None:
         machines = [*budgets.values(), *([server] if server else [])]
@@ -134,7 +173,7 @@ class Problem:
         self.server_speed = (server.flops if server else None) or mean
 
     def _read_layers(self, importance: Mapping[str, float]) -> None:
-        cost, layers, ranks = self.cost, self.cost.layers, self.ranks
+        layers, ranks = self.cost.layers, self.ranks
         scores = np.array([importance.get(layer.name, 0.0) for layer in layers], float)
         if not np.isfinite(scores).all() or (scores < 0).any():
             wrong = next(layer.name for layer, score in zip(layers, scores, strict=True) if not 0 <= score < math.inf)
@@ -144,43 +183,58 @@ class Problem:
         self.importance = scores / self.total_importance
         self.values: Array = self.importance[:, None] * np.log2(1 + ranks)
         self.block = np.array([layer.block for layer in layers])
-        self.prices: Array = np.array(
-            [[cost.adapter_price(layer, int(rank)) for rank in ranks] for layer in layers], float
-        )
         inputs = {(layer.block, layer.input_id): layer.input_bytes for layer in layers}
         number = {key: g for g, key in enumerate(inputs)}
         self.input = np.array([number[layer.block, layer.input_id] for layer in layers])
-        self.input_bytes: Array = np.array(list(inputs.values()), float)
+        self._input_bytes: Array = np.array(list(inputs.values()), float)
         self.input_block = np.array([block for block, _ in inputs])
-        # On the server the backward pass runs anyway, so what an adapter adds is its own; layers of a size cost alike.
-        one_block = [layer for layer in layers if layer.block == cost.num_blocks - 1]
-        alone = cost.server_flops(1, {})
-        by_size = {
-            (layer.in_features, layer.out_features): [
-                cost.server_flops(1, {layer.name: int(rank)}) - alone for rank in ranks
-            ]
-            for layer in one_block
-        }
-        self.flops: Array = np.array([by_size[layer.in_features, layer.out_features] for layer in layers], float)
 
     def _read_splits(self) -> None:
-        cost, first = self.cost, self.cost.layers[0]
+        cost = self.cost
+        self.floor, self.forward = np.zeros(cost.num_blocks), np.zeros(cost.num_blocks)
+        for split in self.splits:  # without adapters, where nothing is kept or computed again
+            self.floor[split] = cost.client_bytes(split, {})
+            self.forward[split] = cost.client_flops(split, {})
+
+    def _adapter_costs(self, recompute: bool) -> AdapterCosts:
+        cost, layers, ranks = self.cost, self.cost.layers, self.ranks.tolist()
+        # On the server the backward pass runs anyway, so what an adapter adds is its own; layers of a size cost alike.
+        alone = cost.server_flops(1, {}, recompute=recompute)
+        by_size = {
+            (layer.in_features, layer.out_features): [
+                cost.server_flops(1, {layer.name: rank}, recompute=recompute) - alone for rank in ranks
+            ]
+            for layer in layers
+            if layer.block == cost.num_blocks - 1
+        }
+        flops = np.array([by_size[layer.in_features, layer.out_features] for layer in layers], float)
         # A client's peak is either `floor`, the accumulated update, or `base` and what training adds to it. At a rank
         # that outweighs every update it is the latter.
+        first, base = layers[0], np.zeros(cost.num_blocks)
         huge = {first.name: 2**40}
-        self.floor = np.zeros(cost.num_blocks)
-        self.base, self.forward, self.share, self.server_flops = (np.zeros(cost.num_blocks) for _ in range(4))
         for split in self.splits:
-            self.floor[split] = cost.client_bytes(split, {})
-            added = cost.adapter_bytes(huge, 0, split) + cost.kept_bytes(huge, 0, split)
-            self.base[split] = cost.client_bytes(split, huge) - added
-            self.forward[split] = cost.client_flops(split, {})
-            self.share[split] = cost.server_share(split, {})
-            self.server_flops[split] = cost.server_flops(split, {})
-        split, rank = self.splits[0], int(self.ranks[0])
-        self.backward = (cost.client_flops(split, {first.name: rank}) - self.forward[split] - self.flops[0, 0]) / (
-            split - first.block
+            added = cost.adapter_bytes(huge, 0, split) + cost.kept_bytes(huge, 0, split, recompute=recompute)
+            base[split] = cost.client_bytes(split, huge, recompute=recompute) - added
+        split = self.splits[0]
+        trained = cost.client_flops(split, {first.name: ranks[0]}, recompute=recompute)
+        return AdapterCosts(
+            recompute,
+            np.array([[cost.adapter_price(layer, rank, recompute=recompute) for rank in ranks] for layer in layers]),
+            flops,
+            np.zeros_like(self._input_bytes) if recompute else self._input_bytes,
+            base,
+            cost.block_bytes(recompute),
+            (trained - self.forward[split] - flops[0, 0]) / (split - first.block),
         )
+
+    def _serve(self, costs: AdapterCosts) -> None:
+        """Take these costs for the adapters on the server."""
+        cost, again = self.cost, costs.recompute
+        self.prices, self.flops, self.input_bytes = costs.prices, costs.flops, costs.input_bytes
+        self.share, self.server_flops = np.zeros(cost.num_blocks), np.zeros(cost.num_blocks)
+        for split in self.splits:
+            self.share[split] = cost.server_share(split, {}, recompute=again)
+            self.server_flops[split] = cost.server_flops(split, {}, recompute=again)
 
     @property
     def server_room(self) -> float:
@@ -198,19 +252,25 @@ class Problem:
         """Time of the server for ``flops`` operations in every step of a round."""
         return self.steps * flops / self.server_speed
 
-    def training_bytes(self, split: int, choice: Choice) -> float:
-        """What training with ranks below the split adds to ``base``."""
+    def client_bytes(self, costs: AdapterCosts, split: int, choice: Choice) -> float:
+        """Peak memory of a client with ranks below its split, beside the process."""
         if not choice:
-            return 0.0
+            return float(self.floor[split])
         blocks = split - min(int(self.block[m]) for m in choice)
-        inputs = {int(self.input[m]) for m in choice}
-        adapters = sum(self.prices[m, k] for m, k in choice.items())
-        return float(blocks * self.cost.block_bytes + adapters + sum(self.input_bytes[g] for g in inputs))
+        adapters = sum(costs.prices[m, k] for m, k in choice.items())
+        inputs = sum(costs.input_bytes[g] for g in {int(self.input[m]) for m in choice})
+        return float(max(self.floor[split], costs.base[split] + blocks * costs.block_bytes + adapters + inputs))
+
+    def costs_of(self, number: int, split: int, choice: Choice) -> AdapterCosts:
+        """What a client of class ``number`` pays for its ranks: it computes nothing again that it can keep."""
+        memory = self.classes[number].memory
+        fitting = (costs for costs in self.costs if self.client_bytes(costs, split, choice) <= memory)
+        return next(fitting, self.costs[-1])
 
     def server_too_small(self, clients: Counts) -> PlanError:
         """The error for a server without room for so many clients at each split, even without adapters."""
         assert self.server is not None
-        missing = int(clients @ self.share - self.server_room)
+        missing = int(min(clients @ self.serving(costs).share for costs in self.costs) - self.server_room)
         return PlanError(
             f"the server has {self.server.memory_bytes:,} bytes and misses {missing:,} to serve {clients.sum()} "
             "client(s) even without adapters. Raise plan.server_memory_gb, or lower train.batch_size or data.max_length"
@@ -218,8 +278,9 @@ class Problem:
 
     def seconds(self, number: int, split: int, choice: Choice) -> float:
         """Time of a round of a client of class ``number`` with ranks below its split."""
+        costs = self.costs_of(number, split, choice)
         blocks = split - min((int(self.block[m]) for m in choice), default=split)
-        flops = self.forward[split] + blocks * self.backward + sum(self.flops[m, k] for m, k in choice.items())
+        flops = self.forward[split] + blocks * costs.backward + sum(costs.flops[m, k] for m, k in choice.items())
         return self.own_seconds(number, float(flops))
 
     def value(self, choice: Choice) -> float:

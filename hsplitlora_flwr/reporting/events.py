@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 EVENTS_FILE = "events.jsonl"
-PLAN_COLUMNS = ("client", "examples", "budget", "split", "ranks", "predicted memory")
+PLAN_COLUMNS = ("client", "examples", "budget", "split", "ranks", "recompute", "predicted memory")
 STEP_LOG_SECONDS = 5.0
 
 Event = Mapping[str, Any]
@@ -145,14 +145,14 @@ def plan_rows(event: Event) -> list[tuple[str, ...]]:
     for client in sorted(event["clients"], key=lambda client: client_order(client["client"])):
         row = (str(client["client"]), str(client["examples"]), format_bytes(client["budget_bytes"]))
         if client["left_out"]:
-            rows.append((*row, f"left out: {client['left_out']}", "", ""))
+            rows.append((*row, f"left out: {client['left_out']}", "", "", ""))
             continue
         which = "block 0" if client["split"] == 1 else f"blocks 0-{client['split'] - 1}"
         split = f"{which} of {client['blocks']}" if client["split"] < client["blocks"] else "whole model"
         ranks = client["ranks"]
         spread = str(ranks["min"]) if ranks["min"] == ranks["max"] else f"{ranks['min']}-{ranks['max']}"
         mean = f" (mean {ranks['mean']:.1f})"
-        rows.append((*row, split, spread + mean, format_bytes(client["predicted_bytes"])))
+        rows.append((*row, split, spread + mean, client["recompute"], format_bytes(client["predicted_bytes"])))
     return rows
 
 

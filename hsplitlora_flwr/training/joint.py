@@ -41,21 +41,23 @@ class JointPass:
     ----------
     base : SharedBase
         Its update must not change while this is in use.
-    recompute : bool
-        Compute the activations of blocks again in the backward pass.
     """
 
-    def __init__(self, base: SharedBase, *, recompute: bool = False) -> None:
-        self._base, self._recompute = base, recompute
+    def __init__(self, base: SharedBase) -> None:
+        self._base, self._recompute = base, False
         self._layers: dict[ServerModel, Mapping[str, AdaptedLinear]] = {}
         self._segments: list[tuple[BodyModel | ServerModel, JointBatch]] = []
         self._waiting: list[tuple[MicroBatch, Future[float]]] = []
         self._busy = False
         self._changed = Condition()
 
-    def enter(self, model: ServerModel) -> None:
-        """Let a client's part in, with its adapters on it; before its first micro-batch comes."""
+    def enter(self, model: ServerModel, *, recompute: bool = False) -> None:
+        """Let a client's part in, with its adapters on it; before its first micro-batch comes.
+
+        One part whose activations are computed again in the backward pass makes those of the whole pass be so.
+        """
         self._layers[model] = adapted_layers(model)
+        self._recompute |= recompute
         self._segments = []
 
     def __call__(self, work: MicroBatch) -> float:

@@ -6,13 +6,14 @@ activations of one block exist. Also known as activation (or gradient) checkpoin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from hsplitlora_flwr.lora.joint import JointLinear
 from hsplitlora_flwr.lora.layers import SeededDropout
 from hsplitlora_flwr.models.split import ModelPart
 
@@ -28,7 +29,7 @@ def _again(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         # By the time it runs again, the masks of another micro-batch may have been drawn.
-        masks = [(module, module.drawn) for module in block.modules() if isinstance(module, SeededDropout)]
+        masks = [(module, module.drawn) for module in _dropouts(block)]
 
         def once(*args: Any, **kwargs: Any) -> Any:
             now = [(module, module.drawn) for module, _ in masks]
@@ -43,3 +44,13 @@ def _again(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         return checkpoint(once, *args, use_reentrant=False, **kwargs)
 
     return run
+
+
+def _dropouts(block: nn.Module) -> Iterator[SeededDropout]:
+    """Of the block's own adapters, and of those of the clients whose rows its joint layers hold."""
+    for module in block.modules():
+        if isinstance(module, SeededDropout):
+            yield module
+        elif isinstance(module, JointLinear):
+            for adapter in module.adapters:
+                yield from (part for part in adapter.modules() if isinstance(part, SeededDropout))

@@ -14,6 +14,7 @@ PLAN = {
     "split": 10,
     "blocks": 30,
     "ranks": {"mean": 14.2, "min": 4, "max": 32},
+    "recompute": "none",
     "predicted_bytes": 931_000_000,
     "left_out": "",
 }
@@ -178,7 +179,7 @@ def test_a_terminal_shows_the_plan_as_a_table(terminal):
     with console:
         console.handle(planned(1))
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.getvalue().splitlines() if "│" in line]
-    assert rows[0] == ["0", "120", "0.95 GB", "blocks 0-9 of 30", "4-32 (mean 14.2)", "0.93 GB"]
+    assert rows[0] == ["0", "120", "0.95 GB", "blocks 0-9 of 30", "4-32 (mean 14.2)", "none", "0.93 GB"]
     assert " ".join(row[3] for row in rows[2:]) == "left out: needs 512.3 MB more [of memory]"
 
 

@@ -19,8 +19,9 @@ from hsplitlora_flwr.config import TrainConfig
 from hsplitlora_flwr.lora import AdapterSpec, extract, inject
 from hsplitlora_flwr.lora.delta import Change
 from hsplitlora_flwr.lora.layers import draw_masks, shape_of
-from hsplitlora_flwr.models.split import ServerModel
+from hsplitlora_flwr.models.split import ModelPart, ServerModel
 from hsplitlora_flwr.training.joint import JointPass
+from hsplitlora_flwr.training.recompute import recompute_blocks
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.training.server import MicroBatch, ServerTrainer, SharedBase, differentiate
 from hsplitlora_flwr.transport.frames import Activation, Finish, Finished, Gradient
@@ -75,14 +76,14 @@ def works_of(parts: Sequence[ServerModel], lengths: Sequence[int], rows: Sequenc
     return works
 
 
-def entered(base: SharedBase, parts: Sequence[ServerModel]) -> JointPass:
+def entered(base: SharedBase, parts: Sequence[ServerModel], recompute: bool = False) -> JointPass:
     together = JointPass(base)
     for part in parts:
-        together.enter(part)
+        together.enter(part, recompute=recompute)
     return together
 
 
-def check(base: SharedBase, works: Sequence[MicroBatch], tolerance: float = 1e-9) -> None:
+def check(base: SharedBase, works: Sequence[MicroBatch], tolerance: float = 1e-9, recompute: bool = False) -> None:
     """The joint pass against one pass a client, losses and all gradients."""
 
     def gradients(work: MicroBatch) -> list[torch.Tensor]:
@@ -99,7 +100,7 @@ def check(base: SharedBase, works: Sequence[MicroBatch], tolerance: float = 1e-9
         alone.append(differentiate(work))
         expected.append(gradients(work))
         draw_masks(work.model, 3, 0)
-    losses = entered(base, [work.model for work in works]).differentiate(works)
+    losses = entered(base, [work.model for work in works], recompute).differentiate(works)
     assert losses == pytest.approx(alone, rel=tolerance)
     for work, wanted in zip(works, expected, strict=True):
         for one, other in zip(gradients(work), wanted, strict=True):
@@ -112,6 +113,21 @@ def test_gradients_are_those_of_each_client_alone(family: str, base_of: Callable
     parts = client_parts(base, [3, 1, 2, 1], dropout=0.2)
     # Gemma 2 takes the softmax of its attention in fp32, and of rows that are padded further here.
     check(base, works_of(parts, [11, 7, 9, 13], [2, 3, 1, 2]), 1e-6 if family == "gemma2" else 1e-9)
+
+
+def test_activations_computed_again_change_no_gradient(
+    base_of: Callable[..., SharedBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again: list[ModelPart] = []
+
+    def recompute(part: ModelPart) -> None:
+        again.append(part)
+        recompute_blocks(part)
+
+    monkeypatch.setattr("hsplitlora_flwr.training.joint.recompute_blocks", recompute)
+    base = base_of("llama")
+    check(base, works_of(client_parts(base, [3, 1, 2], dropout=0.2), [11, 7, 9], [2, 3, 1]), recompute=True)
+    assert len(again) == 3, "a part from each split point to the next"
 
 
 @settings(max_examples=8, deadline=None)
