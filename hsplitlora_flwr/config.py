@@ -125,11 +125,6 @@ class LoraConfig:
     rank_cap: int = _setting(0, "largest rank of the accumulated update of a layer; 0 = exact, whatever it is", low=0)
     alpha: str = _setting("2r", "LoRA alpha: a number, or a multiple of the rank such as '2r'; the scale is alpha / r")
     dropout: float = _setting(0.0, "dropout on the input of an adapter", low=0.0)
-    start: str = _setting(
-        "shared",
-        "where adapters start afresh in every round: one random A for all its clients, or each its own",
-        choices=("shared", "own"),
-    )
     targets: str = _setting("auto", "'all-linear', names such as 'q_proj,v_proj', or 'auto': what the method takes")
 
 

