@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from itertools import count, repeat
+from itertools import count, product, repeat
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -40,6 +40,8 @@ TURNS, EPOCH_TURNS = 5, 3
 
 EQUAL, REAL = "equal", "real"
 """What is trained on."""
+BUDGETS = {"tight": False, "ample": True}
+"""Whether the client's process keeps freed memory, by what its budget leaves."""
 PADDINGS = {"max_length": f"padded to {MAX_LENGTH}", "longest": "padded to the longest of a batch"}
 """How a plain loop pads real text."""
 
@@ -48,9 +50,12 @@ def step(setup: Setup) -> Iterator[Row]:
     """Tokens/s in training: a split client and the server against the unsplit model with stock PEFT.
 
     The split sides are a client process, set up as a client app sets itself up, and the server in this process, over
-    the TLS stream. The plain sides are a third process: ``get_peft_model``, the loss that the Hugging Face model makes
-    of ``labels``, AdamW and clipping. All have adapters of rank 8 on all linear layers of the blocks, fp32 weights and
-    as many threads as torch takes by itself; only one computes at a time.
+    the TLS stream. ``budget`` says how the client is set up: ``tight`` gives freed memory back at once, ``ample`` keeps
+    it, as a client does whose budget holds twice its plan
+    (:func:`hsplitlora_flwr.training.memory.keep_freed_memory`). The plain sides are a process of their own:
+    ``get_peft_model``, the loss that the Hugging Face model makes of ``labels``, AdamW and clipping. All have adapters
+    of rank 8 on all linear layers of the blocks, fp32 weights and as many threads as torch takes by itself; only one
+    computes at a time.
 
     - ``equal``: full batches of 8 x 64 random ids, the same on all sides, and every token is a label on all sides. The
       first losses must agree, or this is an error. Goal: at least 1.0 times the plain speed.
@@ -65,16 +70,20 @@ def step(setup: Setup) -> Iterator[Row]:
     rows = real_rows(setup)
     base = SharedBase(setup.model)
     stream = StreamServer("127.0.0.1", 0, identity=make_identity("127.0.0.1"))
-    streams = {}
-    for split in SPLITS:
+    streams: dict[str, dict[int, tuple[Endpoint, str]]] = {budget: {} for budget in BUDGETS}
+    for split, budget in product(SPLITS, BUDGETS):
         part = base.server_part(split).train()
         optimizer = AdapterOptimizer(inject(part, specs(name for name, _ in part.linears()), ""), TrainConfig())
-        streams[split] = stream.endpoint, stream.admit(ServerTrainer(part, optimizer))
+        streams[budget][split] = stream.endpoint, stream.admit(ServerTrainer(part, optimizer))
     tokens = {EQUAL: STEPS * SHAPE[0] * SHAPE[1], REAL: sum(map(len, rows))}
     with ExitStack() as stack:
         stack.callback(stream.stop)
-        cut = stack.enter_context(Apart(SplitClients, setup.model, streams, rows))
-        stack.callback(cut.call, "close")
+        cut = {
+            budget: stack.enter_context(Apart(SplitClients, setup.model, streams[budget], rows, keeps))
+            for budget, keeps in BUDGETS.items()
+        }
+        for side in cut.values():
+            stack.callback(side.call, "close")
         plain = stack.enter_context(Apart(PlainLoop, setup.model, rows))
 
         def speed(side: Apart, work: str, *how: object) -> float:
@@ -82,21 +91,23 @@ def step(setup: Setup) -> Iterator[Row]:
             return tokens[work] / seconds
 
         reference = plain.call("first_loss")
-        for split in SPLITS:
-            if abs(cut.call("first_loss", split) / reference - 1) > 1e-4:
+        for split, side in product(SPLITS, cut.values()):
+            if abs(side.call("first_loss", split) / reference - 1) > 1e-4:
                 raise RuntimeError(f"split {split} does not compute what the unsplit model does: the losses differ")
         for work, turns in ((EQUAL, TURNS), (REAL, EPOCH_TURNS)):
             ways = ["longest"] if work == EQUAL else list(PADDINGS)
-            sides = [partial(speed, cut, work, split) for split in SPLITS]
+            ours = list(product(SPLITS, BUDGETS))
+            sides = [partial(speed, cut[budget], work, split) for split, budget in ours]
             figures = take_turns([*sides, *(partial(speed, plain, work, way) for way in ways)], turns, warm_up=0)
-            for split, ours in zip(SPLITS, figures, strict=False):
-                for way, theirs in zip(ways, figures[len(SPLITS) :], strict=True):
-                    ratio = ours / theirs
+            for (split, budget), own in zip(ours, figures, strict=False):
+                for way, theirs in zip(ways, figures[len(ours) :], strict=True):
+                    ratio = own / theirs
                     yield {
                         "batches": work,
                         "split": split,
+                        "budget": budget,
                         "plain": "the same" if work == EQUAL else PADDINGS[way],
-                        "split_tokens_per_s": ours.median,
+                        "split_tokens_per_s": own.median,
                         "plain_tokens_per_s": theirs.median,
                         "split / plain": ratio.median,
                         "spread": ratio.spread,
@@ -141,10 +152,15 @@ class SplitClients:
         For each split point where its server is, and its token.
     rows : Sequence[Tokens]
         The real text.
+    keeps : bool
+        Whether the process keeps freed memory for later.
     """
 
-    def __init__(self, path: str, streams: Mapping[int, tuple[Endpoint, str]], rows: Sequence[Tokens]) -> None:
-        return_freed_memory()
+    def __init__(
+        self, path: str, streams: Mapping[int, tuple[Endpoint, str]], rows: Sequence[Tokens], keeps: bool
+    ) -> None:
+        if not keeps:
+            return_freed_memory()
         self._links = ExitStack()
         self._sides: dict[tuple[str, int], tuple[ClientTrainer, StreamLink, int]] = {}
         size, length = SHAPE

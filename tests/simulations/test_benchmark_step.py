@@ -32,9 +32,10 @@ def test_rows_compare_every_split_with_every_plain_loop(tiny_folder: Path, monke
         monkeypatch.setattr(module, name, value)
     rows = list(step(Setup(str(tiny_folder))))
     longest, full = "padded to the longest of a batch", "padded to 128"
-    assert [(row["batches"], row["split"], row["plain"]) for row in rows] == [
-        *(("equal", split, "the same") for split in (1, 3)),
-        *(("real", split, plain) for split in (1, 3) for plain in (full, longest)),
+    sides = [(split, budget) for split in (1, 3) for budget in ("tight", "ample")]
+    assert [(row["batches"], row["split"], row["budget"], row["plain"]) for row in rows] == [
+        *(("equal", *side, "the same") for side in sides),
+        *(("real", *side, plain) for side in sides for plain in (full, longest)),
     ]
     for row in rows:
         ours, theirs = float(row["split_tokens_per_s"]), float(row["plain_tokens_per_s"])
