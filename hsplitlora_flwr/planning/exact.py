@@ -97,7 +97,7 @@ def solve(problem: Problem, deadline: float | None, tolerance: float) -> tuple[A
 
 def _best(problem: Problem, deadline: float | None) -> tuple[list[tuple[_Planner, Solution]], float]:
     """The most value, for a server that keeps its activations and for one that computes them again, and a bound of
-    both. The second is not tried where the first gives all that the clients leave to it."""
+    both. The second is not tried where the first has room for every adapter at its highest rank."""
     knapsack, found, bound, late = Knapsack(problem), [], 0.0, None
     for costs in problem.costs:
         planner = _Planner(problem.serving(costs), knapsack)
@@ -110,8 +110,8 @@ def _best(problem: Problem, deadline: float | None) -> tuple[list[tuple[_Planner
             continue
         found.append((planner, best))
         bound = max(bound, best.bound, best.value)
-        if costs is not problem.costs[-1] and best.value >= (1 - 10 * GAP) * (most := planner.most()):
-            return found, max(bound, most)
+        if planner.has_room_for_everything():
+            break
     if not found:
         clients = np.bincount(planner.deepest(), problem.sizes, problem.cost.num_blocks).astype(np.int64)
         raise late or problem.server_too_small(clients)
@@ -134,12 +134,14 @@ class _Planner:
         best = self.maximise(math.inf, math.inf)
         return best if best is None or deadline is None or best.seconds <= deadline else self.maximise_within(deadline)
 
-    def most(self) -> float:
-        """A bound of the value when the server may take all the memory, and everybody all the time, in the world."""
-        problem = self.problem
-        of_block = np.bincount(problem.block, problem.values[:, -1], problem.cost.num_blocks)
+    def has_room_for_everything(self) -> bool:
+        """Whether the server's memory holds the highest rank on every layer, wherever the clients are split."""
+        problem, blocks = self.problem, self.problem.cost.num_blocks
+        of_block = np.bincount(problem.block, problem.prices[:, -1], blocks)
+        of_block += np.bincount(problem.input_block, problem.input_bytes, blocks)
         above = np.cumsum(of_block[::-1])[::-1]  # of the blocks from a split up
-        return float(problem.sizes @ (self.knapsack.bounds(math.inf) + above).max(axis=1))
+        splits = list(problem.splits)
+        return bool(problem.sizes.sum() * (problem.share + above)[splits].max() <= problem.server_room)
 
     def maximise(self, limit: float, server_limit: float, gap: float = GAP) -> Solution | None:
         """The most value, to within a share ``gap``, when a client may take ``limit`` seconds and the server

@@ -44,7 +44,7 @@ def test_memory_besides_the_change() -> None:
     extra, kept = extra_bytes(3)
     ranks, sizes = 1 + 2 + 4, sum(rows + columns for rows, columns in SHAPES.values())
     assert kept == 4 * 2 * ranks * sizes / 2  # of two blocks, half as wide
-    assert extra > kept  # what aggregate returns, and more while a layer is computed
+    assert 0 < extra < kept / 2  # what a layer takes while it is computed: what comes out of it is the change
 
 
 def test_rows() -> None:
