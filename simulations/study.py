@@ -223,7 +223,7 @@ class Study:
         about = {setting: describe(self._bases[setting]) for setting in options.settings}
         write(options.out / "table.md", render(comparison, about, tuning))
         numbers = {
-            "options": vars(options) | {"out": str(options.out), "work": str(options.work)},
+            "options": {name: value for name, value in vars(options).items() if name not in ("out", "work")},
             "tuning": [vars(one) | {"choice": one.choice} for one in tuning],
             **comparison.to_json(),
         }
