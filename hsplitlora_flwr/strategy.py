@@ -429,7 +429,7 @@ class HSplitLoRA(Strategy):
             specs=specs,
             first_step=(server_round - 1) * self.config.train.steps,
             steps=steps,
-            spacious=kind == TRAIN and self.clients.descriptions[node].is_spacious(self.plans[node].predicted_bytes),
+            spacious=kind == TRAIN and self.clients.descriptions[node].is_spacious(plan.predicted_bytes),
             start={name: factors for name, factors in start.items() if name in held},
             recompute=plan.recompute,
             server_recompute=plan.server_recompute,
