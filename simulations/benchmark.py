@@ -16,8 +16,10 @@ compared with what:
 - ``narrow``: what narrow numbers on the wire do to a step.
 - ``scale``: rounds with up to 500 clients of a tiny model: time per client, and memory.
 - ``plan``: time to plan for 1000 clients of a model of 70 billion parameters.
+- ``start``: what a client process does before its first step, part by part.
+- ``deployment``: time of a step on SuperNodes against that of a simulation.
 
-``--model`` is for the first five and for ``narrow``; the others bring shapes of their own.
+``--model`` is for the first five, ``narrow``, ``start`` and ``deployment``; the others bring shapes of their own.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from rich.table import Table
 from simulations.benchmarks.aggregate import aggregate
 from simulations.benchmarks.clients import clients
 from simulations.benchmarks.common import Benchmark, Row, Setup
+from simulations.benchmarks.deployment import deployment, start
 from simulations.benchmarks.memory import memory
 from simulations.benchmarks.narrow import narrow
 from simulations.benchmarks.overlap import overlap
@@ -61,6 +64,8 @@ BENCHMARKS: dict[str, Benchmark] = {
     "narrow": narrow,
     "scale": scale,
     "plan": plan,
+    "start": start,
+    "deployment": deployment,
 }
 
 

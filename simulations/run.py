@@ -58,10 +58,13 @@ class Launcher:
         A connection of the user's Flower configuration; "" starts a SuperLink for this run and stops it after.
     client_cpus : int
         CPUs of one simulated client.
+    cpus : int
+        CPUs that simulated clients may take together; 0 for those of the machine.
     """
 
     superlink: str = ""
     client_cpus: int = 1
+    cpus: int = 0
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Launcher:
@@ -79,12 +82,21 @@ class Launcher:
         launcher = cls(**values)
         if not isinstance(launcher.superlink, str):
             raise ConfigError(f"launcher.superlink={launcher.superlink!r} must be a name, or '' for one of our own")
-        cpus = launcher.client_cpus
-        if type(cpus) is not int or not 0 < cpus <= (os.cpu_count() or 1):
+        if type(launcher.cpus) is not int or launcher.cpus < 0:
+            raise ConfigError(f"launcher.cpus={launcher.cpus!r} must be a whole number from 1, or 0 for all CPUs here")
+        cpus, most = launcher.client_cpus, launcher.cpus or os.cpu_count() or 1
+        if type(cpus) is not int or not 0 < cpus <= most:
             raise ConfigError(
-                f"launcher.client_cpus={cpus!r} must be a whole number from 1 to the {os.cpu_count()} CPUs here"
+                f"launcher.client_cpus={cpus!r} must be a whole number from 1 to the {most} CPUs there are"
             )
         return launcher
+
+    def federation(self, clients: int) -> str:
+        """The settings of a simulation, as ``flwr run --federation-config`` takes them."""
+        settings = {"num-supernodes": clients, "client-resources-num-cpus": self.client_cpus}
+        if self.cpus:
+            settings["init-args-num-cpus"] = self.cpus
+        return " ".join(f"{key}={value}" for key, value in settings.items())
 
 
 class Listener(Protocol):
@@ -121,7 +133,7 @@ def launch(config: Config, app: Path, launcher: Launcher, console: Listener, sup
     folder.mkdir(parents=True, exist_ok=True)
     run_config = folder / "run_config.toml"
     run_config.write_text(run_config_toml(config), encoding="utf-8")
-    federation = f"num-supernodes={config.clients.count} client-resources-num-cpus={launcher.client_cpus}"
+    federation = launcher.federation(config.clients.count)
     final: dict[str, Any] | None = None
     try:
         _say(console, "starting Flower")

@@ -89,6 +89,24 @@ def test_a_client_reads_its_own_tensors_and_no_others(tmp_path: Path, read: list
     assert sorted(read) == sorted(below | {"model.norm.weight", "lm_head.weight"})
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system does not list what a process maps")
+def test_weights_of_the_files_dtype_are_its_pages_and_not_a_copy(tmp_path: Path) -> None:
+    tiny_model("llama", dtype=torch.float32).save_pretrained(tmp_path)
+
+    def mapped(dtype: str) -> list[bool]:
+        """For every weight whether it lies in the file's pages, which processes of one machine share."""
+        client = load_client_model(str(tmp_path), 2, dtype)
+        ranges = [
+            tuple(int(end, 16) for end in line.split()[0].split("-"))
+            for line in Path("/proc/self/maps").read_text().splitlines()
+            if line.endswith(str(tmp_path / "model.safetensors"))
+        ]
+        return [any(low <= weight.data_ptr() < high for low, high in ranges) for weight in client.parameters()]
+
+    assert all(mapped("float32"))
+    assert not any(mapped("bfloat16"))
+
+
 def test_a_tied_head_is_read_and_held_once(tmp_path: Path, read: list[str]) -> None:
     tiny_model("gpt2", dtype=torch.float32).save_pretrained(tmp_path)
     client, head = load_client_parts(str(tmp_path), 1)

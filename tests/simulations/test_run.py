@@ -142,7 +142,8 @@ def test_an_open_superlink_carries_one_run_after_another_and_stays_open(app, tmp
     with opening as superlink, RunConsole(Console(force_terminal=False)) as console:
         for name, status in {"failing": 1, "succeeding": 0}.items():
             task = "crash" if status else "succeed"
-            launcher = Launcher(client_cpus=os.cpu_count() or 1)
+            cpus = (os.cpu_count() or 1) + 1  # more than there are: only with `cpus` does Ray have room for a client
+            launcher = Launcher(client_cpus=cpus, cpus=cpus)
             assert launch(settings(tmp_path / name, task), app, launcher, console, superlink) == status
             assert processes_of(app), "the SuperLink is gone"
     assert "stopping Flower" not in capsys.readouterr().out
@@ -288,6 +289,7 @@ def test_bad_settings_have_status_2_and_one_line(tmp_path):
         "train.rounds=0": "error: train.rounds=0 is out of range; it must be finite and at least 1",
         "data=e2e": "error: data.path is empty; data.source=e2e needs the path of its files",
         "launcher.client_cpus=0": "error: launcher.client_cpus=0 must be a whole number from 1",
+        "launcher.cpus=-1": "error: launcher.cpus=-1 must be a whole number from 1, or 0",
     }.items():
         done = subprocess.run(
             [sys.executable, "-m", "simulations.run", override, f"run.dir={tmp_path / 'run'}"],

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
+from simulations.deployment import CONNECTION, Deployment, deploy, free_port
 from tests.system.conftest import PROJECT
-from tests.system.deployment import CONNECTION, Deployment, deploy, free_port
 from tests.test_strategy import GB, grid_of, run, settings
 from tests.test_transports import adapter, assert_same
 

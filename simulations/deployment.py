@@ -87,7 +87,7 @@ def deploy(folder: Path, nodes: Sequence[tuple[str, Mapping[str, str]]]) -> Iter
             node = ["flower-supernode", "--superlink", f"127.0.0.1:{port}", "--root-certificates", str(certificate)]
             node += ["--auth-supernode-private-key", str(private), "--port", str(free_port())]
             node += ["--node-config", f'{node_config} state-dir="{folder / f"node{index}"}"']
-            own = env | {"FLWR_HOME": str(folder / f"home{index}")} | surroundings
+            own = {**env, "FLWR_HOME": str(folder / f"home{index}"), **surroundings}
             stack.enter_context(_process(node, own, folder / f"node{index}.log"))
         yield Deployment(env, folder)
 

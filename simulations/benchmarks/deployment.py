@@ -1,0 +1,151 @@
+"""``start`` and ``deployment``: what a client does before its first step, and SuperNodes beside simulated clients."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from hsplitlora_flwr.config import TrainConfig
+from hsplitlora_flwr.lora.layers import inject
+from hsplitlora_flwr.reporting import read_events
+from hsplitlora_flwr.reporting.events import EVENTS_FILE, Event
+from hsplitlora_flwr.training.schedule import AdapterOptimizer
+from hsplitlora_flwr.training.server import ServerTrainer, SharedBase
+from hsplitlora_flwr.transport.certificates import make_identity
+from hsplitlora_flwr.transport.stream import StreamServer
+from simulations.benchmarks.common import Row, Sample, Setup, specs
+from simulations.deployment import CONNECTION, deploy
+from simulations.run import PROJECT
+
+STARTS = 7
+RUNS = 2
+"""Of a deployment and of a simulation each."""
+MEMORY_GB = (1.3, 1.7, 2.2)
+SETTINGS: dict[str, int | str] = {
+    "clients.count": len(MEMORY_GB),
+    "plan.probe_every": 0,
+    "train.rounds": 2,
+    "train.steps": 10,
+    "train.batch_size": 4,
+    "data.eval_rows": 10,
+}
+
+
+def start(setup: Setup) -> Iterator[Row]:
+    """From the start of a client process to its open stream, part by part, for a split after a third of the blocks.
+
+    Flower starts a process for every message of a deployment; a simulation keeps its own. Medians and distances between
+    quartiles over processes one after another; files are in the system's cache from the first one on. See
+    :mod:`simulations.benchmarks.starting` for the parts.
+    """
+    base = SharedBase(setup.model)
+    split = max(int(base.model.config.num_hidden_layers) // 3, 1)
+    part = base.server_part(split).train()
+    adapters = inject(part, specs(name for name, _ in part.linears()), "")
+    handler = ServerTrainer(part, AdapterOptimizer(adapters, TrainConfig()))
+    stream = StreamServer("127.0.0.1", 0, identity=make_identity("127.0.0.1"))
+    task = {"path": setup.model, "split": split, "endpoint": asdict(stream.endpoint)}
+    try:
+        runs = [_start({**task, "token": stream.admit(handler)}) for _ in range(STARTS + 1)][1:]
+    finally:
+        stream.stop()
+    runs = [{**parts, "in all": sum(parts.values())} for parts in runs]
+    for name in runs[0]:
+        seconds = Sample([parts[name] for parts in runs])
+        yield {"part": name, "seconds": seconds.median, "spread_s": seconds.spread}
+
+
+def _start(task: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds by part of one process."""
+    command = [sys.executable, "-m", "simulations.benchmarks.starting"]
+    given = json.dumps({**task, "begun": time.time()})
+    done = subprocess.run(command, cwd=PROJECT, input=given, capture_output=True, text=True, check=True)
+    parts: dict[str, float] = json.loads(done.stdout)
+    return parts
+
+
+def deployment(setup: Setup) -> Iterator[Row]:
+    """One job on a deployment and in a simulation, which take turns: three clients with budgets of 1.3, 1.7 and 2.2 GB.
+
+    The deployment is a SuperLink and a SuperNode for each client on this machine, with TLS and node authentication. The
+    simulation has as many client processes at the same time, whatever the number of cores.
+
+    - ``s_per_step``: median time from one step of a client to its next, while all clients of a round train; goal:
+      ``/ simulation``, turn by turn, at most 1.10.
+    - ``before_s``: what a client does between the message and its first step: text, weights, the update so far, stream.
+    - ``around_s``: the rest of the time from the message to the reply: Flower, processes, imports.
+
+    These two are medians over clients and rounds of a turn.
+    """
+    wanted = {**SETTINGS, "model.path": setup.model}
+    if setup.data:
+        wanted |= {"data": "e2e", "data.path": str(Path(setup.data).absolute())}
+    nodes = [
+        (f"partition-id={index} num-partitions={len(MEMORY_GB)} memory-gb={budget}", dict[str, str]())
+        for index, budget in enumerate(MEMORY_GB)
+    ]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with deploy(folder / "nodes", nodes) as running:
+            env = dict(running.env)
+            budgets = f"clients.memory_gb='{','.join(map(str, MEMORY_GB))}'"
+            sides = {
+                "simulation": [budgets, f"launcher.cpus={max(len(MEMORY_GB), os.cpu_count() or 1)}"],
+                "deployment": [f"launcher.superlink={CONNECTION}", "transport.address=127.0.0.1"],
+            }
+            arguments = [f"{key}={value}" for key, value in wanted.items()]
+            for turn in range(RUNS):
+                simulated = 0.0
+                for way, own in sides.items():
+                    run = folder / f"{way}{turn}"
+                    _launch([*arguments, *own, f"run.dir={run}"], env)
+                    rounds = json.loads((run / "summary.json").read_text())["rounds"]
+                    clients = [client for each in rounds for client in each["clients"]]
+                    step_s = seconds_of_a_step(read_events(run / EVENTS_FILE)[0])
+                    simulated = simulated or step_s
+                    yield {
+                        "way": way,
+                        "turn": turn + 1,
+                        "s_per_step": step_s,
+                        "/ simulation": step_s / simulated,
+                        "before_s": Sample([client["seconds_before"] for client in clients]).median,
+                        "around_s": Sample([client["seconds_around"] for client in clients]).median,
+                    }
+
+
+def _launch(arguments: Sequence[str], env: Mapping[str, str]) -> None:
+    command = [sys.executable, "-m", "simulations.run", *arguments]
+    done = subprocess.run(command, cwd=PROJECT, env=dict(env), capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+
+
+def seconds_of_a_step(events: Sequence[Event]) -> float:
+    """Median over a run's rounds and clients of the time between two steps, while all clients of the round train.
+
+    Raises
+    ------
+    ValueError
+        If there was no such time in any round.
+    """
+    rounds: dict[int, dict[str, list[float]]] = {}
+    for event in events:
+        if event["kind"] == "step":
+            rounds.setdefault(event["round"], {}).setdefault(event["client"], []).append(event["time"])
+    between = []
+    for clients in rounds.values():
+        begin, end = max(min(times) for times in clients.values()), min(max(times) for times in clients.values())
+        for times in clients.values():
+            between += [late - early for early, late in pairwise(sorted(times)) if begin <= early and late <= end]
+    if not between:
+        raise ValueError("the clients of no round took two steps while all others trained; more steps would help")
+    return Sample(between).median
