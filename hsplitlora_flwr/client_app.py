@@ -20,7 +20,18 @@ from hsplitlora_flwr.budget import (
     stated_speeds,
 )
 from hsplitlora_flwr.config import Config, ConfigError, DataConfig
-from hsplitlora_flwr.control import DESCRIBE, FORGET, PROBE, TURN, Description, Progress, Task, read_settings
+from hsplitlora_flwr.control import (
+    DESCRIBE,
+    FORGET,
+    PROBE,
+    TURN,
+    Description,
+    Progress,
+    Task,
+    read_settings,
+    take_patch,
+    take_start,
+)
 from hsplitlora_flwr.data.collate import tokenize
 from hsplitlora_flwr.data.partition import cached_partition
 from hsplitlora_flwr.data.sources import Example, load_text, read_rows
@@ -147,15 +158,15 @@ class _Client:
             memory = int(store.steady("memory", memory))
             flops = flops or store.number("flops") or store.steady("flops", measured_flops(config))
             up, down = up or store.number("up"), down or store.number("down")
-        delta = store.delta()
+        version, held = store.held()
         return Description(
             name=_name_of(context),
             examples=len(text.train),
             memory_bytes=memory,
             process_bytes=int(store.number("process")),
             longest=max(map(len, (*text.train, *text.held_out))),
-            held=delta.held(),
-            version=delta.version,
+            held=held,
+            version=version,
             flops=flops,
             up=up,
             down=down,
@@ -175,12 +186,13 @@ class _Client:
         text, frames = self.text(context, task.config), list[Frame]()
         with PeakMemory() as memory:
             try:
-                changes = {} if task.from_base else store.update(task.patch).changes()
+                changes = {} if task.from_base else store.update(take_patch(message.content))
             except DeltaError as error:  # then the server sends all of it
                 log.warning("the update on disk is not what it was: %s", error)
                 return Message(self.describe(context, task.config, store, text).to_records(), reply_to=message)
-            participant = Participant(task, text, changes, _data_seed(task.config, task.client), task.start)
-            changes = {}
+            start = take_start(message.content)
+            participant = Participant(task, text, changes, _data_seed(task.config, task.client), start)
+            changes, start = {}, {}  # merged, and from here on only the model holds what it needs
             progress.begin()
             done = participant.is_whole or (bool(task.token) and _over_stream(participant, context, store, progress))
             if participant.is_whole:
@@ -202,7 +214,7 @@ class _Client:
         task = Task.from_text(config, kept["task"])
         text = self.text(context, config)
         with PeakMemory() as memory:
-            changes = {} if task.from_base else store.delta().changes()
+            changes = {} if task.from_base else store.changes()
             participant = Participant(task, text, changes, _data_seed(config, task.client))
             changes = {}
             participant.restore(tensors, kept["state"])

@@ -172,8 +172,8 @@ class Task:
         return replace(self, endpoint=endpoint, token=token)
 
     def without_tensors(self) -> Task:
-        """The same task once its tensors are where they belong."""
-        return replace(self, patch=Patch(self.patch.version, {}), start={})
+        """The same task as its client knows it: its tensors are elsewhere."""
+        return replace(self, patch=Patch(0, {}), start={})
 
     def to_text(self) -> dict[str, Any]:
         """All but the tensors, the endpoint and the token, as Flower's records and JSON hold it."""
@@ -227,17 +227,25 @@ class Task:
 
     @classmethod
     def from_records(cls, records: RecordDict) -> Task:
-        """Read from the content of a message, whose arrays are taken out of it."""
-        tables: dict[str, dict[str, Any]] = {name: dict(record) for name, record in records.config_records.items()}
-        token = tables["stream"].pop("token")
-        return cls.from_text(
-            read_settings(records),
-            tables["task"],
-            endpoint=Endpoint(**tables["stream"]),
-            token=token,
-            patch=Patch.unpack(take_tensors(records.array_records["update"]), tables["patch"]),
-            start=_unpack(take_tensors(records.array_records["start"])),
-        )
+        """Read from the content of a message, without the tensors: see :func:`take_patch` and :func:`take_start`.
+
+        A task lives as long as the training, and what is merged into the weights must not.
+        """
+        stream: dict[str, Any] = dict(records.config_records["stream"])
+        token = stream.pop("token")
+        settings, text = read_settings(records), dict(records.config_records["task"])
+        return cls.from_text(settings, text, endpoint=Endpoint(**stream), token=token)
+
+
+def take_patch(records: RecordDict) -> Patch:
+    """The patch of a task, out of its message, which is left without it."""
+    text = {key: str(value) for key, value in records.config_records["patch"].items()}
+    return Patch.unpack(take_tensors(records.array_records["update"]), text)
+
+
+def take_start(records: RecordDict) -> dict[str, Factors]:
+    """The adapters that a task goes on from, out of its message, which is left without them."""
+    return _unpack(take_tensors(records.array_records["start"]))
 
 
 @dataclass(frozen=True)

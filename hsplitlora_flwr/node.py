@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hsplitlora_flwr.lora.delta import Delta, DeltaError, Patch
-from hsplitlora_flwr.lora.export import load_delta, save_delta
+from hsplitlora_flwr.lora.delta import BASE, Change, Delta, DeltaError, Patch
+from hsplitlora_flwr.lora.export import DELTA_FILE, load_delta, load_held, save_delta
 
 log = logging.getLogger(__name__)
 
@@ -50,31 +50,53 @@ class NodeStore:
         self.folder = self._root / str(context.run_id) / str(context.node_id)
         self._context = context
 
-    def delta(self) -> Delta:
-        """The accumulated update of the layers that this node has held; none of it where the file is damaged."""
+    def held(self) -> tuple[int, dict[str, str]]:
+        """Version of the accumulated update, and the state of every layer of it that this node has held."""
         try:
-            return load_delta(self.folder)
+            return load_held(self.folder)
         except FileNotFoundError:
-            return Delta()
+            return 0, {}
         except DeltaError as error:
-            log.warning("the update is fetched anew: %s", error)
-            shutil.rmtree(self.folder)
-            return Delta()
+            self._forget_update(error)
+            return 0, {}
 
-    def update(self, patch: Patch) -> Delta:
-        """Bring the accumulated update up to date and keep it.
+    def changes(self) -> Mapping[str, Change]:
+        """The accumulated update of the layers that this node has held, by absolute layer name.
 
         Raises
         ------
         DeltaError
-            If the patch builds on an update that is not here, or not any more.
+            If what is on disk is damaged; then it is removed, and the server has to send it anew.
         """
-        delta = self.delta()
+        return self._delta().changes()
+
+    def update(self, patch: Patch) -> Mapping[str, Change]:
+        """Bring the accumulated update up to date, keep it, and return it as :meth:`changes` does.
+
+        Raises
+        ------
+        DeltaError
+            If the patch builds on an update that is not here, or not any more, as when it was damaged.
+        """
+        delta = self._delta(without={name for name, part in patch.layers.items() if part.start == BASE})
         delta.apply(patch)
         if patch.layers:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_delta(delta, self.folder)
-        return delta
+        return delta.changes()
+
+    def _delta(self, without: Collection[str] = ()) -> Delta:
+        try:
+            return load_delta(self.folder, without=without)
+        except FileNotFoundError:
+            return Delta()
+        except DeltaError as error:
+            self._forget_update(error)
+            raise
+
+    def _forget_update(self, error: DeltaError) -> None:
+        log.warning("the update is fetched anew: %s", error)
+        (self.folder / DELTA_FILE).unlink()
 
     def save_training(self, tensors: Mapping[str, Tensor], text: Mapping[str, Any]) -> None:
         """Keep training that goes on with the next message; ``text`` is anything that JSON holds."""

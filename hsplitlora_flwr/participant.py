@@ -51,7 +51,7 @@ class Participant:
     Parameters
     ----------
     task : Task
-        What to do; its tensors may have been taken out.
+        What to do; its tensors are the parameters below.
     text : OwnText
         The client's examples.
     changes : Mapping[str, Change]
@@ -73,7 +73,7 @@ class Participant:
         config, train = task.config, task.config.train
         device, path, dtype = pick_device(config.model.device), config.model.path, config.model.dtype
         quantise = config.model.quantise
-        self.task, self.text, self._seed = task.without_tensors(), text, seed
+        self.task, self.text, self._seed = task, text, seed
         self.model: ClientModel | WholeModel
         self.head: HeadModel | None = None
         if task.method.split:

@@ -8,7 +8,17 @@ from dataclasses import replace
 import torch
 
 from hsplitlora_flwr.config import Config
-from hsplitlora_flwr.control import PROBE, TRAIN, Description, Outcome, Task, read_settings, settings_records
+from hsplitlora_flwr.control import (
+    PROBE,
+    TRAIN,
+    Description,
+    Outcome,
+    Task,
+    read_settings,
+    settings_records,
+    take_patch,
+    take_start,
+)
 from hsplitlora_flwr.lora import AdapterSpec, Change
 from hsplitlora_flwr.lora.delta import LayerPatch, Patch
 from hsplitlora_flwr.transport.stream import Endpoint
@@ -40,23 +50,24 @@ def test_task() -> None:
     assert task.spacious
     assert task.specs == specs
     assert (task.recompute, task.server_recompute) == (True, False)
-    [part] = task.patch.layers.values()
-    assert (part.start, part.end, task.patch.version) == ("0", "2-ab", 2)
+    assert task.patch == Patch(0, {}) and task.start == {}, "a task lives too long to hold tensors"
+    patch, got = take_patch(records), take_start(records)
+    [part] = patch.layers.values()
+    assert (part.start, part.end, patch.version) == ("0", "2-ab", 2)
     for mine, theirs in zip(part.updates[0].tensors, change.tensors, strict=True):
         assert torch.equal(mine, theirs)
-    assert all(
-        torch.equal(x, y) for x, y in zip(task.start["model.layers.1.q"], start["model.layers.1.q"], strict=True)
-    )
+    assert all(torch.equal(x, y) for x, y in zip(got["model.layers.1.q"], start["model.layers.1.q"], strict=True))
     assert not records.array_records["update"], "the message must not hold on to the bytes"
+    assert not records.array_records["start"]
     assert Task.from_text(config, json.loads(json.dumps(task.to_text()))) == replace(
-        sent.without_tensors(), endpoint=Endpoint("", "", ""), token="", patch=Patch(0, {})
+        sent.without_tensors(), endpoint=Endpoint("", "", ""), token=""
     )
 
 
 def test_an_empty_task_is_a_probe() -> None:
-    task = Task.from_records(Task(Config(), PROBE, "0", 0, 1, {}, 0, 2).to_records())
-    assert task.specs == {}
-    assert task.patch.layers == {}
+    records = Task(Config(), PROBE, "0", 0, 1, {}, 0, 2).to_records()
+    assert Task.from_records(records).specs == {}
+    assert (take_patch(records), take_start(records)) == (Patch(0, {}), {})
 
 
 def test_outcome() -> None:

@@ -29,14 +29,32 @@ def server_after(rounds: int) -> Delta:
 def test_the_update_is_brought_up_to_date_by_other_processes(tmp_path: Path) -> None:
     for rounds in (1, 2, 4):
         server, node = server_after(rounds), NodeStore(context(tmp_path))
-        held = node.delta()
-        patch = server.since(held.held())
-        assert patch.layers["q"].start == ("0" if rounds == 1 else held.held()["q"])
-        node.update(patch)
-        again = NodeStore(context(tmp_path)).delta()
-        assert again.held() == server.held()
-        assert torch.equal(again.changes()["q"].dense(), server.changes()["q"].dense())
-    assert NodeStore(context(tmp_path, run=7)).delta().held() == {}
+        version, held = node.held()
+        assert version == rounds // 2
+        patch = server.since(held)
+        assert patch.layers["q"].start == ("0" if rounds == 1 else held["q"])
+        updated = node.update(patch)
+        again = NodeStore(context(tmp_path))
+        assert again.held() == (rounds, server.held())
+        for changes in (updated, again.changes()):
+            assert torch.equal(changes["q"].dense(), server.changes()["q"].dense())
+    assert NodeStore(context(tmp_path, run=7)).held() == (0, {})
+    assert NodeStore(context(tmp_path, run=7)).changes() == {}
+
+
+def test_layers_that_come_whole_take_the_place_of_the_old_and_others_stay(tmp_path: Path) -> None:
+    server, node = Delta(), NodeStore(context(tmp_path))
+    server.add({"q": (torch.ones(4, 1), torch.ones(1, 4)), "v": (torch.ones(4, 1), torch.ones(1, 4))})
+    node.update(server.since({}))
+    for _ in range(4):  # q becomes dense, v is as it was
+        server.add({"q": (torch.randn(4, 1), torch.randn(1, 4))})
+    assert server.changes()["q"].matrix is not None
+    patch = server.since(node.held()[1])
+    assert set(patch.layers) == {"q"}
+    node.update(patch)
+    assert node.held() == (5, server.held())
+    for name, change in server.changes().items():
+        assert torch.equal(node.changes()[name].dense(), change.dense())
 
 
 def test_a_damaged_update_is_replaced(tmp_path: Path) -> None:
@@ -45,10 +63,21 @@ def test_a_damaged_update_is_replaced(tmp_path: Path) -> None:
     file = store.folder / "delta.safetensors"
     file.write_bytes(file.read_bytes()[:-3] + b"abc")
     patch = server_after(3).since(server_after(2).held())
-    with pytest.raises(DeltaError, match="continues state"):
+    with pytest.raises(DeltaError, match="is damaged"):
         store.update(patch)
-    store.update(server_after(3).since(store.delta().held()))
-    assert torch.equal(store.delta().changes()["q"].dense(), server_after(3).changes()["q"].dense())
+    assert store.held() == (0, {})
+    store.update(server_after(3).since({}))
+    assert torch.equal(store.changes()["q"].dense(), server_after(3).changes()["q"].dense())
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff" * 16])
+def test_an_update_whose_beginning_is_damaged_is_not_held(damage: bytes, tmp_path: Path) -> None:
+    store = NodeStore(context(tmp_path))
+    store.update(server_after(2).since({}))
+    file = store.folder / "delta.safetensors"
+    file.write_bytes(damage)
+    assert store.held() == (0, {})
+    assert not file.exists()
 
 
 def test_training_under_way(tmp_path: Path) -> None:

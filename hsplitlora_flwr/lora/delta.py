@@ -224,16 +224,16 @@ class Delta:
         DeltaError
             If the patch continues a state that this store does not hold; then nothing was changed.
         """
-        layers, held = {}, self.held()
+        held = self.held()
         for name, part in patch.layers.items():
             if part.start not in (BASE, held.get(name, BASE)):
                 raise DeltaError(
                     f"layer '{name}': the patch to version {patch.version} continues state '{part.start}', but this "
                     f"store holds '{held.get(name, BASE)}'; ask for since(held()) of this store"
                 )
+        for name, part in patch.layers.items():  # one after another, so that no two whole stores are in memory
             start = () if part.start == BASE else (self._layers[name].change,)
-            layers[name] = _Layer(reduce(_sum, (*start, *part.updates)), (part.end,))
-        self._layers |= layers
+            self._layers[name] = _Layer(reduce(_sum, (*start, *part.updates)), (part.end,))
         self.version = patch.version
 
     def _finish_round(self, layers: dict[str, _Layer]) -> dict[str, float]:
@@ -321,10 +321,10 @@ def unpack(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Change]]:
 
 def _name(change: Change, *before: str) -> str:
     """A digest of what came before and of a change's sums along each rank: to tell changes apart, not to check them."""
-    return digest(*before, *(tensor.sum(dim) for dim, tensor in enumerate(change.tensors)))
+    return digest([*before, *(tensor.sum(dim) for dim, tensor in enumerate(change.tensors))])
 
 
-def digest(*parts: str | Tensor) -> str:
+def digest(parts: Iterable[str | Tensor]) -> str:
     """A name for texts and CPU tensors: 16 hexadecimal digits, which differ when a bit or a shape does."""
     total = hashlib.sha256()
     for part in parts:

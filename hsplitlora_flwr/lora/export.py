@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from hsplitlora_flwr.models.quantisation import QuantisedLinear
 from hsplitlora_flwr.models.split import is_linear
 
 DELTA_FILE = "delta.safetensors"
+_ADVICE = "restore the file from a copy, or start without it"
 TOLERANCE = 1e-6
 """Relative error, in the Frobenius norm, with which an exported adapter equals the accumulated update."""
 
@@ -106,12 +108,15 @@ def save_delta(delta: Delta, folder: Path) -> None:
     draft = folder / f"{DELTA_FILE}.part"
     tensors, text = delta.since({}).pack()
     tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
-    save_file(tensors, draft, metadata={**text, "checksum": _checksum(tensors, text)})
+    parts = [(key, tensors[key]) for key in sorted(tensors)]
+    save_file(tensors, draft, metadata={**text, "checksum": _checksum(text, parts)})
     draft.replace(folder / DELTA_FILE)
 
 
-def load_delta(folder: Path, rank_cap: int = 0) -> Delta:
+def load_delta(folder: Path, rank_cap: int = 0, without: Collection[str] = ()) -> Delta:
     """Read what :func:`save_delta` wrote.
+
+    The whole file is checked, one tensor at a time; in memory is no more than what is asked for.
 
     Parameters
     ----------
@@ -119,6 +124,8 @@ def load_delta(folder: Path, rank_cap: int = 0) -> Delta:
         Where ``delta.safetensors`` is.
     rank_cap : int
         As for :class:`~hsplitlora_flwr.lora.delta.Delta`, for the rounds to come.
+    without : Collection[str]
+        Layers that are not wanted.
 
     Raises
     ------
@@ -127,23 +134,61 @@ def load_delta(folder: Path, rank_cap: int = 0) -> Delta:
     DeltaError
         If the file is damaged.
     """
-    file = folder / DELTA_FILE
-    advice = "restore the file from a copy, or start without it"
-    try:
+    file, kept = folder / DELTA_FILE, dict[str, Tensor]()
+    text = _metadata(file)
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
         with safe_open(file, framework="pt") as stored:
-            text = dict(stored.metadata() or {})
-            tensors = {key: stored.get_tensor(key).clone() for key in stored.keys()}  # noqa: SIM118 (not a dict)
+            keys = sorted(stored.keys())
+        for key in keys:
+            with safe_open(file, framework="pt") as stored:  # a mapping of its own: what was read leaves memory
+                tensor = stored.get_tensor(key)
+            if key.rpartition(":")[0] not in without:
+                kept[key] = tensor.clone()
+            yield key, tensor
+
+    try:
+        checksum = _checksum({key: value for key, value in text.items() if key != "checksum"}, tensors())
     except SafetensorError as error:
-        raise DeltaError(f"{file} is damaged ({error}); {advice}") from error
-    if text.pop("checksum", None) != _checksum(tensors, text):
-        raise DeltaError(f"{file} is damaged (its checksum does not fit its content); {advice}")
+        raise DeltaError(f"{file} is damaged ({error}); {_ADVICE}") from error
+    if text.get("checksum") != checksum:
+        raise DeltaError(f"{file} is damaged (its checksum does not fit its content); {_ADVICE}")
+    states = {name: state for name, state in json.loads(text["states"]).items() if name not in without}
     delta = Delta(rank_cap)
-    delta.apply(Patch.unpack(tensors, text))
+    delta.apply(Patch.unpack(kept, {**text, "states": json.dumps(states)}))
     return delta
 
 
-def _checksum(tensors: Mapping[str, Tensor], text: Mapping[str, str]) -> str:
-    return digest(*(part for table in (text, tensors) for key in sorted(table) for part in (key, table[key])))
+def load_held(folder: Path) -> tuple[int, dict[str, str]]:
+    """Version and states of what :func:`save_delta` wrote, as they stand there; no tensor is read, and none checked.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    DeltaError
+        If this much of it is damaged.
+    """
+    file = folder / DELTA_FILE
+    text = _metadata(file)
+    try:
+        return int(text["version"]), {name: end for name, (_, end, _) in json.loads(text["states"]).items()}
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise DeltaError(f"{file} is damaged (it names no version or no states); {_ADVICE}") from error
+
+
+def _metadata(file: Path) -> dict[str, str]:
+    try:
+        with safe_open(file, framework="pt") as stored:
+            return dict(stored.metadata() or {})
+    except SafetensorError as error:
+        raise DeltaError(f"{file} is damaged ({error}); {_ADVICE}") from error
+
+
+def _checksum(text: Mapping[str, str], tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Of a file's text and of its tensors in order of their keys."""
+    pairs: Iterable[tuple[str, str | Tensor]] = chain(sorted(text.items()), tensors)
+    return digest(part for pair in pairs for part in pair)
 
 
 def save_merged_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:

@@ -1,0 +1,65 @@
+"""What a client holds while it trains, and what it does not."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import RecordDict
+
+from hsplitlora_flwr import client_app
+from hsplitlora_flwr.control import take_patch, take_start
+from hsplitlora_flwr.participant import Participant
+from tests.test_strategy import grid_of, run, settings
+
+Tensors = list["weakref.ref[torch.Tensor]"]
+
+
+def alive(tensors: Tensors) -> int:
+    gc.collect()
+    return sum(each() is not None for each in tensors)
+
+
+@pytest.mark.parametrize("method", ["hsplitlora", "flora", "fedit"])
+def test_what_came_with_a_message_is_gone_while_a_client_trains(
+    method: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    came: Tensors = []
+    found: list[tuple[int, int]] = []  # tensors that came for a task, and those of them that are still there
+
+    def noted(what: Any, tensors: list[torch.Tensor]) -> Any:
+        came.extend(map(weakref.ref, tensors))
+        return what
+
+    def patch(records: RecordDict) -> Any:
+        came.clear()
+        taken = take_patch(records)
+        updates = [update for part in taken.layers.values() for update in part.updates]
+        return noted(taken, [tensor for update in updates for tensor in update.tensors])
+
+    def start(records: RecordDict) -> Any:
+        taken = take_start(records)
+        return noted(taken, [tensor for pair in taken.values() for tensor in pair])
+
+    def work(name: str) -> None:
+        original = getattr(Participant, name)
+
+        def counted(self: Participant, *arguments: Any) -> None:
+            found.append((len(came), alive(came)))
+            came.clear()
+            original(self, *arguments)
+
+        monkeypatch.setattr(Participant, name, counted)
+
+    monkeypatch.setattr(client_app, "take_patch", patch)
+    monkeypatch.setattr(client_app, "take_start", start)
+    work("work")
+    work("work_alone")
+    one_at_a_time = {"clients.count": 1, "clients.memory_gb": "20.0", "plan.probe_every": 0}
+    run(settings(tiny_folder, tmp_path, **{"method.name": method, **one_at_a_time}), tmp_path, grid_of({0: 20.0}))
+    assert found[-1][0] > 0, "the last round brings what the rounds before it changed"
+    assert [left for _, left in found] == [0] * len(found)
