@@ -12,8 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
+import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from hsplitlora_flwr.config import Config
@@ -29,6 +31,12 @@ DESCRIBE, PROBE, TRAIN, EVALUATE = "query.describe", "train.probe", "train", "ev
 """Message types, in the order of a round."""
 TURN, FORGET = "train.turn", "query.forget"
 """A step over messages; and the end of the run, when nodes remove what they kept of it."""
+PACKET_BYTES = 4 << 20
+"""Of tensors that travel as one; Flower cuts what is longer than 5 MB."""
+
+
+class ReplyError(ValueError):
+    """A client's reply is not what it should be."""
 
 
 @dataclass(frozen=True)
@@ -293,15 +301,24 @@ class Outcome:
 
     @classmethod
     def from_records(cls, records: RecordDict) -> Outcome:
-        """Read from the content of a reply, whose arrays are taken out of it."""
+        """Read from the content of a reply, whose arrays are taken out of it.
+
+        Raises
+        ------
+        ReplyError
+            If it is not what :meth:`to_records` makes.
+        """
         numbers: dict[str, dict[str, Any]] = {kind: dict(record) for kind, record in records.metric_records.items()}
-        return cls(
-            adapters=_unpack(take_tensors(records.array_records["adapters"])),
-            importance={name: float(value) for name, value in numbers["importance"].items()},
-            losses=[float(loss) for loss in numbers["losses"]["losses"]],
-            metrics={name: float(value) for name, value in numbers["metrics"].items()},
-            description=Description.from_records(records),
-        )
+        try:
+            return cls(
+                adapters=_unpack(take_tensors(records.array_records["adapters"])),
+                importance={name: float(value) for name, value in numbers["importance"].items()},
+                losses=[float(loss) for loss in numbers["losses"]["losses"]],
+                metrics={name: float(value) for name, value in numbers["metrics"].items()},
+                description=Description.from_records(records),
+            )
+        except (KeyError, TypeError, ValueError, SafetensorError) as error:
+            raise ReplyError(f"its reply cannot be read ({error!r})") from error
 
 
 @dataclass
@@ -361,10 +378,31 @@ def _unpack(tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
 
 
 def to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
-    """Tensors (fp32 or fp64) as a Flower record."""
-    return ArrayRecord({name: Array(tensor.detach().cpu().numpy()) for name, tensor in tensors.items()})
+    """Tensors as a Flower record of safetensors files, each of about :data:`PACKET_BYTES`.
+
+    In a deployment Flower fetches every array of a record on its own, which for a thousand of them takes longer than
+    what they hold.
+    """
+    packets: list[dict[str, Tensor]] = []
+    room = 0
+    for name, tensor in tensors.items():
+        if tensor.nbytes > room:
+            packets.append({})
+            room = PACKET_BYTES
+        packets[-1][name] = tensor.detach().cpu().contiguous()
+        room -= tensor.nbytes
+    return ArrayRecord({str(i): Array(np.frombuffer(save(each), np.uint8)) for i, each in enumerate(packets)})
 
 
 def take_tensors(arrays: ArrayRecord) -> dict[str, Tensor]:
-    """The tensors of a Flower record, which is left empty so that its bytes do not stay in memory."""
-    return {name: torch.from_numpy(arrays.pop(name).numpy().copy()) for name in list(arrays)}
+    """The tensors of a Flower record, which is left empty so that its bytes do not stay in memory.
+
+    Raises
+    ------
+    SafetensorError
+        If they are not what :func:`to_arrays` makes.
+    """
+    tensors: dict[str, Tensor] = {}
+    for packet in list(arrays):
+        tensors |= load(arrays.pop(packet).numpy().tobytes())
+    return tensors

@@ -40,6 +40,7 @@ from hsplitlora_flwr.control import (
     TURN,
     Description,
     Outcome,
+    ReplyError,
     Task,
 )
 from hsplitlora_flwr.data.collate import evaluation_batches, tokenize
@@ -242,12 +243,12 @@ class HSplitLoRA(Strategy):
         clients: list[dict[str, Any]] = []
         for reply in replies:
             node = reply.metadata.src_node_id
-            outcome, upper = Outcome.from_records(reply.content), {}
-            if flaw := self._flaw(node, outcome):
-                self.clients.leave_out(node, flaw, server_round)
+            try:
+                outcome = self._checked(node, reply)
+            except ReplyError as flaw:
+                self.clients.leave_out(node, str(flaw), server_round)
                 continue
-            if self.method.split:
-                upper = extract(self.shard.trainer(self.clients.name(node)).model)
+            upper = extract(self.shard.trainer(self.clients.name(node)).model) if self.method.split else {}
             updates.append({**outcome.adapters, **upper})
             weights.append(self.clients.descriptions[node].examples)
             clients.append(self._report_client(server_round, node, outcome, updates[-1]))
@@ -465,21 +466,21 @@ class HSplitLoRA(Strategy):
                 return None
         return Message(add_frames(RecordDict(), answers), node, TURN)
 
-    def _flaw(self, node: int, outcome: Outcome) -> str:
-        """What is wrong with a client's training, if anything is."""
-        plan = self.plans[node]
+    def _checked(self, node: int, reply: Message) -> Outcome:
+        """A client's training, if it did what it was asked for; else :class:`ReplyError` says what is wrong."""
+        plan, outcome = self.plans[node], Outcome.from_records(reply.content)
         if self.method.split and not self.shard.trainer(self.clients.name(node)).finished:
-            return "it replied before its last step"
+            raise ReplyError("it replied before its last step")
         below = (layer for layer in self._cost.layers if layer.block < plan.split and plan.ranks.get(layer.name))
         expected = {
             layer.name: ((layer.out_features, plan.ranks[layer.name]), (plan.ranks[layer.name], layer.in_features))
             for layer in below
         }
         if expected != {name: (tuple(b.shape), tuple(a.shape)) for name, (b, a) in outcome.adapters.items()}:
-            return "its adapters are not those of its plan"
+            raise ReplyError("its adapters are not those of its plan")
         if not all(factor.isfinite().all() for pair in outcome.adapters.values() for factor in pair):
-            return "its adapters are not finite; lower train.lr or set train.clip"
-        return ""
+            raise ReplyError("its adapters are not finite; lower train.lr or set train.clip")
+        return outcome
 
     def _report_plan(self, server_round: int, reason: str, plan: Plan) -> None:
         figures = {"objective": plan.objective, "server_predicted_bytes": plan.server_bytes}

@@ -18,6 +18,8 @@ from hsplitlora_flwr.control import (
     settings_records,
     take_patch,
     take_start,
+    take_tensors,
+    to_arrays,
 )
 from hsplitlora_flwr.lora import AdapterSpec, Change
 from hsplitlora_flwr.lora.delta import LayerPatch, Patch
@@ -62,6 +64,23 @@ def test_task() -> None:
     assert Task.from_text(config, json.loads(json.dumps(task.to_text()))) == replace(
         sent.without_tensors(), endpoint=Endpoint("", "", ""), token=""
     )
+
+
+def test_tensors_travel_in_few_packets() -> None:
+    tensors = {f"layer.{i}:B": torch.randn(40, 1 + i) for i in range(300)}
+    tensors |= {
+        "large": torch.randn(1100, 1000),
+        "none": torch.zeros(3, 0),
+        "double": torch.randn(2, dtype=torch.float64),
+    }
+    arrays = to_arrays(tensors)
+    assert len(arrays) == 4  # 7.2 MB of small ones in two packets, one that is larger than a packet, and the rest
+    back = take_tensors(arrays)
+    assert not arrays
+    assert set(back) == set(tensors)
+    for name, tensor in tensors.items():
+        assert back[name].dtype == tensor.dtype and torch.equal(back[name], tensor)
+    back["large"].zero_()  # memory of its own, that can be written to
 
 
 def test_an_empty_task_is_a_probe() -> None:

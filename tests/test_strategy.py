@@ -12,7 +12,7 @@ import numpy.typing as npt
 import psutil
 import pytest
 import torch
-from flwr.app import Array, RecordDict
+from flwr.app import Array, ArrayRecord, RecordDict
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -21,7 +21,7 @@ from hsplitlora_flwr.client_app import split_client_app
 from hsplitlora_flwr.clients import ClientFailedError
 from hsplitlora_flwr.config import METHODS as NAMES
 from hsplitlora_flwr.config import Config
-from hsplitlora_flwr.control import Description
+from hsplitlora_flwr.control import Description, take_tensors, to_arrays
 from hsplitlora_flwr.data.collate import tokenize, training_batches
 from hsplitlora_flwr.data.partition import partition
 from hsplitlora_flwr.data.sources import load_text
@@ -328,15 +328,19 @@ def test_a_client_that_comes_back_takes_part_again(tiny_folder: Path, tmp_path: 
 
 def damaged(content: RecordDict, how: str) -> None:
     """Change what a client says that it trained."""
-    arrays = content.array_records["adapters"]
-    key = next(iter(arrays))
+    if how == "cannot be read":
+        content["adapters"] = ArrayRecord({"0": Array(np.zeros(50, np.uint8))})
+        return
+    tensors = take_tensors(content.array_records["adapters"])
+    key = next(iter(tensors))
     if how == "not those of its plan":
-        del arrays[key]
+        del tensors[key.removesuffix("B") + "A"], tensors[key]
     else:
-        arrays[key] = Array(np.full_like(arrays[key].numpy(), np.nan))
+        tensors[key].fill_(torch.nan)
+    content["adapters"] = to_arrays(tensors)
 
 
-@pytest.mark.parametrize("how", ["not those of its plan", "not finite"])
+@pytest.mark.parametrize("how", ["not those of its plan", "not finite", "cannot be read"])
 def test_a_client_with_a_bad_outcome_is_left_out(how: str, tiny_folder: Path, tmp_path: Path) -> None:
     grid = grid_of()
     original = grid.pull_messages
