@@ -10,12 +10,12 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from hsplitlora_flwr.config import TrainConfig
 from hsplitlora_flwr.lora.layers import inject
+from hsplitlora_flwr.models.loading import read_config
 from hsplitlora_flwr.reporting import read_events
 from hsplitlora_flwr.reporting.events import EVENTS_FILE, Event
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
@@ -32,7 +32,7 @@ RUNS = 2
 MEMORY_GB = (1.3, 1.7, 2.2)
 SETTINGS: dict[str, int | str] = {
     "clients.count": len(MEMORY_GB),
-    "plan.probe_every": 0,
+    "method": "hsplitlora-no-armsc",  # the same cut and rank for all, so both sides have the same work
     "train.rounds": 2,
     "train.steps": 10,
     "train.batch_size": 4,
@@ -74,19 +74,22 @@ def _start(task: Mapping[str, Any]) -> dict[str, float]:
 
 
 def deployment(setup: Setup) -> Iterator[Row]:
-    """One job on a deployment and in a simulation, which take turns: three clients with budgets of 1.3, 1.7 and 2.2 GB.
+    """One job on a deployment and in a simulation, which take turns: three clients, cut after a third of the blocks.
 
-    The deployment is a SuperLink and a SuperNode for each client on this machine, with TLS and node authentication. The
-    simulation has as many client processes at the same time, whatever the number of cores.
+    Processes of a simulation are larger, which would give its clients other plans; so split and rank are fixed, and the
+    budgets, 1.3, 1.7 and 2.2 GB, hold them. The deployment is a SuperLink and a SuperNode for each client on this
+    machine, with TLS and node authentication. The simulation has as many client processes at the same time, whatever
+    the number of cores.
 
-    - ``s_per_step``: median time from one step of a client to its next, while all clients of a round train; goal:
+    - ``s_per_step``: time of a step of one client beside the others, while all clients of a round train; goal:
       ``/ simulation``, turn by turn, at most 1.10.
     - ``before_s``: what a client does between the message and its first step: text, weights, the update so far, stream.
     - ``around_s``: the rest of the time from the message to the reply: Flower, processes, imports.
 
     These two are medians over clients and rounds of a turn.
     """
-    wanted = {**SETTINGS, "model.path": setup.model}
+    split = max(int(read_config(setup.model).num_hidden_layers) // 3, 1)
+    wanted = {**SETTINGS, "model.path": setup.model, "split.point": split}
     if setup.data:
         wanted |= {"data": "e2e", "data.path": str(Path(setup.data).absolute())}
     nodes = [
@@ -130,7 +133,9 @@ def _launch(arguments: Sequence[str], env: Mapping[str, str]) -> None:
 
 
 def seconds_of_a_step(events: Sequence[Event]) -> float:
-    """Median over a run's rounds and clients of the time between two steps, while all clients of the round train.
+    """Time of a step of one client beside the others: while all clients of a round train, over all rounds.
+
+    The clients' number x that time / the steps that all of them took in it.
 
     Raises
     ------
@@ -141,11 +146,12 @@ def seconds_of_a_step(events: Sequence[Event]) -> float:
     for event in events:
         if event["kind"] == "step":
             rounds.setdefault(event["round"], {}).setdefault(event["client"], []).append(event["time"])
-    between = []
+    steps, seconds = 0, 0.0
     for clients in rounds.values():
         begin, end = max(min(times) for times in clients.values()), min(max(times) for times in clients.values())
-        for times in clients.values():
-            between += [late - early for early, late in pairwise(sorted(times)) if begin <= early and late <= end]
-    if not between:
-        raise ValueError("the clients of no round took two steps while all others trained; more steps would help")
-    return Sample(between).median
+        if begin < end:
+            steps += sum(begin < time <= end for times in clients.values() for time in times)
+            seconds += len(clients) * (end - begin)
+    if not steps:
+        raise ValueError("in no round did all clients train at the same time; more steps would help")
+    return seconds / steps

@@ -28,9 +28,10 @@ def step(round_: int, client: str, time: float) -> dict[str, object]:
 def test_steps_count_while_all_clients_train() -> None:
     slow, quick = (0.0, 10.0, 13.0, 16.0), (9.0, 10.0, 11.0, 12.0, 13.0)
     events = [step(1, "slow", time) for time in slow] + [step(1, "quick", time) for time in quick]
-    # from 9, when both have begun, to 13, when the first is through: 3 of slow, and 1 four times of quick
-    assert seconds_of_a_step([{"kind": "status", "time": 0.0}, *events]) == 1
-    assert seconds_of_a_step([*events, *(step(2, client, 20.0 + 3 * k) for client in "ab" for k in range(9))]) == 3
+    # from 9, when both have begun, to 13, when the first is through: two steps of slow and four of quick
+    assert seconds_of_a_step([{"kind": "status", "time": 0.0}, *events]) == 2 * 4 / 6
+    more = [step(2, client, 20.0 + 3 * number) for client in "ab" for number in range(9)]
+    assert seconds_of_a_step([*events, *more]) == (2 * 4 + 2 * 24) / (6 + 16)
 
 
 def test_steps_that_never_meet() -> None:
