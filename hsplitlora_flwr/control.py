@@ -404,5 +404,6 @@ def take_tensors(arrays: ArrayRecord) -> dict[str, Tensor]:
     """
     tensors: dict[str, Tensor] = {}
     for packet in list(arrays):
-        tensors |= load(arrays.pop(packet).numpy().tobytes())
+        # sorted, since `load` gives them in any order, and two runs are to be alike
+        tensors |= sorted(load(arrays.pop(packet).numpy().tobytes()).items())
     return tensors

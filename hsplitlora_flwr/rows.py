@@ -56,7 +56,8 @@ def client_row(
     adapters: Mapping[str, Factors],
     *,
     trains_a: bool,
-    sent: int,
+    up: int,
+    down: int,
     seconds: float,
 ) -> dict[str, Any]:
     """A client's round: what it held, computed and sent.
@@ -67,8 +68,8 @@ def client_row(
         Of both sides.
     trains_a : bool
         Whether ``A`` trains, besides ``B``.
-    sent : int
-        Bytes of the tensors in the message that started it.
+    up, down : int
+        Bytes besides those of its training: of its probe, and of the tensors in messages to it.
     seconds : float
         From that message to its last reply. What it did not work in them (``seconds_around``) went into Flower's
         messages, the start of its process, and imports.
@@ -90,8 +91,8 @@ def client_row(
         "tokens": int(metrics["tokens"]),
         "label_tokens": int(metrics["label-tokens"]),
         "tokens_per_second": metrics["tokens"] / metrics["seconds"],
-        "bytes_up": int(metrics["bytes-up"]) + own,
-        "bytes_down": int(metrics["bytes-down"]) + sent,
+        "bytes_up": int(metrics["bytes-up"]) + own + up,
+        "bytes_down": int(metrics["bytes-down"]) + down,
         "frame_bytes_per_token": (metrics["bytes-up"] + metrics["bytes-down"]) / metrics["tokens"],
         "seconds": metrics["seconds"],
         "seconds_before": metrics["seconds-before"],

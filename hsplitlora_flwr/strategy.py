@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -100,7 +101,8 @@ class HSplitLoRA(Strategy):
         self._planned_budgets: dict[str, Budget] = {}
         self._planned_importance: dict[str, float] = {}
         self._tasks: dict[int, Task] = {}  # under way, without their tensors
-        self._sent: dict[int, int] = {}  # bytes of the tensors in the message to each node
+        # bytes of each node in this round, besides those of its training: tensors in messages to it, and its probe
+        self._up, self._down = Counter[int](), Counter[int]()
 
     # ------------------------------------------------------------------ the run
 
@@ -173,6 +175,8 @@ class HSplitLoRA(Strategy):
     def train_round(self, grid: Grid, server_round: int) -> MetricRecord:
         """One round: describe, score, plan, train, aggregate."""
         self._round_started = time.time()
+        self._up.clear()
+        self._down.clear()
         if server_round > 1:
             self.describe(grid, server_round)
         self.score_weights(grid, server_round)
@@ -411,8 +415,10 @@ class HSplitLoRA(Strategy):
         examples = {node: self.clients.descriptions[node].examples for node in nodes}
         measured = []
         for node, reply in zip(nodes, replies, strict=True):
-            scores = {**Outcome.from_records(reply.content).importance, **above[node]}
-            measured.append((examples[node] / sum(examples.values()), scores))
+            outcome = Outcome.from_records(reply.content)
+            self._up[node] += int(outcome.metrics["bytes-up"])
+            self._down[node] += int(outcome.metrics["bytes-down"])
+            measured.append((examples[node] / sum(examples.values()), {**outcome.importance, **above[node]}))
         return combine(measured)
 
     def _admit(self, node: int, kind: str, server_round: int, plan: ClientPlan, steps: int) -> Message:
@@ -446,7 +452,7 @@ class HSplitLoRA(Strategy):
             held = {layer.name for layer in self._cost.all_layers if layer.block < task.split}
             task = replace(task, patch=self.delta.since(self.clients.descriptions[node].held, held))
             self.clients.now_holds(node, {name: state for name, state in self.delta.held().items() if name in held})
-        self._sent[node] = task.nbytes
+        self._down[node] += task.nbytes
         return Message(task.to_records(), node, task.kind)
 
     def _answer(self, reply: Message) -> Message | None:
@@ -503,7 +509,8 @@ class HSplitLoRA(Strategy):
             outcome,
             adapters,
             trains_a=not self.method.freeze_a,
-            sent=self._sent[node],
+            up=self._up[node],
+            down=self._down[node],
             seconds=self.clients.seconds[node],
         )
         self.report.client_finished(server_round, row)

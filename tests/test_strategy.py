@@ -283,6 +283,16 @@ def test_the_plan_is_kept_until_budgets_change_or_importance_drifts(tiny_folder:
     assert re.fullmatch(r"importance moved by 0\.\d{3}, more than plan\.drift=0", plans[1]["reason"])
 
 
+def test_bytes_of_a_round_count_what_came_for_a_probe(tiny_folder: Path, tmp_path: Path) -> None:
+    def bytes_down(probe_every: int) -> int:
+        folder, changes = tmp_path / str(probe_every), {"plan.probe_every": probe_every, "plan.drift": 1.0}
+        summary = run(settings(tiny_folder, folder, **changes), folder)
+        return sum(client["bytes_down"] for client in summary["rounds"][1]["clients"])
+
+    # the update travels with the message that comes first, and a probe's gradients come on top of those of training
+    assert bytes_down(1) > 1.1 * bytes_down(0)
+
+
 def test_a_rank_cap_bounds_the_adapter_and_says_what_it_dropped(tiny_folder: Path, tmp_path: Path) -> None:
     config = settings(tiny_folder, tmp_path, **{"lora.rank_cap": 2})
     summary = run(config, tmp_path)
@@ -332,9 +342,9 @@ def damaged(content: RecordDict, how: str) -> None:
         content["adapters"] = ArrayRecord({"0": Array(np.zeros(50, np.uint8))})
         return
     tensors = take_tensors(content.array_records["adapters"])
-    key = next(iter(tensors))
+    key = next(key for key in tensors if key.endswith(":B"))
     if how == "not those of its plan":
-        del tensors[key.removesuffix("B") + "A"], tensors[key]
+        del tensors[key], tensors[key.removesuffix("B") + "A"]
     else:
         tensors[key].fill_(torch.nan)
     content["adapters"] = to_arrays(tensors)
