@@ -15,7 +15,8 @@ from flwr.serverapp import Grid
 from hsplitlora_flwr.transport.frames import Frame, decode, encode
 
 _FRAMES = "frames"
-_POLL_SECONDS = 0.1
+_SOONEST, _LATEST, _PATIENCE = 0.1, 2.0, 0.05
+"""Seconds between two looks for replies, and the share of the time since the last one that they may come late by."""
 
 
 def add_frames(records: RecordDict, frames: Sequence[Frame]) -> RecordDict:
@@ -55,7 +56,8 @@ def converse(
     """Send a message to each of several nodes, and answer their replies until every node has sent its last.
 
     Flower's own ``send_and_receive`` looks for replies every three seconds and waits for all of them; a step over
-    messages would take as long.
+    messages would take as long. Here it is a tenth of a second at first, and longer while no reply comes: looking takes
+    time of the processes that train.
 
     Parameters
     ----------
@@ -74,6 +76,7 @@ def converse(
         The node and its last reply, as they come; it may be an error.
     """
     waiting: dict[str, int] = {}
+    last = time.monotonic()
 
     def push(message: Message) -> None:
         [message_id] = grid.push_messages([message])
@@ -85,10 +88,10 @@ def converse(
     deadline = time.monotonic() + timeout
     while waiting and time.monotonic() < deadline:
         for reply in grid.pull_messages(list(waiting)):
-            node = waiting.pop(reply.metadata.reply_to_message_id)
+            node, last = waiting.pop(reply.metadata.reply_to_message_id), time.monotonic()
             following = None if reply.has_error() else answer(reply)
             if following is None:
                 yield node, reply
             else:
                 push(following)
-        time.sleep(_POLL_SECONDS)
+        time.sleep(min(max(_PATIENCE * (time.monotonic() - last), _SOONEST), _LATEST))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import pairwise
+from types import SimpleNamespace
+
 import pytest
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from hsplitlora_flwr.transport import messages
 from hsplitlora_flwr.transport.frames import Finish, FrameError, Loss, Pong
 from hsplitlora_flwr.transport.messages import add_frames, converse, frame_bytes, has_frames, read_frames
 from tests.grid import LocalGrid
@@ -65,3 +70,27 @@ def test_nodes_that_stay_silent_are_given_up() -> None:
     grid.pull_messages = lambda ids: [r for r in answers(ids) if r.metadata.src_node_id == 1]  # type: ignore[method-assign]
     messages = [Message(add_frames(RecordDict(), [Finish(1.0)]), node, "query") for node in (1, 2)]
     assert [node for node, _ in converse(grid, messages, lambda reply: None, timeout=0.3)] == [1]
+
+
+def test_looks_for_replies_grow_rarer_while_none_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, looks = 0.0, list[float]()
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    def pull(ids: Iterable[str]) -> Iterable[Message]:
+        looks.append(now)
+        return answered(ids) if now > 60 and looks[-2] <= 60 else []
+
+    grid = LocalGrid(counting_app(), {1: {}, 2: {}})
+    answered, grid.pull_messages = grid.pull_messages, pull  # type: ignore[method-assign]
+    monkeypatch.setattr(messages, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    asked = [Message(add_frames(RecordDict(), [Finish(1.0)]), 1, "query")]
+    heard = converse(grid, asked, lambda reply: Message(reply.content, 2, "query"), timeout=70)
+    assert list(heard) == []
+    gaps = [later - earlier for earlier, later in pairwise(looks)]
+    assert gaps[:20] == pytest.approx([0.1] * 20) and max(gaps) == pytest.approx(2.0)
+    assert all(gap <= max(0.1, 0.05 * look) + 1e-9 for gap, look in zip(gaps, looks, strict=False))
+    after_the_reply = next(gap for gap, look in zip(gaps, looks, strict=False) if look > 60)
+    assert after_the_reply == pytest.approx(0.1), "whoever has answered may do so again at once"
