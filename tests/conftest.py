@@ -13,6 +13,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs first: they take the longest and mostly wait, so others fit in beside them."""
+    items.sort(key=lambda item: "system" not in item.path.parts)
+
+
 @pytest.fixture(scope="session")
 def e2e_folder() -> Path:
     """The folder of the E2E NLG challenge: ``HSPLITLORA_E2E``, else ``shared/data/e2e`` beside the checkout."""
