@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from multiprocessing import get_context
 
 import psutil
 import pytest
@@ -45,8 +48,19 @@ def test_the_process_keeps_no_less_than_it_rests_at_and_draws_no_random_number()
     assert abs(process_bytes(CONFIGS["llama"]) - first) < 8 * MIB, "the second time there is nothing left to bring in"
 
 
+@pytest.fixture(scope="module")
+def clean_process() -> Iterator[Executor]:
+    """A process in which no other test has run: their threads allocate and free as they like."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
+        yield executor
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="asks glibc about its heap")
-def test_the_heap_that_small_tensors_leave_counts_as_they_did() -> None:
+def test_the_heap_that_small_tensors_leave_counts_as_they_did(clean_process: Executor) -> None:
+    clean_process.submit(_leave_small_tensors).result()
+
+
+def _leave_small_tensors() -> None:
     small = [torch.ones(64 << 8) for _ in range(800)]  # 64 KiB each, too small for a mapping of its own
     pin = torch.ones(64 << 8)  # what lies above them, so that the heap cannot shrink
     with_them, resting_with_them = process_bytes(CONFIGS["llama"]), resting_bytes()
@@ -57,18 +71,24 @@ def test_the_heap_that_small_tensors_leave_counts_as_they_did() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks glibc about its heap")
-def test_a_thread_keeps_freed_memory_and_the_process_does_not_after_it() -> None:
-    def left_over() -> int:
-        rest = resting_bytes()
-        blocks = [torch.ones(MIB) for _ in range(50)]  # 4 MiB each
-        del blocks
-        return int(psutil.Process().memory_info().rss) - rest
+def test_a_thread_keeps_freed_memory_and_the_process_does_not_after_it(clean_process: Executor) -> None:
+    clean_process.submit(_train_with_and_without_a_thread).result()
 
+
+def _train_with_and_without_a_thread() -> None:
     return_freed_memory()
-    before, rest = left_over(), resting_bytes()
-    assert keep_freed_memory(left_over) > 40 * MIB
+    before, rest = _left_over(), resting_bytes()
+    assert keep_freed_memory(_left_over) > 40 * MIB
     assert resting_bytes() < rest + 10 * MIB
-    assert left_over() < before + 10 * MIB
+    assert _left_over() < before + 10 * MIB
+
+
+def _left_over() -> int:
+    """Bytes that freed blocks still take."""
+    rest = resting_bytes()
+    blocks = [torch.ones(MIB) for _ in range(50)]  # 4 MiB each
+    del blocks
+    return int(psutil.Process().memory_info().rss) - rest
 
 
 def test_what_goes_wrong_in_the_thread_is_said() -> None:
