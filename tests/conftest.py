@@ -12,10 +12,17 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+LONGEST = ("tests/system", "tests/test_transports", "tests/test_strategy", "tests/simulations")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole runs first: they take the longest and mostly wait, so others fit in beside them."""
-    items.sort(key=lambda item: "system" not in item.path.parts)
+    """Whole runs first: they take the longest and mostly wait, so others fit in beside them, and none ends alone."""
+    places = {part: index for index, part in enumerate(LONGEST)}
+
+    def place(item: pytest.Item) -> int:
+        return min((index for part, index in places.items() if part in item.path.as_posix()), default=len(places))
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")

@@ -138,34 +138,25 @@ def test_a_run_that_finished_has_status_0_and_leaves_nothing_running(app, tmp_pa
 
 
 def test_an_open_superlink_carries_one_run_after_another_and_stays_open(app, tmp_path, capsys):
+    ends = {}
     opening = open_superlink("", app, tmp_path / "superlink.log")
     with opening as superlink, RunConsole(Console(force_terminal=False)) as console:
-        for name, status in {"failing": 1, "succeeding": 0}.items():
-            task = "crash" if status else "succeed"
+        for task in ("crash", "client-crash", "succeed"):
             cpus = (os.cpu_count() or 1) + 1  # more than there are: only with `cpus` does Ray have room for a client
             launcher = Launcher(client_cpus=cpus, cpus=cpus)
-            assert launch(settings(tmp_path / name, task), app, launcher, console, superlink) == status
+            status = launch(settings(tmp_path / task, task), app, launcher, console, superlink)
+            ends[task] = status, capsys.readouterr().out.splitlines()
+            assert "stopping Flower" not in "\n".join(ends[task][1])
             assert processes_of(app), "the SuperLink is gone"
-    assert "stopping Flower" not in capsys.readouterr().out
     assert processes_of(tmp_path) == []
 
-
-def test_a_crash_of_the_server_has_status_1_and_the_cause_last(app, tmp_path, capsys):
-    status, lines = run(app, tmp_path / "run", "crash", capsys)
-
-    assert status == 1
-    assert lines[-1] == "RuntimeError: the server has no more ideas"
+    status, lines = ends["crash"]
+    assert status == 1 and lines[-1] == "RuntimeError: the server has no more ideas"
     assert any("in main" in line for line in lines[-4:])
-    assert processes_of(tmp_path) == []
-
-
-def test_a_failure_that_the_app_reports_is_the_last_line(app, tmp_path, capsys):
-    status, lines = run(app, tmp_path / "run", "client-crash", capsys)
-
-    assert status == 1
-    assert lines[-1].startswith("failed: a client failed: ")
+    status, lines = ends["client-crash"]
+    assert status == 1 and lines[-1].startswith("failed: a client failed: ")
     assert "the client has no such block" in lines[-1]
-    assert processes_of(tmp_path) == []
+    assert ends["succeed"][0] == 0
 
 
 RESULTS = ["adapter/adapter_model.safetensors", "adapter/adapter_config.json"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -129,17 +128,6 @@ def test_a_run_ends_in_an_adapter_that_stock_peft_loads(start_run: Run, tmp_path
     assert not any(word in (folder / name).read_text() for name in ("summary.json", "flwr.log") for word in token_words)
 
 
-def test_a_crash_of_the_server_app_says_why(start_run: Run) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        process = start_run(transport__address="127.0.0.1", transport__port=port, clients__count=1)
-        output, _ = process.communicate(timeout=300)
-    assert process.returncode == 1
-    assert f"transport.port={port}: the port cannot be opened" in "\n".join(output.splitlines()[-4:])
-
-
 def test_a_round_goes_on_without_a_client_that_is_killed(start_run: Run, tmp_path: Path) -> None:
     process = start_run(train__steps=40, train__rounds=1)
     events = tmp_path / "run" / "events.jsonl"
@@ -168,9 +156,7 @@ def test_a_round_goes_on_without_a_client_that_is_killed(start_run: Run, tmp_pat
     ("settings", "says"),
     [
         ({"split__max": 4}, "split=4 is not possible"),
-        ({"train__lr": "fast"}, "train.lr"),
         ({"train__speed": 3}, "train.speed"),
-        ({"data": "e2e", "data__path": "nowhere"}, "nowhere"),
         ({"lora__targets": "query"}, "query"),
     ],
 )
