@@ -6,14 +6,14 @@ Clients come and go. One that fails is left out of the round and asked again in 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from hsplitlora_flwr.config import Config
-from hsplitlora_flwr.control import DESCRIBE, FORGET, Description, settings_records
+from hsplitlora_flwr.control import DESCRIBE, FORGET, Description, Outcome, ReplyError, settings_records
 from hsplitlora_flwr.planning.planner import Budget
 from hsplitlora_flwr.reporting.report import RunReport
 from hsplitlora_flwr.transport.messages import converse
@@ -23,6 +23,8 @@ FORGET_SECONDS = 60.0
 
 Answer = Callable[[Message], Message | None]
 """The next message to a client, from its reply; None if that was its last."""
+Check = Callable[[int, Outcome], None]
+"""Raises :class:`ReplyError` where a node's outcome is not what it should be."""
 
 
 class ClientFailedError(RuntimeError):
@@ -99,10 +101,15 @@ class Clients:
         messages = [Message(settings_records(self._config), node, DESCRIBE) for node in asked]
         needed = max(self._config.clients.min - len(self.descriptions), 0)
         for reply in self.exchange(grid, messages, server_round, needed=needed):
-            node, description = reply.metadata.src_node_id, Description.from_records(reply.content)
-            if description.name in self.budgets:
-                reason = f"another node calls itself client {description.name}; give each a name or a partition-id"
-                self.leave_out(node, reason, server_round)
+            node = reply.metadata.src_node_id
+            try:
+                description = Description.from_records(reply.content)
+                if description.name in self.budgets:
+                    raise ReplyError(
+                        f"another node calls itself client {description.name}; give each a name or a partition-id"
+                    )
+            except ReplyError as flaw:
+                self.leave_out(node, str(flaw), server_round)
             else:
                 self.descriptions[node] = description
         self._fresh = {}
@@ -159,11 +166,46 @@ class Clients:
         for node in silent:
             reason = f"no reply within {self.timeout:.0f} s (run.timeout)"
             failures.append(self.leave_out(node, reason, server_round))
-        needed = self._config.clients.min if needed is None else needed
-        if len(replies) < needed:
-            few = f"{len(replies)} clients are left, and clients.min={needed}" if replies else "no client is left"
-            raise ClientFailedError(f"{few}: {'; '.join(failures)}" if failures else few)
+        self._require(needed, len(replies), failures)
         return sorted(replies, key=lambda reply: self.name(reply.metadata.src_node_id))
+
+    def outcomes(
+        self, replies: Iterable[Message], server_round: int, check: Check, needed: int | None = None
+    ) -> Iterator[tuple[int, Outcome]]:
+        """What the clients did, by node; one whose reply cannot be used is left out.
+
+        Parameters
+        ----------
+        replies : Iterable[Message]
+            What :meth:`exchange` returned.
+        check : Check
+            See there.
+        needed : int, optional
+            Outcomes that there must be; ``clients.min`` by default.
+
+        Raises
+        ------
+        ClientFailedError
+            After the last, if there were fewer, with every flaw.
+        """
+        good, flaws = 0, []
+        for reply in replies:
+            node = reply.metadata.src_node_id
+            try:
+                outcome = Outcome.from_records(reply.content)
+                check(node, outcome)
+            except ReplyError as flaw:
+                flaws.append(self.leave_out(node, str(flaw), server_round))
+            else:
+                good += 1
+                yield node, outcome
+        self._require(needed, good, flaws)
+
+    def _require(self, needed: int | None, count: int, failures: Sequence[str]) -> None:
+        needed = self._config.clients.min if needed is None else needed
+        if count < needed:
+            few = f"{count} clients are left, and clients.min={needed}" if count else "no client is left"
+            raise ClientFailedError(f"{few}: {'; '.join(failures)}" if failures else few)
 
     def leave_out(self, node: int, reason: str, server_round: int) -> str:
         """Go on without a client in this round; returns what happened."""

@@ -7,6 +7,7 @@ else.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -94,9 +95,23 @@ class Description:
 
     @classmethod
     def from_records(cls, records: RecordDict) -> Description:
-        """Read from the content of a reply."""
-        values: dict[str, Any] = dict(records.config_records["description"])
-        return cls(**values | {"held": json.loads(values["held"])})
+        """Read from the content of a reply.
+
+        Raises
+        ------
+        ReplyError
+            If it is not what :meth:`to_records` makes, or says what cannot be.
+        """
+        try:
+            values: dict[str, Any] = dict(records.config_records["description"])
+            made = cls(**values | {"held": dict(json.loads(values["held"]))})
+            amounts = made.examples, made.memory_bytes, made.process_bytes, made.longest
+            speeds = made.flops, made.up, made.down
+            if not (all(amount > 0 for amount in amounts) and all(0 <= speed < math.inf for speed in speeds)):
+                raise ValueError(made)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ReplyError(f"its description of itself cannot be used ({error!r})") from error
+        return made
 
 
 @dataclass(frozen=True)

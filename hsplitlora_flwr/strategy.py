@@ -32,7 +32,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from hsplitlora_flwr.clients import ClientFailedError, Clients
+from hsplitlora_flwr.clients import Clients
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.control import (
     EVALUATE,
@@ -56,6 +56,7 @@ from hsplitlora_flwr.models.quantisation import check_quantiser
 from hsplitlora_flwr.models.split import WholeModel
 from hsplitlora_flwr.planning.importance import combine, drift, scoring, smooth
 from hsplitlora_flwr.planning.planner import Budget, ClientPlan, Plan, probe_split
+from hsplitlora_flwr.replies import check_evaluation, check_scores, check_training
 from hsplitlora_flwr.reporting.report import RunReport
 from hsplitlora_flwr.rows import client_row, plan_rows, step_row
 from hsplitlora_flwr.shard import Shard
@@ -245,21 +246,13 @@ class HSplitLoRA(Strategy):
         updates: list[Mapping[str, Factors]] = []
         weights: list[float] = []
         clients: list[dict[str, Any]] = []
-        for reply in replies:
-            node = reply.metadata.src_node_id
-            try:
-                outcome = self._checked(node, reply)
-            except ReplyError as flaw:
-                self.clients.leave_out(node, str(flaw), server_round)
-                continue
+        for node, outcome in self.clients.outcomes(replies, server_round, self._check_training):
             upper = extract(self.shard.trainer(self.clients.name(node)).model) if self.method.split else {}
             updates.append({**outcome.adapters, **upper})
             weights.append(self.clients.descriptions[node].examples)
             clients.append(self._report_client(server_round, node, outcome, updates[-1]))
             self.clients.remember(node, outcome.description)
         self.shard.dismiss_all()
-        if len(updates) < self.config.clients.min:
-            raise ClientFailedError(f"{len(updates)} clients trained, and clients.min={self.config.clients.min}")
         update = aggregate(updates, weights, rule=self.method.rule)
         if self.method.carries:
             self.adapter = update
@@ -337,9 +330,8 @@ class HSplitLoRA(Strategy):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Perplexity over the tokens of all clients together."""
         nll: dict[str, tuple[float, float]] = {}
-        for reply in replies:
-            metrics = Outcome.from_records(reply.content).metrics
-            nll[self.clients.name(reply.metadata.src_node_id)] = metrics["nll"], metrics["label-tokens"]
+        for node, outcome in self.clients.outcomes(replies, server_round, lambda _, o: check_evaluation(o), needed=0):
+            nll[self.clients.name(node)] = outcome.metrics["nll"], outcome.metrics["label-tokens"]
         self.shard.dismiss_all()
         if not nll:
             return None
@@ -399,7 +391,7 @@ class HSplitLoRA(Strategy):
         self.report.status("measuring which weights matter")
         config, messages, again = self.config, [], self.config.train.recompute == "on"
         bounds = config.split.min, config.split.max or None
-        above: dict[int, dict[str, float]] = {}
+        below, above = dict[int, set[str]](), dict[int, dict[str, float]]()
         with ExitStack() as stack:
             for node, client in self.clients.descriptions.items():
                 split = probe_split(self._cost, client.budget, config.ranks, *bounds, recompute=again)
@@ -408,24 +400,23 @@ class HSplitLoRA(Strategy):
                 plan = ClientPlan(split, {}, 0, recompute=again, server_recompute=again)
                 messages.append(self._admit(node, PROBE, server_round, plan, config.plan.probe_batches))
                 upper = self.shard.trainer(client.name).model
+                below[node] = self._layers_below(split)
                 above[node] = stack.enter_context(scoring(upper, config.plan.cost, config.lora.rank))
             replies = self.clients.exchange(grid, messages, server_round, self._answer)
         self.shard.dismiss_all()
-        nodes = [reply.metadata.src_node_id for reply in replies]
-        examples = {node: self.clients.descriptions[node].examples for node in nodes}
         measured = []
-        for node, reply in zip(nodes, replies, strict=True):
-            outcome = Outcome.from_records(reply.content)
+        for node, outcome in self.clients.outcomes(replies, server_round, lambda n, o: check_scores(o, below[n])):
             self._up[node] += int(outcome.metrics["bytes-up"])
             self._down[node] += int(outcome.metrics["bytes-down"])
-            measured.append((examples[node] / sum(examples.values()), {**outcome.importance, **above[node]}))
-        return combine(measured)
+            measured.append((self.clients.descriptions[node].examples, {**outcome.importance, **above[node]}))
+        examples = sum(weight for weight, _ in measured)
+        return combine((weight / examples, scores) for weight, scores in measured)
 
     def _admit(self, node: int, kind: str, server_round: int, plan: ClientPlan, steps: int) -> Message:
         """Set the server's half of one client up, if there is one, and write the message that starts the client's."""
         alpha, dropout = self.config.alpha, self.config.lora.dropout
         specs = {name: AdapterSpec(rank, alpha(rank), dropout) for name, rank in plan.ranks.items()}
-        held = {layer.name for layer in self._cost.all_layers if layer.block < plan.split}
+        held = self._layers_below(plan.split)
         start = {name: truncate(factors, specs[name].rank) for name, factors in self.adapter.items() if name in specs}
         task = Task(
             config=self.config,
@@ -449,7 +440,7 @@ class HSplitLoRA(Strategy):
     def _send(self, node: int, task: Task) -> Message:
         """The message that starts a task, with what the client's weights lack."""
         if not task.from_base:
-            held = {layer.name for layer in self._cost.all_layers if layer.block < task.split}
+            held = self._layers_below(task.split)
             task = replace(task, patch=self.delta.since(self.clients.descriptions[node].held, held))
             self.clients.now_holds(node, {name: state for name, state in self.delta.held().items() if name in held})
         self._down[node] += task.nbytes
@@ -458,35 +449,27 @@ class HSplitLoRA(Strategy):
     def _answer(self, reply: Message) -> Message | None:
         """The next message to a client: answers to its frames, or its task again; None to its last reply."""
         node = reply.metadata.src_node_id
-        if Description.is_all_of(reply.content):  # its update is not what we thought
-            self.clients.descriptions[node] = Description.from_records(reply.content)
-            if node in self._tasks:
-                return self._send(node, self._tasks.pop(node))
-            answers: list[Frame] = [Failure("its update cannot be brought up to date")]
-        else:
-            try:
+        try:
+            if Description.is_all_of(reply.content):  # its update is not what we thought
+                self.clients.descriptions[node] = Description.from_records(reply.content)
+                if node in self._tasks:
+                    return self._send(node, self._tasks.pop(node))
+                answers: list[Frame] = [Failure("its update cannot be brought up to date")]
+            else:
                 answers = self.shard.answer(self.clients.name(node), read_frames(reply.content))
-            except FrameError as error:
-                answers = [Failure(str(error))]
-            if Outcome.is_in(reply.content):
-                return None
+        except (FrameError, ReplyError) as error:
+            answers = [Failure(str(error))]
+        if Outcome.is_in(reply.content):
+            return None
         return Message(add_frames(RecordDict(), answers), node, TURN)
 
-    def _checked(self, node: int, reply: Message) -> Outcome:
-        """A client's training, if it did what it was asked for; else :class:`ReplyError` says what is wrong."""
-        plan, outcome = self.plans[node], Outcome.from_records(reply.content)
+    def _check_training(self, node: int, outcome: Outcome) -> None:
         if self.method.split and not self.shard.trainer(self.clients.name(node)).finished:
             raise ReplyError("it replied before its last step")
-        below = (layer for layer in self._cost.layers if layer.block < plan.split and plan.ranks.get(layer.name))
-        expected = {
-            layer.name: ((layer.out_features, plan.ranks[layer.name]), (plan.ranks[layer.name], layer.in_features))
-            for layer in below
-        }
-        if expected != {name: (tuple(b.shape), tuple(a.shape)) for name, (b, a) in outcome.adapters.items()}:
-            raise ReplyError("its adapters are not those of its plan")
-        if not all(factor.isfinite().all() for pair in outcome.adapters.values() for factor in pair):
-            raise ReplyError("its adapters are not finite; lower train.lr or set train.clip")
-        return outcome
+        check_training(outcome, self._cost.layers, self.plans[node])
+
+    def _layers_below(self, split: int) -> set[str]:
+        return {layer.name for layer in self._cost.all_layers if layer.block < split}
 
     def _report_plan(self, server_round: int, reason: str, plan: Plan) -> None:
         figures = {"objective": plan.objective, "server_predicted_bytes": plan.server_bytes}

@@ -369,6 +369,36 @@ def test_a_client_with_a_bad_outcome_is_left_out(how: str, tiny_folder: Path, tm
     assert failure["client"] == "1" and how in failure["error"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "record", "key", "value", "says"),
+    [
+        ("query.describe", "description", "examples", 0, "its description of itself cannot be used"),
+        ("train.probe", "importance", "model.layers.0.mlp.up_proj", float("nan"), "up_proj is nan"),
+        ("evaluate", "metrics", "label-tokens", 0.0, "has no perplexity"),
+    ],
+)
+def test_a_bad_reply_costs_no_more_than_its_client(
+    kind: str, record: str, key: str, value: float, says: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    grid = grid_of()
+    original = grid.pull_messages
+
+    def damaging(ids: Any) -> Any:
+        replies = list(original(ids))
+        for reply in replies:
+            if reply.metadata.src_node_id == 11 and reply.metadata.message_type == kind:
+                reply.content[record][key] = value
+        return replies
+
+    grid.pull_messages = damaging  # type: ignore[method-assign]
+    summary = run(settings(tiny_folder, tmp_path, **{"train.rounds": 1, "evaluation.client_rows": 2}), tmp_path, grid)
+    assert summary["status"] == "finished"
+    failures = [e for e in map(json.loads, (tmp_path / "events.jsonl").open()) if e["kind"] == "client_failed"]
+    assert len(failures) == 1 and says in failures[0]["error"]
+    trained = [client["client"] for client in summary["rounds"][0]["clients"]]
+    assert trained == (["0", "1", "2"] if kind == "evaluate" else ["0", "2"])
+
+
 def test_a_second_node_of_a_name_is_left_out(tiny_folder: Path, tmp_path: Path) -> None:
     grid = grid_of()
     grid.node_configs[12]["partition-id"] = 1
