@@ -27,14 +27,14 @@ from simulations.deployment import CONNECTION, deploy
 from simulations.run import PROJECT
 
 STARTS = 7
-RUNS = 2
+RUNS = 3
 """Of a deployment and of a simulation each."""
 MEMORY_GB = (1.3, 1.7, 2.2)
 SETTINGS: dict[str, int | str] = {
     "clients.count": len(MEMORY_GB),
     "method": "hsplitlora-no-armsc",  # the same cut and rank for all, so both sides have the same work
     "train.rounds": 2,
-    "train.steps": 10,
+    "train.steps": 20,
     "train.batch_size": 4,
     "data.eval_rows": 10,
 }
