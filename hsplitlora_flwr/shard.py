@@ -16,7 +16,14 @@ from hsplitlora_flwr.training.joint import JointPass
 from hsplitlora_flwr.training.memory import trim_heap
 from hsplitlora_flwr.training.recompute import recompute_blocks
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
-from hsplitlora_flwr.training.server import ServerEvaluator, ServerTrainer, SharedBase, StepReport, differentiate
+from hsplitlora_flwr.training.server import (
+    CorePool,
+    ServerEvaluator,
+    ServerTrainer,
+    SharedBase,
+    StepReport,
+    differentiate,
+)
 from hsplitlora_flwr.transport.certificates import Identity, make_identity, read_identity
 from hsplitlora_flwr.transport.frames import Failure, Frame
 from hsplitlora_flwr.transport.stream import StreamServer
@@ -47,6 +54,7 @@ class Shard:
         self.base = SharedBase(config.model.path, config.model.dtype, device, config.model.quantise)
         self._takes_all = config.train.joint == "on" or (config.train.joint == "auto" and device != "cpu")
         self._together = JointPass(self.base)
+        self._cores = CorePool(all_cores())
 
     def admit(self, task: Task, start: Mapping[str, Factors], report: Callable[[StepReport], None]) -> Task:
         """Set up the server's half of a client's task.
@@ -65,7 +73,7 @@ class Shard:
         Task
             The same task, with the stream's address and a fresh token where there is a stream.
         """
-        model = self._part(task)
+        model, joint = self._part(task), False
         worker: Worker
         if task.kind == EVALUATE:
             worker = ServerEvaluator(model, self._config.transport.down)
@@ -76,13 +84,15 @@ class Shard:
                 recompute_blocks(model)
             through, threads = differentiate, self._threads
             if self._takes_all and task.kind == TRAIN and isinstance(model, ServerModel):
+                joint = True
                 self._together.enter(model, recompute=task.server_recompute)
                 through, threads = self._together, all_cores
             worker = ServerTrainer(model.train(), optimizer, report, threads, self._config.transport.down, through)
         self._workers[task.client] = worker
         if self._stream is None:
             return task
-        return task.over_stream(self._stream.endpoint, self._stream.admit(worker, self._longest_frame(model)))
+        handler = worker if joint else self._cores.share(worker)  # in a joint pass clients wait for each other
+        return task.over_stream(self._stream.endpoint, self._stream.admit(handler, self._longest_frame(model)))
 
     def trainer(self, client: str) -> ServerTrainer:
         """The server's half of a client's training."""
@@ -109,6 +119,7 @@ class Shard:
         """Close the port."""
         if self._stream:
             self._stream.stop()
+        self._cores.close()
 
     def _part(self, task: Task) -> ServerModel | BodyModel:
         return self.base.body_part(task.split) if task.labels_stay else self.base.server_part(task.split)

@@ -62,7 +62,7 @@ from hsplitlora_flwr.rows import client_row, plan_rows, step_row
 from hsplitlora_flwr.shard import Shard
 from hsplitlora_flwr.training.evaluation import evaluate
 from hsplitlora_flwr.training.generation import generate_and_score
-from hsplitlora_flwr.training.memory import process_bytes, resting_bytes
+from hsplitlora_flwr.training.memory import PeakMemory, process_bytes, resting_bytes
 from hsplitlora_flwr.training.server import StepReport
 from hsplitlora_flwr.transport.frames import Failure, Frame, FrameError
 from hsplitlora_flwr.transport.messages import add_frames, read_frames
@@ -104,6 +104,7 @@ class HSplitLoRA(Strategy):
         self._tasks: dict[int, Task] = {}  # under way, without their tensors
         # bytes of each node in this round, besides those of its training: tensors in messages to it, and its probe
         self._up, self._down = Counter[int](), Counter[int]()
+        self._server_peak = 0  # memory of this process while the clients of this round trained, in bytes
 
     # ------------------------------------------------------------------ the run
 
@@ -183,7 +184,9 @@ class HSplitLoRA(Strategy):
         self.score_weights(grid, server_round)
         self.make_plans(server_round)
         messages = self.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid)
-        replies = self.clients.exchange(grid, messages, server_round, self._answer)
+        with PeakMemory() as memory:
+            replies = self.clients.exchange(grid, messages, server_round, self._answer)
+        self._server_peak = memory.bytes
         _, metrics = self.aggregate_train(server_round, replies)
         return metrics or MetricRecord()
 
@@ -260,7 +263,8 @@ class HSplitLoRA(Strategy):
         else:
             self.delta.add(update)
         norm = math.sqrt(sum(float(((b.T @ b) * (a @ a.T)).sum()) for b, a in update.values()))
-        self.report.round_finished(server_round, time.time() - self._round_started, norm, clients, **self._dropped())
+        more = {"server_measured_bytes": self._server_peak, **self._dropped()}
+        self.report.round_finished(server_round, time.time() - self._round_started, norm, clients, **more)
         loss = sum(w * c["losses"][-1] for w, c in zip(weights, clients, strict=True)) / sum(weights)
         return None, MetricRecord({"loss": loss, "update-norm": norm, "clients": len(clients)})
 

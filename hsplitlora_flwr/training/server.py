@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -139,6 +140,29 @@ def differentiate(work: MicroBatch) -> float:
     output = work.model(work.cut, work.attention_mask, work.labels, work.normalizer)
     output.loss.backward()
     return float(output.loss.detach())
+
+
+class CorePool:
+    """Takes the frames of several clients as cores become free, first come, first served.
+
+    More passes at once than cores would only share them, and each would hold its activations for longer.
+
+    Parameters
+    ----------
+    cores : int
+        Passes at once.
+    """
+
+    def __init__(self, cores: int) -> None:
+        self._threads = ThreadPoolExecutor(cores, thread_name_prefix="pass")
+
+    def share(self, handler: Callable[[Frame], Frame]) -> Callable[[Frame], Frame]:
+        """``handler``, which waits for its turn."""
+        return lambda frame: self._threads.submit(handler, frame).result()
+
+    def close(self) -> None:
+        """Take no more frames."""
+        self._threads.shutdown(wait=False)
 
 
 class ServerTrainer:

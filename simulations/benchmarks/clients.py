@@ -19,7 +19,7 @@ from hsplitlora_flwr.training.client import ClientTrainer, load_client, train_cl
 from hsplitlora_flwr.training.joint import JointPass
 from hsplitlora_flwr.training.memory import return_freed_memory
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
-from hsplitlora_flwr.training.server import ServerTrainer, SharedBase
+from hsplitlora_flwr.training.server import CorePool, ServerTrainer, SharedBase
 from hsplitlora_flwr.transport.certificates import make_identity
 from hsplitlora_flwr.transport.stream import Endpoint, StreamLink, StreamServer
 from simulations.benchmarks.common import Apart, Row, Sample, Setup, specs, spread_batches
@@ -37,16 +37,18 @@ Admit = Callable[[SharedBase, StreamServer, Sequence[int]], list[str]]
 
 
 def separate(base: SharedBase, stream: StreamServer, splits: Sequence[int]) -> list[str]:
-    """Every client has a trainer of its own; together they take as many threads as there are cores."""
+    """Every client has a trainer of its own; as many passes at once as there are cores, and as many threads."""
+    count = os.cpu_count() or 1
+    cores = CorePool(count)
 
     def threads() -> int:
-        return max((os.cpu_count() or 1) // max(stream.open_streams, 1), 1)
+        return max(count // max(stream.open_streams, 1), 1)
 
     tokens = []
     for split in splits:
         part = base.server_part(split).train()
         optimizer = AdapterOptimizer(inject(part, specs(name for name, _ in part.linears()), ""), TrainConfig())
-        tokens.append(stream.admit(ServerTrainer(part, optimizer, threads=threads)))
+        tokens.append(stream.admit(cores.share(ServerTrainer(part, optimizer, threads=threads))))
     return tokens
 
 

@@ -99,6 +99,7 @@ def test_a_run_ends_in_an_adapter_that_stock_peft_loads(start_run: Run, tmp_path
     base = AutoModelForCausalLM.from_pretrained(tiny_folder)
     block = sum(p.numel() for p in base.model.layers[0].parameters())
     assert [len(each["clients"]) for each in summary["rounds"]] == [3]
+    assert 0.5 < summary["rounds"][0]["server_measured_bytes"] / summary["plans"][0]["server_predicted_bytes"] < 2
     for client in (client for each in summary["rounds"] for client in each["clients"]):
         assert client["resident_parameters"] == base.model.embed_tokens.weight.numel() + client["split"] * block
         assert client["predicted_bytes"] <= client["budget_bytes"]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event, Lock
 
 import pytest
 import torch
@@ -10,7 +13,8 @@ from transformers import PreTrainedModel
 
 from hsplitlora_flwr.lora import Delta
 from hsplitlora_flwr.training.evaluation import evaluate
-from hsplitlora_flwr.training.server import SharedBase
+from hsplitlora_flwr.training.server import CorePool, SharedBase
+from hsplitlora_flwr.transport.frames import Finish, Finished, Frame
 from tests.tiny import random_batches, tiny_model
 
 
@@ -88,3 +92,46 @@ def test_perplexity_is_pooled_over_tokens(tmp_path: Path) -> None:
     assert both.nll == pytest.approx(one.nll + other.nll)
     mean_of_batches = (one.perplexity + other.perplexity) / 2
     assert abs(both.perplexity - mean_of_batches) > 1e-3
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_no_more_passes_at_once_than_cores_and_the_first_come_first(count: int) -> None:
+    cores, lock, go = CorePool(count), Lock(), Event()
+    begun: list[int] = []
+    at_once: set[int] = set()
+    most = 0
+
+    def handler(client: int, frame: Frame) -> Frame:
+        nonlocal most
+        with lock:
+            begun.append(client)
+            at_once.add(client)
+            most = max(most, len(at_once))
+        go.wait(5)
+        with lock:
+            at_once.remove(client)
+        return Finished()
+
+    handlers = [cores.share(lambda frame, client=client: handler(client, frame)) for client in range(5)]  # type: ignore[misc]
+    with ThreadPoolExecutor(5) as clients:
+        answers = []
+        for one in handlers:
+            answers.append(clients.submit(one, Finish(0.0)))
+            time.sleep(0.05)
+        assert begun == list(range(count))
+        go.set()
+        assert all(isinstance(answer.result(5), Finished) for answer in answers)
+    assert most == count and set(begun) == set(range(5))
+    if count == 1:
+        assert begun == [0, 1, 2, 3, 4]
+    cores.close()
+
+
+def test_what_a_pass_raises_reaches_its_client() -> None:
+    def fails(frame: Frame) -> Frame:
+        raise ValueError("a batch without labelled tokens has no loss")
+
+    cores = CorePool(1)
+    with pytest.raises(ValueError, match="no loss"):
+        cores.share(fails)(Finish(0.0))
+    cores.close()
