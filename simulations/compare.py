@@ -59,7 +59,7 @@ class FlowerRuns:
 
     def __call__(self, config: Config, listener: Listener) -> int:
         if self._superlink is None:
-            opening = open_superlink(self._launcher.superlink, PROJECT, self._log)
+            opening = open_superlink(self._launcher.superlink, PROJECT, self._log, self._launcher.ray_address)
             self._superlink = self._stack.enter_context(opening)
         status = launch(config, PROJECT, self._launcher, listener, self._superlink)
         if status:

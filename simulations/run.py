@@ -46,6 +46,7 @@ _SILENCE_SECONDS = 20.0  # then ask Flower whether the run still lives; asking c
 _NOT_STARTED = RunStatus("not started", "")
 _UNANSWERED = 3  # questions in a row, before the SuperLink counts as gone
 _statuses: list[int] = []
+_AGAINST_RAY = {"superlink": "it starts Ray by itself", "cpus": "the cluster says how many it has"}
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,14 @@ class Launcher:
         CPUs of one simulated client.
     cpus : int
         CPUs that simulated clients may take together; 0 for those of the machine.
+    ray_address : str
+        A running Ray cluster, ``HOST:PORT``, whose machines simulate the clients; "" starts Ray on this one.
     """
 
     superlink: str = ""
     client_cpus: int = 1
     cpus: int = 0
+    ray_address: str = ""
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Launcher:
@@ -84,8 +88,14 @@ class Launcher:
             raise ConfigError(f"launcher.superlink={launcher.superlink!r} must be a name, or '' for one of our own")
         if type(launcher.cpus) is not int or launcher.cpus < 0:
             raise ConfigError(f"launcher.cpus={launcher.cpus!r} must be a whole number from 1, or 0 for all CPUs here")
+        address = launcher.ray_address
+        if not isinstance(address, str) or (address and not re.fullmatch(r"[^\s:/]+:\d+", address)):
+            raise ConfigError(f"launcher.ray_address={address!r} must be HOST:PORT of a Ray cluster, or '' for none")
+        for name, why in _AGAINST_RAY.items() if address else ():
+            if value := getattr(launcher, name):
+                raise ConfigError(f"launcher.{name}={value!r} is not possible with launcher.ray_address: {why}")
         cpus, most = launcher.client_cpus, launcher.cpus or os.cpu_count() or 1
-        if type(cpus) is not int or not 0 < cpus <= most:
+        if type(cpus) is not int or cpus < 1 or (cpus > most and not address):
             raise ConfigError(
                 f"launcher.client_cpus={cpus!r} must be a whole number from 1 to the {most} CPUs there are"
             )
@@ -138,7 +148,7 @@ def launch(config: Config, app: Path, launcher: Launcher, console: Listener, sup
     try:
         _say(console, "starting Flower")
         opened = nullcontext(superlink) if superlink else None
-        with opened or open_superlink(launcher.superlink, app, folder / _SUPERLINK_LOG) as link:
+        with opened or open_superlink(launcher.superlink, app, folder / _SUPERLINK_LOG, launcher.ray_address) as link:
             with link.stream(app, run_config, federation, folder / _LOG) as stream:
                 status, final = _follow(link, stream, folder, console)
             if link.own and not opened:

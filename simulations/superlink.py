@@ -115,7 +115,7 @@ def started_run(log: Path) -> str | None:
 
 
 @contextmanager
-def open_superlink(connection: str, cwd: Path, log: Path) -> Iterator[SuperLink]:
+def open_superlink(connection: str, cwd: Path, log: Path, ray_address: str = "") -> Iterator[SuperLink]:
     """Use the user's ``connection``, or, if it is empty, a SuperLink of our own.
 
     Parameters
@@ -126,6 +126,8 @@ def open_superlink(connection: str, cwd: Path, log: Path) -> Iterator[SuperLink]
         Where the SuperLink starts. Ray's workers import from there first, so it is the folder with the app's code.
     log : Path
         The log of our own SuperLink.
+    ray_address : str
+        The Ray cluster on which our own SuperLink simulates clients; "" for one of its own, on this machine.
 
     Raises
     ------
@@ -145,6 +147,8 @@ def open_superlink(connection: str, cwd: Path, log: Path) -> Iterator[SuperLink]
         # Ray keeps its sockets and logs, and looks for running clusters, below RAY_TMPDIR.
         env = {**_environment(), "FLWR_HOME": str(home), "RAY_TMPDIR": str(home)}
         env.pop("RAY_ADDRESS", None)
+        if ray_address:
+            env["RAY_ADDRESS"] = ray_address
         with _process(port, env, cwd, log):
             yield SuperLink(_CONNECTION, env, cwd, own=True)
     finally:

@@ -36,7 +36,7 @@ def test_conf_names_every_setting_of_the_schema():
 def test_the_launcher_has_the_defaults_of_its_class():
     with initialize_config_dir(str(CONF), version_base="1.3"):
         values: Any = OmegaConf.to_container(compose("config").launcher)
-    assert values == {"superlink": "", "client_cpus": 1, "cpus": 0}
+    assert values == {"superlink": "", "client_cpus": 1, "cpus": 0, "ray_address": ""}
     assert Launcher.from_mapping(values) == Launcher()
 
 
@@ -82,7 +82,18 @@ def test_lists_may_be_written_as_lists():
     assert config.ranks == (0, 4)
 
 
-@pytest.mark.parametrize("wrong", [{"superlink": 3}, {"client_cpus": "many"}, {"client_cpus": 0}, {"gpus": 1}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"superlink": 3},
+        {"client_cpus": "many"},
+        {"client_cpus": 0},
+        {"gpus": 1},
+        {"ray_address": "ray.example"},
+        {"cpus": 4, "ray_address": "ray.example:6379"},
+        {"superlink": "hospital", "ray_address": "ray.example:6379"},
+    ],
+)
 def test_wrong_launcher_settings_are_refused(wrong):
     with pytest.raises(ConfigError, match=f"launcher.{next(iter(wrong))}"):
         Launcher.from_mapping(wrong)

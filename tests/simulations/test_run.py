@@ -3,11 +3,16 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -157,6 +162,47 @@ def test_an_open_superlink_carries_one_run_after_another_and_stays_open(app, tmp
     assert status == 1 and lines[-1].startswith("failed: a client failed: ")
     assert "the client has no such block" in lines[-1]
     assert ends["succeed"][0] == 0
+
+
+def ray(folder: Path, machine: str, *arguments: str) -> None:
+    """Start Ray on a machine: processes that work in a folder of their own and keep their files in ``folder``."""
+    (folder / machine).mkdir()
+    env = {**os.environ, "RAY_TMPDIR": str(folder), "RAY_USAGE_STATS_ENABLED": "0"}
+    env.pop("RAY_ADDRESS", None)
+    command = [str(Path(sys.executable).parent / "ray"), *arguments]
+    subprocess.run(command, cwd=folder / machine, env=env, check=True, capture_output=True, timeout=120)
+
+
+@pytest.fixture
+def ray_cluster() -> Iterator[tuple[str, Path]]:
+    """The address of a cluster of two machines, and the folder of the one that has CPUs."""
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # Ray's sockets need a short path
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    common = ["--node-ip-address=127.0.0.1", "--object-store-memory=100000000", "--disable-usage-stats"]
+    try:
+        port = address.rpartition(":")[2]
+        ray(folder, "first", "start", "--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false", *common)
+        ray(folder, "second", "start", f"--address={address}", "--num-cpus=1", *common)
+        yield address, folder / "second"
+    finally:
+        for process in psutil.process_iter(["cmdline"]):
+            if any(str(folder) in part for part in process.info["cmdline"] or []):
+                with suppress(psutil.Error):
+                    process.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_clients_are_simulated_on_the_machines_of_a_ray_cluster(app, tmp_path, capsys, ray_cluster, monkeypatch):
+    address, machine = ray_cluster
+    monkeypatch.setenv("PYTHONPATH", str(app))  # the app's code is installed on every machine
+    launcher = Launcher.from_mapping({"ray_address": address})
+    with RunConsole(Console(force_terminal=False)) as console:
+        status = launch(settings(tmp_path / "run", "succeed"), app, launcher, console)
+    lines = capsys.readouterr().out.splitlines()
+    assert status == 0, lines
+    assert f"the client works in {machine}" in lines
 
 
 RESULTS = ["adapter/adapter_model.safetensors", "adapter/adapter_config.json"]
