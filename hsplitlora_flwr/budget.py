@@ -7,13 +7,14 @@ flower-supernode ... --node-config 'budget="measured"'
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import psutil
 import torch
 from flwr.app import Context
 
 from hsplitlora_flwr.config import Config, ConfigError
-from hsplitlora_flwr.models.loading import pick_device
+from hsplitlora_flwr.models.placement import pick_device
 from hsplitlora_flwr.training.memory import resting_bytes
 
 USABLE = 0.9
@@ -44,10 +45,14 @@ def load_memory_budget(context: Context, config: Config) -> int:
         return int(stated * 1e9)
     if config.memory_bytes and not is_measured(context, config):
         return config.memory_bytes[partition_of(context)[0] % len(config.memory_bytes)]
-    device = pick_device(config.model.device)
-    if device.startswith("cuda"):
-        return int(USABLE * torch.cuda.mem_get_info(device)[0])
-    return int(USABLE * (psutil.virtual_memory().available + resting_bytes()))
+    return int(USABLE * free_bytes([pick_device(config.model.device)]))
+
+
+def free_bytes(devices: Sequence[str]) -> int:
+    """Memory that this process has or may have, in bytes: on these GPUs, or in the machine."""
+    if devices[0].startswith("cuda"):
+        return sum(torch.cuda.mem_get_info(device)[0] for device in devices)
+    return int(psutil.virtual_memory().available) + resting_bytes()
 
 
 def stated_speeds(context: Context, config: Config) -> tuple[float, float, float]:

@@ -21,7 +21,8 @@ from hsplitlora_flwr.data.sources import Example
 from hsplitlora_flwr.lora.export import save_merged_model
 from hsplitlora_flwr.lora.layers import AdapterSpec, extract, inject
 from hsplitlora_flwr.methods import cost_model
-from hsplitlora_flwr.models.loading import load_tokenizer, pick_device
+from hsplitlora_flwr.models.loading import load_tokenizer
+from hsplitlora_flwr.models.placement import pick_devices
 from hsplitlora_flwr.models.split import WholeModel
 from hsplitlora_flwr.strategy import HSplitLoRA
 from hsplitlora_flwr.training.memory import PeakMemory
@@ -53,7 +54,7 @@ class CentralTraining(HSplitLoRA):
         config, train = self.config, self.config.train
         self.report.status(f"loading {config.model.path}")
         model = config.model
-        self.base = SharedBase(model.path, model.dtype, pick_device(model.device), model.quantise)
+        self.base = SharedBase(model.path, model.dtype, pick_devices(model.device), model.quantise)
         self._read_held_out()
         rows = tokenize(self._examples, load_tokenizer(config.model.path), config.data.max_length)
         self._batches = training_batches(rows, train.batch_size, config.run.seed)

@@ -64,7 +64,9 @@ class ModelConfig:
         "weights of the frozen blocks in 8 or 4 bits, on both sides; needs the extra 'quantised'",
         choices=QUANTISATIONS,
     )
-    device: str = _setting("auto", "'auto', 'cpu', 'cuda' or 'cuda:N'; auto takes the first GPU, else the CPU")
+    device: str = _setting(
+        "auto", "'auto' (the first GPU, else the CPU), 'balanced' (server: all GPUs), 'cpu', 'cuda' or 'cuda:N'"
+    )
 
 
 @dataclass(frozen=True)
@@ -395,8 +397,10 @@ def _check_lists(config: Config) -> None:
     for key, port in (("port", config.transport.port), ("public_port", config.transport.public_port)):
         if port > 65535:
             raise ConfigError(f"transport.{key}={port} is out of range; at most 65535")
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.model.device):
-        raise ConfigError(f"model.device={config.model.device!r} is not allowed; use auto, cpu, cuda or cuda:N")
+    if not re.fullmatch(r"auto|balanced|cpu|cuda(:\d+)?", config.model.device):
+        raise ConfigError(
+            f"model.device={config.model.device!r} is not allowed; use auto, balanced, cpu, cuda or cuda:N"
+        )
     own_text = config.data.source == "jsonl" and config.data.eval_path
     if config.data.source != "dialogues" and not config.data.path and not own_text:
         raise ConfigError(

@@ -18,7 +18,7 @@ from hsplitlora_flwr.data.collate import Batch, Tokens, evaluation_batches, trai
 from hsplitlora_flwr.lora.aggregation import Factors
 from hsplitlora_flwr.lora.delta import Change
 from hsplitlora_flwr.lora.layers import extract, inject
-from hsplitlora_flwr.models.loading import pick_device
+from hsplitlora_flwr.models.placement import pick_device
 from hsplitlora_flwr.models.split import ClientModel, HeadModel, WholeModel
 from hsplitlora_flwr.planning.importance import scoring
 from hsplitlora_flwr.training.client import (

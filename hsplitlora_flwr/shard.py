@@ -10,7 +10,7 @@ from hsplitlora_flwr.config import Config, TransportConfig
 from hsplitlora_flwr.control import EVALUATE, TRAIN, Task
 from hsplitlora_flwr.lora.aggregation import Factors
 from hsplitlora_flwr.lora.layers import inject
-from hsplitlora_flwr.models.loading import pick_device
+from hsplitlora_flwr.models.placement import pick_devices
 from hsplitlora_flwr.models.split import BodyModel, ServerModel
 from hsplitlora_flwr.training.joint import JointPass
 from hsplitlora_flwr.training.memory import trim_heap
@@ -50,9 +50,9 @@ class Shard:
         self._config = config
         self._stream = None if config.transport.kind == "messages" else open_stream(config.transport)
         self._workers: dict[str, Worker] = {}
-        device = pick_device(config.model.device)
-        self.base = SharedBase(config.model.path, config.model.dtype, device, config.model.quantise)
-        self._takes_all = config.train.joint == "on" or (config.train.joint == "auto" and device != "cpu")
+        devices = pick_devices(config.model.device)
+        self.base = SharedBase(config.model.path, config.model.dtype, devices, config.model.quantise)
+        self._takes_all = config.train.joint == "on" or (config.train.joint == "auto" and devices != ["cpu"])
         self._together = JointPass(self.base)
         self._cores = CorePool(all_cores())
 

@@ -27,11 +27,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
+from hsplitlora_flwr.budget import free_bytes
 from hsplitlora_flwr.clients import Clients
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.control import (
@@ -52,6 +52,7 @@ from hsplitlora_flwr.lora.export import TOLERANCE, save_delta, save_merged_model
 from hsplitlora_flwr.lora.layers import AdapterSpec, extract
 from hsplitlora_flwr.methods import METHODS, cost_model, make_round_plan
 from hsplitlora_flwr.models.loading import load_tokenizer, read_config
+from hsplitlora_flwr.models.placement import pick_devices
 from hsplitlora_flwr.models.quantisation import check_quantiser
 from hsplitlora_flwr.models.split import WholeModel
 from hsplitlora_flwr.planning.importance import combine, drift, scoring, smooth
@@ -62,7 +63,7 @@ from hsplitlora_flwr.rows import client_row, plan_rows, step_row
 from hsplitlora_flwr.shard import Shard
 from hsplitlora_flwr.training.evaluation import evaluate
 from hsplitlora_flwr.training.generation import generate_and_score
-from hsplitlora_flwr.training.memory import PeakMemory, process_bytes, resting_bytes
+from hsplitlora_flwr.training.memory import PeakMemory, process_bytes
 from hsplitlora_flwr.training.server import StepReport
 from hsplitlora_flwr.transport.frames import Failure, Frame, FrameError
 from hsplitlora_flwr.transport.messages import add_frames, read_frames
@@ -387,7 +388,7 @@ class HSplitLoRA(Strategy):
     def _server_budget(self) -> Budget:
         plan = self.config.plan
         stated = plan.server_memory_gb
-        memory = stated * 1e9 if stated else resting_bytes() + psutil.virtual_memory().available
+        memory = stated * 1e9 if stated else free_bytes(pick_devices(self.config.model.device))
         return Budget(int(memory), self._process_bytes, flops=plan.server_gflops * 1e9 or None)
 
     def _probe(self, grid: Grid, server_round: int) -> dict[str, float]:

@@ -70,7 +70,7 @@ class AdaptedLinear(nn.Module):
         bound = 1 / math.sqrt(in_features)  # kaiming_uniform_(a=sqrt(5)), as PEFT
         a = torch.empty(spec.rank, in_features, dtype=torch.float64)
         b = torch.zeros(out_features, spec.rank, dtype=torch.float64)
-        if device.type != "meta":
+        if device != torch.device("meta"):
             # drawn row by row: an adapter of lower rank starts as the first rows of one of higher rank
             a.uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))
         if start is not None:

@@ -7,7 +7,7 @@ are read: safetensors files are memory-mapped, so bytes that belong to the other
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from hsplitlora_flwr.models.demo import demo_model, is_demo_model
 from hsplitlora_flwr.models.families import FAMILIES, Family
+from hsplitlora_flwr.models.placement import Place, follow, spread
 from hsplitlora_flwr.models.proof import find_family
 from hsplitlora_flwr.models.quantisation import QuantisedLinear, check_quantiser, quantise_linears
 from hsplitlora_flwr.models.split import (
@@ -41,7 +42,9 @@ class ModelFilesError(ValueError):
     """A model's files are missing, incomplete or not in a format that is read."""
 
 
-def load_causal_lm(path: str, dtype: str = "float32", device: str = "cpu", quantise: str = "none") -> PreTrainedModel:
+def load_causal_lm(
+    path: str, dtype: str = "float32", device: str | Sequence[str] = "cpu", quantise: str = "none"
+) -> PreTrainedModel:
     """A whole causal LM, frozen, in evaluation mode.
 
     Parameters
@@ -50,8 +53,8 @@ def load_causal_lm(path: str, dtype: str = "float32", device: str = "cpu", quant
         A folder with ``config.json`` and safetensors, a hub name, or ``smollm2-135m``.
     dtype : str
         ``float32``, ``bfloat16`` or ``float64``.
-    device : str
-        Where the weights go, for instance ``cpu`` or ``cuda:0``.
+    device : str or Sequence[str]
+        Where the weights go, for instance ``cpu`` or ``cuda:0``; over several devices they are spread.
     quantise : {"none", "8bit", "4bit"}
         How the linear layers of the blocks hold their weights; see :mod:`hsplitlora_flwr.models.quantisation`.
 
@@ -65,7 +68,12 @@ def load_causal_lm(path: str, dtype: str = "float32", device: str = "cpu", quant
     check_quantiser(quantise)
     checkpoint = Checkpoint(path)
     model = empty_model(checkpoint.config, dtype, quantise)
-    _materialise({"": model}, checkpoint, dtype, device)
+    devices = [device] if isinstance(device, str) else device
+    family = find_family(checkpoint.config) if len(devices) > 1 else None
+    place = spread(model, family, devices) if family else lambda name: devices[0]
+    _materialise({"": model}, checkpoint, dtype, place)
+    if family:
+        follow(model, family)
     model.requires_grad_(False).eval()
     return model
 
@@ -115,7 +123,7 @@ def load_client_parts(
     model = empty_model(checkpoint.config, dtype, quantise)
     client, top = client_part(model, family, split), head_part(model, family) if head else None
     modules = {f"{family.decoder}.": client.decoder} | ({"": top.causal_lm} if top else {})
-    _materialise(modules, checkpoint, dtype, device)
+    _materialise(modules, checkpoint, dtype, lambda name: device)
     return client, top
 
 
@@ -181,13 +189,6 @@ def load_tokenizer(path: str) -> Any:
         return AutoTokenizer.from_pretrained(_local(path))
     except (OSError, ValueError) as error:
         raise ModelFilesError(f"model.path={path}: no tokenizer can be loaded from it: {error}") from error
-
-
-def pick_device(name: str) -> str:
-    """``auto`` becomes ``cuda`` where a GPU is, else ``cpu``; other names stay."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return name
 
 
 def read_config(path: str) -> PretrainedConfig:
@@ -328,7 +329,7 @@ def _local(path: str) -> str:
     return str(demo_model()) if is_demo_model(path) else path
 
 
-def _materialise(modules: Mapping[str, PreTrainedModel], checkpoint: Checkpoint, dtype: str, device: str) -> None:
+def _materialise(modules: Mapping[str, PreTrainedModel], checkpoint: Checkpoint, dtype: str, place: Place) -> None:
     """Give the parameters of ``modules`` their values; a parameter is called the module's key + its name there."""
     tied: dict[int, list[tuple[str, nn.Module, str]]] = {}  # name, owner and attribute of one and the same parameter
     for prefix, module in modules.items():
@@ -345,12 +346,14 @@ def _materialise(modules: Mapping[str, PreTrainedModel], checkpoint: Checkpoint,
                 f"model.path={checkpoint.path}: '{name}' has shape {tuple(tensor.shape)}, "
                 f"the configuration says {tuple(wanted)}"
             )
-        tensor = tensor.to(device=device, dtype=getattr(torch, dtype))
+        tensor = tensor.to(device=place(name), dtype=getattr(torch, dtype))
         if isinstance(owner, QuantisedLinear) and attribute == "weight":
             owner.load(tensor)
             continue
         value = nn.Parameter(tensor, requires_grad=False)
         for _, owner, attribute in by_first_name[name]:
             setattr(owner, attribute, value)
-    for module in modules.values():
-        module.to(device)  # type: ignore[arg-type]  # the computed buffers
+    for prefix, module in modules.items():
+        for name, buffer in module.named_buffers(remove_duplicate=False):  # computed, not read
+            path, _, attribute = name.rpartition(".")
+            setattr(module.get_submodule(path), attribute, buffer.to(place(prefix + name)))

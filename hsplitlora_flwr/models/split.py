@@ -36,6 +36,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hsplitlora_flwr.models.families import Family, shorten
+from hsplitlora_flwr.models.placement import device_of
 from hsplitlora_flwr.models.quantisation import QuantisedLinear
 
 M = TypeVar("M", bound=nn.Module)
@@ -86,6 +87,11 @@ class ModelPart(nn.Module):
         blocks = self.decoder.get_submodule(self.family.blocks)
         assert isinstance(blocks, nn.ModuleList)
         return blocks
+
+    @property
+    def device(self) -> torch.device:
+        """Where its input goes."""
+        return device_of(self.blocks[0] if self.first_block and self.blocks else self)
 
     def linears(self) -> Iterator[tuple[str, nn.Module]]:
         """The linear layers of the blocks, by absolute name (for instance ``model.layers.7.self_attn.q_proj``).
@@ -247,7 +253,8 @@ class PredictingPart(ModelPart):
         return torch.cat([frozen_losses(*piece, self._losses_at_once) for piece in pieces])
 
     def _losses_at_once(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return token_losses(self._logits(hidden), targets)
+        logits = self._logits(hidden)
+        return token_losses(logits, targets.to(logits.device)).to(hidden.device)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """``(positions, vocab)`` as the model computes them, whatever it does behind the head."""
@@ -270,6 +277,7 @@ class PredictingPart(ModelPart):
 
     def _token_losses(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """From ``(batch, seq, hidden)``: the loss of every labelled token, and the row of the batch that it is in."""
+        labels = labels.to(hidden.device)
         targets = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
         labelled = targets != IGNORED
         return self.losses(hidden[labelled], targets[labelled]), labelled.nonzero()[:, 0]

@@ -133,7 +133,7 @@ class ClientTrainer:
         self.record = TrainingRecord()
         self.square = 0.0
         self.batches, self._micro_batch_size, self._up = batches, micro_batch_size, up
-        self._device = next(model.parameters()).device
+        self._device = model.device
         self._largest = 0
 
     def begin(self) -> int:

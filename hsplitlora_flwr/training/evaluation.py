@@ -33,7 +33,7 @@ class Evaluation:
 def evaluate(model: WholeModel, batches: Iterable[Batch]) -> Evaluation:
     """Evaluate a whole model, in evaluation mode."""
     model.eval()
-    device, threads = next(model.parameters()).device, torch.get_num_threads()
+    device, threads = model.device, torch.get_num_threads()
     torch.set_num_threads(os.cpu_count() or 1)  # no client trains now
     nll, tokens = 0.0, 0
     for batch in batches:
@@ -63,7 +63,7 @@ class ClientEvaluator:
         self, model: ClientModel, head: HeadModel | None, batches: Sequence[Batch], up: str = "float32"
     ) -> None:
         self._model, self._head, self._batches, self._up = model.eval(), head and head.eval(), batches, up
-        self._device = next(model.parameters()).device
+        self._device = model.device
         self._nll = 0.0
 
     def __len__(self) -> int:

@@ -113,8 +113,9 @@ class JointPass:
         length = max(work.cut.shape[1] for work in works)
         # No token sees what is right of it, so padding to the longest may count as tokens. As padding it could leave a
         # position that is far to the right with nothing in its sliding window, and some models make that nan.
-        masks = torch.cat([_padded(work.attention_mask, length, 1) for work in works])
-        labels = torch.cat([_padded(work.labels, length, IGNORED) for work in works])
+        device = works[0].cut.device
+        masks = torch.cat([_padded(work.attention_mask.to(device), length, 1) for work in works])
+        labels = torch.cat([_padded(work.labels.to(device), length, IGNORED) for work in works])
         entering: dict[int, list[MicroBatch]] = defaultdict(list)
         for work in works:
             entering[work.model.split].append(work)
@@ -122,16 +123,15 @@ class JointPass:
         shares: list[Share] = []
         for part, batch in self._parts_from(works):
             new = entering[part.first_block]
-            hidden = torch.cat([hidden, *(pad(work.cut, (0, 0, 0, length - work.cut.shape[1])) for work in new)])
+            joining = (pad(work.cut, (0, 0, 0, length - work.cut.shape[1])) for work in new)
+            hidden = torch.cat([tensor.to(part.device) for tensor in (hidden, *joining)])
             shares += [Share(len(work.cut), work.cut.shape[1], self._layers[work.model]) for work in new]
             batch.shares = list(shares)
             if isinstance(part, ServerModel):
-                losses, rows = part.token_losses(hidden, masks, labels)
+                losses, rows = part.token_losses(hidden, masks.to(part.device), labels)
             else:
-                hidden = part(hidden, masks[: len(hidden)])
-        owners = torch.repeat_interleave(
-            torch.arange(len(works), device=rows.device), torch.tensor([s.rows for s in shares], device=rows.device)
-        )
+                hidden = part(hidden, masks[: len(hidden)].to(part.device))
+        owners = torch.arange(len(works)).repeat_interleave(torch.tensor([s.rows for s in shares])).to(rows.device)
         return [losses[owners[rows] == index].sum() for index in range(len(works))]
 
     def _parts_from(self, works: Sequence[MicroBatch]) -> Iterator[tuple[BodyModel | ServerModel, JointBatch]]:

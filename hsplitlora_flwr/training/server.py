@@ -49,11 +49,13 @@ class SharedBase:
 
     Parameters
     ----------
-    path, dtype, device, quantise : str
+    path, dtype, device, quantise
         As for :func:`hsplitlora_flwr.models.load_causal_lm`.
     """
 
-    def __init__(self, path: str, dtype: str = "float32", device: str = "cpu", quantise: str = "none") -> None:
+    def __init__(
+        self, path: str, dtype: str = "float32", device: str | Sequence[str] = "cpu", quantise: str = "none"
+    ) -> None:
         self.model = load_causal_lm(path, dtype, device, quantise)
         self.family = find_family(self.model.config)
         self._checkpoint = Checkpoint(path)
@@ -296,8 +298,8 @@ class ServerEvaluator:
 
 def receive_cut(frame: Activation, model: ServerModel | BodyModel) -> tuple[Tensor, Tensor]:
     """The cut activation in the base's dtype, and the attention mask, on the model's device."""
-    device = next(model.parameters()).device
-    return unpack(frame.cut, frame.scale, model.dtype, device), frame.attention_mask.to(device)
+    cut = unpack(frame.cut, frame.scale, model.dtype, model.device)
+    return cut, frame.attention_mask.to(model.device)
 
 
 def check_activation(frame: Activation, model: ServerModel | BodyModel) -> None:

@@ -43,7 +43,7 @@ def train_whole(
     """
     record = TrainingRecord()
     started = time.perf_counter()
-    device = next(model.parameters()).device
+    device = model.device
     largest = 0
     for step in range(first_step, first_step + steps):
         batch = next(batches)

@@ -56,7 +56,7 @@ def client_parts(base: SharedBase, splits: Sequence[int], dropout: float = 0.0) 
         inject(part, specs, f"client {number}")
         generator = torch.Generator().manual_seed(number)
         for parameter in trained(part):
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.device)
         parts.append(part)
     return parts
 
@@ -70,9 +70,10 @@ def works_of(parts: Sequence[ServerModel], lengths: Sequence[int], rows: Sequenc
     for number, (part, length, count) in enumerate(zip(parts, lengths, rows, strict=True)):
         batch = next(random_batches(number, count, length))
         shape = count, length, int(part.decoder.config.hidden_size)
-        cut = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(number)).to(part.dtype)
+        cut = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(number))
+        cut, mask, labels = cut.to(part.device, part.dtype), batch.attention_mask, batch.labels
         normalizer = int((batch.labels[:, 1:] != -100).sum()) + number
-        works.append(MicroBatch(part, cut.requires_grad_(), batch.attention_mask, batch.labels, normalizer))
+        works.append(MicroBatch(part, cut.requires_grad_(), mask.to(part.device), labels.to(part.device), normalizer))
     return works
 
 
