@@ -91,9 +91,10 @@ def split_client_app(load_data: LoadData = load_own_text, load_budget: LoadBudge
     def describe(message: Message, context: Context) -> Message:
         """Say the budget, the amount of data, and the version of the weights that this node holds."""
         config, store = _on_this_node(read_settings(message.content), context), NodeStore(context)
-        check_quantiser(config.model.quantise)  # and load the library, which is part of the process
+        check_quantiser(config.model.quantise)  # the library is a part of the process, and so are text and tokenizer
+        text = client.text(context, config)
         store.note(process=process_bytes(read_config(config.model.path)))
-        description = client.describe(context, config, store, client.text(context, config))
+        description = client.describe(context, config, store, text)
         return Message(description.to_records(), reply_to=message)
 
     @app.train(_action(PROBE))

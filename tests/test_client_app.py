@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from flwr.app import RecordDict
+from flwr.app import Context, Message, RecordDict
 
 from hsplitlora_flwr import client_app
-from hsplitlora_flwr.control import take_patch, take_start
+from hsplitlora_flwr.client_app import LoadData, split_client_app
+from hsplitlora_flwr.config import Config
+from hsplitlora_flwr.control import DESCRIBE, Description, settings_records, take_patch, take_start
+from hsplitlora_flwr.data import Example
 from hsplitlora_flwr.participant import Participant
+from tests.grid import LocalGrid
 from tests.test_strategy import grid_of, run, settings
 
 Tensors = list["weakref.ref[torch.Tensor]"]
@@ -63,3 +68,21 @@ def test_what_came_with_a_message_is_gone_while_a_client_trains(
     run(settings(tiny_folder, tmp_path, **{"method.name": method, **one_at_a_time}), tmp_path, grid_of({0: 20.0}))
     assert found[-1][0] > 0, "the last round brings what the rounds before it changed"
     assert [left for _, left in found] == [0] * len(found)
+
+
+def test_the_text_of_a_client_is_a_part_of_its_process(tiny_folder: Path, tmp_path: Path) -> None:
+    held: list[torch.Tensor] = []
+
+    def load_large(context: Context, config: Config) -> Sequence[Example]:
+        held.append(torch.ones(25 << 20))  # 100 MiB
+        return client_app.load_own_text(context, config)
+
+    def process_of(load_data: LoadData) -> int:
+        grid = grid_of({0: 20.0})
+        ask = Message(settings_records(settings(tiny_folder, tmp_path)), 10, DESCRIBE)
+        reply = LocalGrid(split_client_app(load_data), grid.node_configs).answer(ask)
+        return Description.from_records(reply.content).process_bytes
+
+    process_of(client_app.load_own_text)  # brings code in
+    plain = process_of(client_app.load_own_text)
+    assert process_of(load_large) - plain > 80 << 20
