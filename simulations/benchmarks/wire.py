@@ -14,7 +14,7 @@ import torch
 from hsplitlora_flwr.config import WIRES
 from hsplitlora_flwr.transport.certificates import Identity, make_identity
 from hsplitlora_flwr.transport.chunks import CHUNK_BYTES
-from hsplitlora_flwr.transport.frames import Activation, Gradient, encode
+from hsplitlora_flwr.transport.frames import Activation, Gradient, buffers, decode, encode
 from hsplitlora_flwr.transport.stream import Endpoint, StreamLink, StreamServer
 from hsplitlora_flwr.transport.wire import pack, unpack
 from simulations.benchmarks.common import Apart, Row, Setup, take_turns, timed
@@ -44,6 +44,11 @@ def wire(setup: Setup) -> Iterator[Row]:
     - ``eager echo``: the same, but every message is answered at once, while the next ones still come. No server that
       has to see a frame before it answers can do that; it shows what both directions together could carry.
 
+    - ``frames_ms``: of an exchange, what making the bytes of both frames and reading them again takes, on both sides.
+    - ``rest_ms``: what else an exchange over the stream takes longer than over the echo. A frame passes from thread to
+      thread: on the client from the caller to gRPC's sender, on the server from the reader to the one that computes to
+      gRPC's sender, and on the client from the reader to the caller.
+
     Bytes count up and down. Speeds are medians over turns, and ``spread`` is the distance between the quartiles of
     ``stream / echo``.
     """
@@ -64,6 +69,7 @@ def wire(setup: Setup) -> Iterator[Row]:
                 seconds = take_turns(ways, TURNS)
                 client.call("close")
                 [packing] = take_turns([partial(timed, partial(_pack, _state(hidden), dtype))], TURNS)
+                [codec] = take_turns([partial(timed, partial(_code, activation, gradient))], TURNS)
                 megabytes = frames * (up + down) / 1e6
                 stream, whole, eager = seconds
                 ratio = whole / stream
@@ -79,6 +85,8 @@ def wire(setup: Setup) -> Iterator[Row]:
                     "spread": ratio.spread,
                     "stream / eager echo": (eager / stream).median,
                     "pack_ms": 1e3 * packing.median,
+                    "frames_ms": 1e3 * codec.median,
+                    "rest_ms": 1e3 * ((stream.median - whole.median) / frames - codec.median),
                 }
 
 
@@ -97,6 +105,11 @@ def _state(hidden: int) -> torch.Tensor:
 
 def _pack(state: torch.Tensor, dtype: str) -> None:
     unpack(*pack(state, dtype), torch.float32, "cpu")
+
+
+def _code(*frames: Activation | Gradient) -> None:
+    for frame in frames:
+        decode(bytearray().join(buffers(frame)))
 
 
 class Sender:

@@ -110,13 +110,6 @@ def settings(folder: Path, task: str) -> Config:
     )
 
 
-def run(app: Path, folder: Path, task: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:
-    """Launch; returns the exit status and the lines on the console."""
-    with RunConsole(Console(force_terminal=False)) as console:
-        status = launch(settings(folder, task), app, Launcher(client_cpus=os.cpu_count() or 1), console)
-    return status, capsys.readouterr().out.splitlines()
-
-
 def processes_of(folder: Path) -> list[str]:
     """Command lines of the living processes of Flower and Ray that were started with ``folder`` in their command,
     their working directory or their open files: the SuperLink's, SuperExec's, the run's, Ray's."""
@@ -129,17 +122,6 @@ def processes_of(folder: Path) -> list[str]:
         if process.pid != os.getpid() and any(str(folder) in place for place in places):
             found.append(" ".join(process.cmdline()))
     return found
-
-
-def test_a_run_that_finished_has_status_0_and_leaves_nothing_running(app, tmp_path, capsys):
-    status, lines = run(app, tmp_path / "run", "succeed", capsys)
-
-    assert status == 0, lines
-    assert "the tiny app runs" in lines
-    assert f"the client works in {app}" in lines  # the code that the client imports is the project's
-    assert "finished  perplexity 9.00 → 3.00" in lines
-    assert f"results in {tmp_path / 'run'}" in lines
-    assert processes_of(tmp_path) == []
 
 
 def test_an_open_superlink_carries_one_run_after_another_and_stays_open(app, tmp_path, capsys):
@@ -161,7 +143,11 @@ def test_an_open_superlink_carries_one_run_after_another_and_stays_open(app, tmp
     status, lines = ends["client-crash"]
     assert status == 1 and lines[-1].startswith("failed: a client failed: ")
     assert "the client has no such block" in lines[-1]
-    assert ends["succeed"][0] == 0
+    status, lines = ends["succeed"]
+    assert status == 0 and "the tiny app runs" in lines
+    assert f"the client works in {app}" in lines  # the code that the client imports is the project's
+    assert "finished  perplexity 9.00 → 3.00" in lines
+    assert f"results in {tmp_path / 'succeed'}" in lines
 
 
 def ray(folder: Path, machine: str, *arguments: str) -> None:
@@ -203,6 +189,8 @@ def test_clients_are_simulated_on_the_machines_of_a_ray_cluster(app, tmp_path, c
     lines = capsys.readouterr().out.splitlines()
     assert status == 0, lines
     assert f"the client works in {machine}" in lines
+    assert "stopping Flower" in "\n".join(lines)
+    assert processes_of(tmp_path) == [], "nothing but the cluster is left running"
 
 
 RESULTS = ["adapter/adapter_model.safetensors", "adapter/adapter_config.json"]

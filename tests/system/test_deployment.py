@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from simulations.deployment import CONNECTION, Deployment, deploy, free_port
 from tests.system.conftest import PROJECT
@@ -21,6 +22,7 @@ from tests.test_strategy import GB, grid_of, run, settings
 from tests.test_transports import adapter, assert_same
 
 SETTINGS = {"plan.probe_every": 0, "train.steps": 2, "transport.bind": "127.0.0.1"}
+ONE_STEP = {"train.rounds": 1, "method.name": "hsplitlora-no-armsc", "train.steps": 1}
 OPEN, BEHIND_A_PROXY = "127.0.0.1", "localhost"
 """Names of the server: one that every node reaches, and one that the third node looks for behind its proxy."""
 
@@ -50,6 +52,14 @@ def here(tiny_folder: Path, folder: Path, **changes: Any) -> None:
     run(settings(tiny_folder, folder, **SETTINGS | changes | {"transport.address": OPEN}), folder, grid_of())
 
 
+@pytest.fixture(scope="module")
+def one_step_here(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """What one step of every client gives."""
+    folder = tmp_path_factory.mktemp("here")
+    here(tiny_folder, folder, **ONE_STEP)
+    return adapter(folder)
+
+
 def test_a_deployment_trains_what_a_simulation_does(deployment: Deployment, tiny_folder: Path, tmp_path: Path) -> None:
     summary = launch(deployment, tiny_folder, tmp_path / "run", **{"transport.address": OPEN})
     assert summary["status"] == "finished"
@@ -64,20 +74,18 @@ def test_a_deployment_trains_what_a_simulation_does(deployment: Deployment, tiny
 
 
 def test_a_node_that_cannot_reach_the_port_goes_on_over_messages(
-    deployment: Deployment, tiny_folder: Path, tmp_path: Path
+    deployment: Deployment, tiny_folder: Path, tmp_path: Path, one_step_here: dict[str, torch.Tensor]
 ) -> None:
-    one_round = {"train.rounds": 1, "method.name": "hsplitlora-no-armsc", "train.steps": 1}
     auto = {"transport.kind": "auto", "transport.address": BEHIND_A_PROXY}
-    summary = launch(deployment, tiny_folder, tmp_path / "run", **auto | one_round)
+    summary = launch(deployment, tiny_folder, tmp_path / "run", **auto | ONE_STEP)
     assert [client["client"] for client in summary["rounds"][0]["clients"]] == ["0", "1", "2"]
     assert "going on over messages: " in (deployment.folder / "node2.log").read_text()
     assert "going on over messages: " not in (deployment.folder / "node0.log").read_text()
-    here(tiny_folder, tmp_path / "here", **one_round)
-    assert_same(adapter(tmp_path / "run"), adapter(tmp_path / "here"))
+    assert_same(adapter(tmp_path / "run"), one_step_here)
 
 
-def test_messages_alone_need_no_port(deployment: Deployment, tiny_folder: Path, tmp_path: Path) -> None:
-    one_round = {"train.rounds": 1, "method.name": "hsplitlora-no-armsc", "train.steps": 1}
-    launch(deployment, tiny_folder, tmp_path / "run", **{"transport.kind": "messages"} | one_round)
-    here(tiny_folder, tmp_path / "here", **one_round)
-    assert_same(adapter(tmp_path / "run"), adapter(tmp_path / "here"))
+def test_messages_alone_need_no_port(
+    deployment: Deployment, tiny_folder: Path, tmp_path: Path, one_step_here: dict[str, torch.Tensor]
+) -> None:
+    launch(deployment, tiny_folder, tmp_path / "run", **{"transport.kind": "messages"} | ONE_STEP)
+    assert_same(adapter(tmp_path / "run"), one_step_here)
