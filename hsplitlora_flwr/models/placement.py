@@ -1,8 +1,8 @@
 """Where a model lies: on one device, or over several that are too small for all of it.
 
 Over several, blocks stay in order and whole, and every device gets about the same number of bytes. What comes into the
-embeddings, a block, the final norm or the head is moved to where that lies, forward and backward; no other code knows
-that there is more than one device. Parts that are cut from such a model do the same.
+embeddings, a block, the final norm or the head is moved to where that lies, forward and backward. Parts that are cut
+from such a model do the same; other code asks a part for its device, and a tensor for the one that it is on.
 """
 
 from __future__ import annotations
@@ -79,9 +79,8 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def _bring(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return send_to_device(
-        (args, kwargs), device_of(module), skip_keys=["past_key_values"]
-    )  # caches follow by themselves
+    # a cache's tensors come to it from the block itself
+    return send_to_device((args, kwargs), device_of(module), skip_keys=["past_key_values"])
 
 
 def _tensors(module: nn.Module | None) -> Iterator[torch.Tensor]:
