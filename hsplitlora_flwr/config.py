@@ -176,6 +176,9 @@ class TrainConfig:
         "whether the server takes clients that wait through its blocks in one pass; auto = on a GPU",
         choices=("auto", "on", "off"),
     )
+    passes: int = _setting(
+        0, "clients that the server computes for at once, each in a pass of its own; 0 = as many as it has cores", low=0
+    )
     clip: float = _setting(1.0, "largest norm of the gradient of both sides' adapters together; 0 = none", low=0.0)
 
 

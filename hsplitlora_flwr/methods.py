@@ -7,6 +7,7 @@ in :data:`METHODS`.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -14,6 +15,7 @@ from typing import Literal
 from hsplitlora_flwr.config import METHODS as NAMES
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.models.loading import read_config
+from hsplitlora_flwr.models.placement import pick_devices
 from hsplitlora_flwr.models.proof import find_family
 from hsplitlora_flwr.planning.cost import CostModel, PlanError, Workload
 from hsplitlora_flwr.planning.planner import Budget, Plan, make_plan
@@ -120,6 +122,8 @@ def cost_model(config: Config, rows: int, length: int, clients: int = 0) -> Cost
         labels=config.split.labels if method.split else "server",
         in_flight=min(config.transport.in_flight, micro_batches) if method.split else 1,
         quantise=config.model.quantise,
+        # in a joint pass all clients meet; where the labels stay, activations wait for gradients
+        passes=None if config.split.labels == "client" or takes_all(config) else passes_at_once(config),
     )
     family, highest = find_family(model), max(*config.ranks, config.lora.rank)
     update_rank = config.lora.rank_cap or train.rounds * (clients or config.clients.count) * highest
@@ -134,6 +138,24 @@ def cost_model(config: Config, rows: int, length: int, clients: int = 0) -> Cost
             f"one of their names: {sorted(names)}; name its layers in lora.targets"
         )
     return CostModel(model, family, workload, targets, update_rank, highest)
+
+
+def takes_all(config: Config) -> bool:
+    """Whether the server takes all clients that wait through its blocks in one pass."""
+    if config.transport.kind == "messages" or config.split.labels == "client":  # they come one by one
+        return False
+    joint = config.train.joint
+    return joint == "on" or (joint == "auto" and pick_devices(config.model.device) != ["cpu"])
+
+
+def passes_at_once(config: Config) -> int:
+    """Clients that the server computes for at once, each in a pass of its own."""
+    return config.train.passes or all_cores()
+
+
+def all_cores() -> int:
+    """Threads of a pass that has this machine to itself."""
+    return os.cpu_count() or 1
 
 
 def make_round_plan(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Callable, Mapping
 
@@ -10,6 +9,7 @@ from hsplitlora_flwr.config import Config, TransportConfig
 from hsplitlora_flwr.control import EVALUATE, TRAIN, Task
 from hsplitlora_flwr.lora.aggregation import Factors
 from hsplitlora_flwr.lora.layers import inject
+from hsplitlora_flwr.methods import all_cores, passes_at_once, takes_all
 from hsplitlora_flwr.models.placement import pick_devices
 from hsplitlora_flwr.models.split import BodyModel, ServerModel
 from hsplitlora_flwr.training.joint import JointPass
@@ -52,9 +52,9 @@ class Shard:
         self._workers: dict[str, Worker] = {}
         devices = pick_devices(config.model.device)
         self.base = SharedBase(config.model.path, config.model.dtype, devices, config.model.quantise)
-        self._takes_all = config.train.joint == "on" or (config.train.joint == "auto" and devices != ["cpu"])
+        self._takes_all, self._passes = takes_all(config), passes_at_once(config)
         self._together = JointPass(self.base)
-        self._cores = CorePool(all_cores())
+        self._cores = CorePool(self._passes)
 
     def admit(self, task: Task, start: Mapping[str, Factors], report: Callable[[StepReport], None]) -> Task:
         """Set up the server's half of a client's task.
@@ -83,7 +83,8 @@ class Shard:
             if task.server_recompute:
                 recompute_blocks(model)
             through, threads = differentiate, self._threads
-            if self._takes_all and task.kind == TRAIN and isinstance(model, ServerModel):
+            if self._takes_all and task.kind == TRAIN:
+                assert isinstance(model, ServerModel)
                 joint = True
                 self._together.enter(model, recompute=task.server_recompute)
                 through, threads = self._together, all_cores
@@ -133,14 +134,9 @@ class Shard:
         return rows * config.data.max_length * per_token + 2**16
 
     def _threads(self) -> int:
-        """Threads for each of the clients that train now."""
+        """Threads for each of the clients that the server computes for now."""
         streams = self._stream.open_streams if self._stream else 1
-        return max(all_cores() // max(streams, 1), 1)
-
-
-def all_cores() -> int:
-    """Threads of a pass that has this machine to itself."""
-    return os.cpu_count() or 1
+        return max(all_cores() // max(min(streams, self._passes), 1), 1)
 
 
 def open_stream(transport: TransportConfig) -> StreamServer:

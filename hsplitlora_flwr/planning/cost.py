@@ -62,10 +62,11 @@ class Workload:
     labels : {"server", "client"}
         Who computes the loss, from the final norm on.
     in_flight : int
-        Micro-batches whose activations are kept at once. A server that computes the loss takes them one by one; then
-        its share of the memory is an upper bound.
+        Micro-batches whose activations are kept at once. A server that computes the loss takes them one by one.
     quantise : {"none", "8bit", "4bit"}
         How the linear layers of the blocks hold their weights; their products are in ``dtype``.
+    passes : int, optional
+        Clients whose activations the server keeps at once; those of all when None.
 
     Raises
     ------
@@ -81,6 +82,7 @@ class Workload:
     labels: str = "server"
     in_flight: int = 1
     quantise: str = "none"
+    passes: int | None = None
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
@@ -89,6 +91,8 @@ class Workload:
             raise PlanError(f"labels={self.labels!r} is not possible; choose one of {', '.join(LABELS)}")
         if self.in_flight < 1:
             raise PlanError(f"in_flight={self.in_flight!r} is out of range; at least 1")
+        if self.passes is not None and self.passes < 1:
+            raise PlanError(f"passes={self.passes!r} is out of range; at least 1, or None for all clients")
 
     @property
     def adapter_parameter_bytes(self) -> int:
@@ -225,7 +229,11 @@ class CostModel:
         waiting, all_waiting = (in_flight - 1) * frames, self.cut_bytes + in_flight * frames
         self.temporary_bytes = max(step + waiting, all_waiting)
         self._temporary_again = max(again + waiting, all_waiting)
-        self.head_bytes = trace_head(head_part(model, family), *shape) + waiting
+        head = trace_head(head_part(model, family), *shape)
+        self.head_bytes = head + waiting
+        # The server's, whose frames wait as long as its client is under way.
+        self._frames, on_top = in_flight * frames, max(self.cut_bytes, 0 if self._client_has_labels else head)
+        self._pass_temporary = max(step, on_top), max(again, on_top)
         self._head_flops = 2.0 * self.rows * int(config.vocab_size) * int(config.hidden_size)
         heads = int(config.num_attention_heads)
         head_size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
@@ -333,19 +341,31 @@ class CostModel:
     ) -> int:
         """Predicted peak memory of the server.
 
-        One base, the accumulated update, and for each client ``(split, ranks)`` its own part.
+        One base, the accumulated update, what each client ``(split, ranks)`` has there all the time, and the largest
+        passes that can meet.
         """
         base = self.total_weight_bytes + self.update_bytes(self.num_blocks)
-        shares = (self.server_share(split, ranks, recompute=recompute) for split, ranks in clients.values())
-        return process_bytes + base + sum(shares)
+        held = sum(self.held_bytes(split, ranks) for split, ranks in clients.values())
+        passes = sorted(self.pass_bytes(split, ranks, recompute=recompute) for split, ranks in clients.values())
+        at_once = len(passes) if self.workload.passes is None else self.workload.passes
+        return process_bytes + base + held + sum(passes[-at_once:])
 
-    def server_share(self, split: int, ranks: Mapping[str, int], *, recompute: bool = False) -> int:
-        """What one client costs the server: adapters, activations and temporaries from ``split`` up."""
-        return (
-            self.adapter_bytes(ranks, split, self.num_blocks)
-            + self.kept_bytes(ranks, split, self.num_blocks, everything=True, recompute=recompute)
-            + self._temporary(not self._client_has_labels, recompute)
-        )
+    def held_bytes(self, split: int, ranks: Mapping[str, int]) -> int:
+        """What one client costs the server all the time: its adapters from ``split`` up, and frames under way."""
+        return self.adapter_bytes(ranks, split, self.num_blocks) + self._frames
+
+    def pass_bytes(self, split: int, ranks: Mapping[str, int], *, recompute: bool = False) -> int:
+        """Activations and temporaries of the server while it computes for one client, from ``split`` up.
+
+        A server without the labels keeps them until the client has returned its gradients.
+        """
+        kept = self.kept_bytes(ranks, split, self.num_blocks, everything=True, recompute=recompute)
+        return kept // self.workload.in_flight * self.server_micro_batches + self._pass_temporary[recompute]
+
+    @property
+    def server_micro_batches(self) -> int:
+        """Micro-batches of a client whose activations the server keeps at once."""
+        return self.workload.in_flight if self._client_has_labels else 1
 
     def whole_bytes(
         self, ranks: Mapping[str, int], process_bytes: int = 0, *, recompute: bool = False, updated: bool = True
@@ -476,20 +496,22 @@ class CostModel:
         if recompute:
             return blocks
         inputs = {(layer.block, layer.input_id): layer.input_bytes for layer in adapted}
-        return blocks + sum(inputs.values()) + self._low_rank_bytes(sum(ranks[layer.name] for layer in adapted))
+        low_rank = self._low_rank_bytes(sum(ranks[layer.name] for layer in adapted))
+        return blocks + sum(inputs.values()) + self.workload.in_flight * low_rank
 
     def block_bytes(self, recompute: bool = False) -> int:
         """What a block without adapters keeps for backward, for all micro-batches in flight."""
         return self._block_bytes[recompute]
 
-    def adapter_price(self, layer: Layer, rank: int, *, recompute: bool = False) -> int:
-        """What one more adapter adds to :meth:`adapter_bytes` and :meth:`kept_bytes`, its input apart."""
-        kept = 0 if recompute else self._low_rank_bytes(rank)
+    def adapter_price(self, layer: Layer, rank: int, micro_batches: int) -> int:
+        """What one more adapter adds to :meth:`adapter_bytes` and, of so many micro-batches, to :meth:`kept_bytes`,
+        its input apart."""
+        kept = micro_batches * self._low_rank_bytes(rank)
         return layer.adapter_parameters(rank) * self.workload.adapter_parameter_bytes + kept
 
     def _low_rank_bytes(self, rank: int) -> int:
-        """What an adapter of ``rank`` keeps for backward between ``A`` and ``B``, for all micro-batches in flight."""
-        return self.workload.in_flight * rank * self.rows * self.workload.adapter_item
+        """What an adapter of ``rank`` keeps for backward between ``A`` and ``B``, of one micro-batch."""
+        return rank * self.rows * self.workload.adapter_item
 
     def update_bytes(self, split: int) -> int:
         """The accumulated update of the client's blocks at its largest, fp32, in a message: dense or factors."""

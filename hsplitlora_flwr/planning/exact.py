@@ -9,8 +9,9 @@ A round lasts as long as the slowest client's own time plus the server's. For a 
 splits and ranks that take longer drop out and the rest is as without it. The limit is one number, searched by branch
 and bound: a longer limit never costs value, nor time of the server.
 
-Where activations may be computed again, each knapsack says which of the two is worth more, and the server's side is
-solved both ways unless it has room for everything.
+Where activations may be computed again, each knapsack says which of the two is worth more. The server's side is solved
+for each way in which it may serve (:meth:`hsplitlora_flwr.planning.problem.Problem.serving`), unless one has room for
+everything.
 """
 
 from __future__ import annotations
@@ -96,11 +97,11 @@ def solve(problem: Problem, deadline: float | None, tolerance: float) -> tuple[A
 
 
 def _best(problem: Problem, deadline: float | None) -> tuple[list[tuple[_Planner, Solution]], float]:
-    """The most value, for a server that keeps its activations and for one that computes them again, and a bound of
-    both. The second is not tried where the first has room for every adapter at its highest rank."""
+    """The most value for each way of serving, and a bound of all. The rest is not tried where one of them has room for
+    every adapter at its highest rank."""
     knapsack, found, bound, late = Knapsack(problem), [], 0.0, None
-    for costs in problem.costs:
-        planner = _Planner(problem.serving(costs), knapsack)
+    for served in problem.serving():
+        planner = _Planner(served, knapsack)
         try:
             best = planner.best(deadline)
         except PlanError as error:

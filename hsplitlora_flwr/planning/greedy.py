@@ -41,8 +41,7 @@ def solve(problem: Problem, important_share: float) -> Assignment:
     for (_, split), (members, _) in below.items():
         clients[split] += members
     above: list[Counts] = []
-    for costs in problem.costs:
-        served = problem.serving(costs)
+    for served in problem.serving():
         if served.server_room >= clients @ served.share:
             above.append(_fill_server(served, clients, order))
     if not above:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from statistics import fmean
@@ -151,13 +151,28 @@ class Problem:
         self._read_layers(importance)
         self._read_splits()
         self.costs = tuple(map(self._adapter_costs, recompute))
-        self._serve(self.costs[0])
 
-    def serving(self, costs: AdapterCosts) -> Problem:
-        """The same problem, with these costs of the adapters on the server."""
-        other = copy.copy(self)
-        other._serve(costs)
-        return other
+    def serving(self) -> Iterator[Problem]:
+        """The same problem for each way in which the server may serve its clients, with its prices.
+
+        It may keep their activations or compute them again, as the clients may. And it may have room for the
+        activations of every client, or for as many passes as can meet, each as large as at the shallowest split.
+        """
+        for costs in self.costs:
+            for reserve in self._reserves(costs.recompute):
+                other = copy.copy(self)
+                other._serve(costs, reserve)
+                yield other
+
+    def _reserves(self, recompute: bool) -> list[int | None]:
+        """Bytes to keep for the passes that can meet; None to let every client have its own, where that may be less."""
+        clients, passes = int(self.sizes.sum()), self.cost.workload.passes
+        if passes is None or passes >= clients:
+            return [None]
+        every = {layer.name: int(self.ranks[-1]) for layer in self.cost.layers}
+        reserve = passes * self.cost.pass_bytes(self.splits[0], every, recompute=recompute)
+        least = clients * self.cost.pass_bytes(self.splits[-1], {}, recompute=recompute)
+        return [reserve, None] if least < reserve else [reserve]
 
     def _read_speeds(self, budgets: Mapping[str, Budget], server: Budget | None, wire: tuple[str, str]) -> None:
         machines = [*budgets.values(), *([server] if server else [])]
@@ -219,7 +234,7 @@ class Problem:
         trained = cost.client_flops(split, {first.name: ranks[0]}, recompute=recompute)
         return AdapterCosts(
             recompute,
-            np.array([[cost.adapter_price(layer, rank, recompute=recompute) for rank in ranks] for layer in layers]),
+            self._prices(0 if recompute else cost.workload.in_flight),
             flops,
             np.zeros_like(self._input_bytes) if recompute else self._input_bytes,
             base,
@@ -227,21 +242,25 @@ class Problem:
             (trained - self.forward[split] - flops[0, 0]) / (split - first.block),
         )
 
-    def _serve(self, costs: AdapterCosts) -> None:
-        """Take these costs for the adapters on the server."""
-        cost, again = self.cost, costs.recompute
-        self.prices, self.flops, self.input_bytes = costs.prices, costs.flops, costs.input_bytes
+    def _prices(self, micro_batches: int) -> Array:
+        """Bytes of an adapter by layer and rank, ``(layers, ranks)``, when so many micro-batches are kept."""
+        price, ranks = self.cost.adapter_price, self.ranks.tolist()
+        return np.array([[price(layer, rank, micro_batches) for rank in ranks] for layer in self.cost.layers], float)
+
+    def _serve(self, costs: AdapterCosts, reserve: int | None) -> None:
+        """What clients and their adapters cost the server, and what room it has for that; see :meth:`_reserves`."""
+        cost, again, in_turn = self.cost, costs.recompute, reserve is not None
+        kept = 0 if in_turn else cost.server_micro_batches
+        self.prices, self.flops = self._prices(0 if again else kept), costs.flops
+        self.input_bytes = costs.input_bytes * (kept / cost.workload.in_flight)
         self.share, self.server_flops = np.zeros(cost.num_blocks), np.zeros(cost.num_blocks)
         for split in self.splits:
-            self.share[split] = cost.server_share(split, {}, recompute=again)
+            passing = 0 if in_turn else cost.pass_bytes(split, {}, recompute=again)
+            self.share[split] = cost.held_bytes(split, {}) + passing
             self.server_flops[split] = cost.server_flops(split, {}, recompute=again)
-
-    @property
-    def server_room(self) -> float:
-        """Bytes of the server for its clients, beside its process and the base model."""
-        if self.server is None:
-            return math.inf
-        return self.server.memory_bytes - self.cost.server_bytes({}, self.server.process_bytes)
+        memory = self.server.memory_bytes if self.server else math.inf
+        process = self.server.process_bytes if self.server else 0
+        self.server_room = memory - cost.server_bytes({}, process) - (reserve or 0)
 
     def own_seconds(self, number: int, flops: float) -> float:
         """Time of a round of a client of class ``number`` whose step takes ``flops`` operations."""
@@ -270,7 +289,7 @@ class Problem:
     def server_too_small(self, clients: Counts) -> PlanError:
         """The error for a server without room for so many clients at each split, even without adapters."""
         assert self.server is not None
-        missing = int(min(clients @ self.serving(costs).share for costs in self.costs) - self.server_room)
+        missing = int(min(clients @ served.share - served.server_room for served in self.serving()))
         return PlanError(
             f"the server has {self.server.memory_bytes:,} bytes and misses {missing:,} to serve {clients.sum()} "
             "client(s) even without adapters. Raise plan.server_memory_gb, or lower train.batch_size or data.max_length"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -47,6 +48,11 @@ def adapt(part: ModelPart, ranks: dict[str, int]) -> int:
     """Inject adapters; returns the bytes of their parameters on this part."""
     parameters = inject(part.train(), {layer: AdapterSpec(r, 2.0 * r) for layer, r in ranks.items()}, "s")
     return sum(parameter.nbytes for parameter in parameters)
+
+
+def frames_of(cost: CostModel) -> int:
+    """What is on the wire, or waits to be, of the micro-batches in flight."""
+    return 4 * cost.workload.in_flight * cost.cut_bytes // cost.workload.item * cost.workload.adapter_item
 
 
 def allocated_peak(step: Callable[[], None]) -> int:
@@ -175,7 +181,7 @@ def test_server_step_takes_what_is_predicted(name: str) -> None:
     def step() -> None:
         server(cut.clone().requires_grad_(), MASK, IDS).loss.backward()
 
-    predicted = cost.server_share(2, ranks) - 4 * adapters
+    predicted = cost.server_bytes({"a": (2, ranks)}) - cost.server_bytes({}) - 4 * adapters - frames_of(cost)
     assert predicted == pytest.approx(allocated_peak(step), rel=0.08)
 
 
@@ -201,7 +207,8 @@ def test_steps_that_compute_activations_again_take_what_is_predicted(name: str, 
     parts = cost.memory_parts(3, ranks, recompute=True, updated=False)
     assert parts["adapters"] == 4 * on_client
     assert parts["activations"] + parts["temporary"] == pytest.approx(allocated_peak(client_step), rel=0.1)
-    predicted = cost.server_share(1, ranks, recompute=True) - 4 * on_server
+    served = {"a": (1, ranks)}
+    predicted = cost.server_bytes(served, recompute=True) - cost.server_bytes({}) - 4 * on_server - frames_of(cost)
     measured = allocated_peak(server_step)
     assert 0.9 * measured < predicted < 1.2 * measured  # a block's step need not peak where all of it is there
 
@@ -252,10 +259,11 @@ def test_steps_in_three_parts_take_what_is_predicted(name: str) -> None:
         for hidden in [body(cut, MASK) for cut in cuts]:
             hidden.backward(torch.ones_like(hidden))
 
-    frames = 4 * cost.cut_bytes  # on the wire, which is not here
+    # one of the two is on the wire, which is not here
+    frames = frames_of(cost) // 2
     predicted = cost.client_bytes(2, ranks, updated=False) - 4 * cost.client_parameters(2) - 4 * on_client - frames
     assert predicted == pytest.approx(allocated_peak(client_step), rel=0.1)
-    predicted = cost.server_share(2, ranks) - 4 * on_server - frames
+    predicted = cost.held_bytes(2, ranks) + cost.pass_bytes(2, ranks) - 4 * on_server - frames_of(cost)
     assert predicted == pytest.approx(allocated_peak(server_step), rel=0.1)
 
 
@@ -264,7 +272,20 @@ def test_the_head_weighs_on_the_side_that_has_the_labels() -> None:
     assert above.head_bytes == below.head_bytes > above.temporary_bytes == below.temporary_bytes
     assert above.memory_parts(2, {})["temporary"] == above.temporary_bytes
     assert below.memory_parts(2, {})["temporary"] == below.head_bytes
-    assert above.server_share(2, {}) - below.server_share(2, {}) == above.head_bytes - above.temporary_bytes
+    assert above.pass_bytes(2, {}) - below.pass_bytes(2, {}) >= above.head_bytes - above.temporary_bytes
+
+
+def test_no_more_passes_meet_on_the_server_than_it_computes_at_once() -> None:
+    config = tiny_model("llama").config
+    every = {layer.name: 8 for layer in cost_of("llama").layers}
+    clients = {"a": (1, every), "b": (3, every), "c": (2, {}), "d": (1, {})}
+    for passes in (None, 1, 2, 3, 4, 9):
+        cost = CostModel(config, find_family(config), Workload(ROWS, LENGTH, passes=passes))
+        held = sum(cost.held_bytes(*client) for client in clients.values())
+        largest = sorted((cost.pass_bytes(*client) for client in clients.values()), reverse=True)
+        assert cost.server_bytes(clients, 7) - cost.server_bytes({}, 7) == held + sum(largest[:passes])
+    with pytest.raises(PlanError, match="passes=0"):
+        Workload(ROWS, LENGTH, passes=0)
 
 
 def test_activations_count_for_every_micro_batch_in_flight() -> None:
@@ -274,8 +295,13 @@ def test_activations_count_for_every_micro_batch_in_flight() -> None:
         kept = one.kept_bytes(ranks, first, last, everything=everything)
         assert three.kept_bytes(ranks, first, last, everything=everything) == 3 * kept > 0
     assert three.adapter_bytes(ranks, 0, 4) == one.adapter_bytes(ranks, 0, 4), "adapters exist once"
-    added = three.adapter_price(three.layers[0], 8) - one.adapter_price(one.layers[0], 8)
+    added = one.adapter_price(one.layers[0], 8, 3) - one.adapter_price(one.layers[0], 8, 1)
     assert added == 2 * 8 * ROWS * LENGTH * 4
+    assert three.pass_bytes(1, ranks) == one.pass_bytes(1, ranks), "the server takes them one by one"
+    assert three.held_bytes(1, ranks) == one.held_bytes(1, ranks) + 2 * frames_of(one), "and the others wait"
+    staying = cost_of("llama", labels="client"), cost_of("llama", labels="client", in_flight=3)
+    kept = one.kept_bytes(ranks, 1, 4, everything=True)
+    assert staying[1].pass_bytes(1, ranks) == staying[0].pass_bytes(1, ranks) + 2 * kept, "unless their loss is to come"
     frames = 4 * one.cut_bytes
     assert three.head_bytes == one.head_bytes + 2 * frames
     assert one.temporary_bytes < three.temporary_bytes <= one.temporary_bytes + 2 * frames
@@ -456,6 +482,11 @@ def test_settings_of_a_run_reach_the_cost_model(tiny_folder: Path) -> None:
     cost = cost_model(config, 4, LENGTH)
     assert (cost.workload.labels, cost.workload.in_flight) == ("client", 3), "a batch of 9 has three micro-batches"
     assert cost_model(config, 1, LENGTH).workload.in_flight == 4
+    assert cost.workload.passes is None, "where labels stay, activations of all clients wait"
+    alone = settings | {"split.labels": "server"}
+    for joint, passes, expected in (("off", 3, 3), ("auto", 0, os.cpu_count()), ("on", 3, None)):
+        given = alone | {"train.joint": joint, "train.passes": passes, "model.device": "cpu"}
+        assert cost_model(Config.from_run_config(given), 4, LENGTH).workload.passes == expected
     unsplit = cost_model(Config.from_run_config(settings | {"method.name": "fedit"}), 4, LENGTH).workload
     assert (unsplit.labels, unsplit.in_flight) == ("server", 1)
     plan = make_round_plan(config, {"a": Budget(10**12, 0, 1e9, 1e6, 2e6)}, None, {}, cost).clients["a"]

@@ -23,8 +23,8 @@ from tests.tiny import tiny_model
 CONFIG = tiny_model("llama").config
 
 
-def cost_of(targets: tuple[str, ...] | None = None, dtype: str = "float32") -> CostModel:
-    return CostModel(CONFIG, find_family(CONFIG), Workload(4, 16, dtype), targets)
+def cost_of(targets: tuple[str, ...] | None = None, dtype: str = "float32", passes: int | None = None) -> CostModel:
+    return CostModel(CONFIG, find_family(CONFIG), Workload(4, 16, dtype, passes=passes), targets)
 
 
 COST = cost_of()
@@ -43,7 +43,7 @@ def importances(cost: CostModel) -> st.SearchStrategy[dict[str, float]]:
     return scores.map(lambda values: dict(zip(names, values, strict=True)))
 
 
-def served(cost: CostModel, plan: Plan) -> dict[str, tuple[int, Any]]:
+def served(plan: Plan) -> dict[str, tuple[int, Any]]:
     return {name: (client.split, client.ranks) for name, client in plan.clients.items()}
 
 
@@ -56,6 +56,7 @@ def served(cost: CostModel, plan: Plan) -> dict[str, tuple[int, Any]]:
     st.integers(0, 10**6),
     st.sampled_from(("exact", "greedy")),
     st.sampled_from(("off", "on", "auto")),
+    st.sampled_from((None, 1, 2)),
 )
 def test_no_budget_is_exceeded(
     memories: list[int],
@@ -65,7 +66,9 @@ def test_no_budget_is_exceeded(
     room: int,
     planner: str,
     recompute: str,
+    passes: int | None,
 ) -> None:
+    cost = cost_of(passes=passes)
     budgets = {str(i): Budget(memory + process, process) for i, memory in enumerate(memories)}
     base = COST.server_bytes({str(i): (1, {}) for i in range(len(memories))}, recompute=recompute == "on")
     server = Budget(base + room)
@@ -73,7 +76,7 @@ def test_no_budget_is_exceeded(
         plan = make_plan(
             budgets,
             importance,
-            COST,
+            cost,
             ranks=RANKS,
             server=server,
             important_share=important_share,
@@ -97,15 +100,17 @@ def test_no_budget_is_exceeded(
         assert missing == FLOOR + process - budgets[name].memory_bytes > 0
     [again] = {client.server_recompute for client in plan.clients.values()}
     assert again == (recompute == "on") or recompute == "auto"
-    assert plan.server_bytes == COST.server_bytes(served(COST, plan), recompute=again) <= server.memory_bytes
+    assert plan.server_bytes == cost.server_bytes(served(plan), recompute=again) <= server.memory_bytes
 
 
 @dataclass(frozen=True)
 class Options:
-    """Every plan of one client: memory of the client, share of the server, operations of both, and ranks."""
+    """Every plan of one client: its memory, what it takes on the server all the time and in a pass, operations of both
+    sides, and ranks."""
 
     memory: Array
-    share: Array
+    held: Array
+    passing: Array
     own: Array
     served: Array
     ranks: Array  # (plans, layers)
@@ -115,9 +120,11 @@ CHOICES = {"off": (False,), "on": (True,), "auto": (False, True)}
 
 
 @cache
-def options(dtype: str, recompute: str = "off", server_recompute: bool = False) -> tuple[CostModel, Options]:
+def options(
+    dtype: str, passes: int | None = None, recompute: str = "off", server_recompute: bool = False
+) -> tuple[CostModel, Options]:
     """All splits and ranks of two layers a block that read the same input, and what clients compute again."""
-    cost = cost_of(("q_proj", "v_proj"), dtype)
+    cost = cost_of(("q_proj", "v_proj"), dtype, passes)
     rows = []
     for split, again, chosen in itertools.product(
         range(1, 4), CHOICES[recompute], itertools.product((0, 8), repeat=len(cost.layers))
@@ -126,14 +133,16 @@ def options(dtype: str, recompute: str = "off", server_recompute: bool = False) 
         rows.append(
             (
                 cost.client_bytes(split, ranks, recompute=again),
-                cost.server_share(split, ranks, recompute=server_recompute),
+                cost.held_bytes(split, ranks),
+                cost.pass_bytes(split, ranks, recompute=server_recompute),
                 cost.client_flops(split, ranks, recompute=again),
                 cost.server_flops(split, ranks, recompute=server_recompute),
                 *chosen,
             )
         )
     table = np.array(rows, float)
-    return cost, Options(table[:, 0], table[:, 1], table[:, 2], table[:, 3], table[:, 4:])
+    memory, held, passing, own, on_server = table[:, :5].T
+    return cost, Options(memory, held, passing, own, on_server, table[:, 5:])
 
 
 @dataclass(frozen=True)
@@ -145,7 +154,8 @@ class BruteForce:
 
     @classmethod
     def of(cls, recompute: str, **instance: Any) -> BruteForce:
-        both = [cls.one(options(instance["dtype"], recompute, again), **instance) for again in CHOICES[recompute]]
+        of = instance["dtype"], instance["passes"], recompute
+        both = [cls.one(options(*of, again), **instance) for again in CHOICES[recompute]]
         return cls(*(np.concatenate(arrays) for arrays in zip(*((b.values, b.seconds) for b in both), strict=True)))
 
     @classmethod
@@ -153,6 +163,7 @@ class BruteForce:
         cls,
         options_: tuple[CostModel, Options],
         dtype: str,
+        passes: int | None,
         importance: dict[str, float],
         budgets: dict[str, Budget],
         server: Budget,
@@ -169,7 +180,11 @@ class BruteForce:
             own.append(every.own[held] / budget.flops + up / budget.up + down / budget.down)
         seconds = np.maximum(own[0][:, None], own[1][None])
         seconds = steps * (seconds + (every.served[a][:, None] + every.served[b][None]) / server.flops)
-        fits = every.share[a][:, None] + every.share[b][None] + cost.server_bytes({}) <= server.memory_bytes
+        staying: Array = every.held[a][:, None] + every.held[b][None]
+        passing: Array = every.passing[a][:, None] + every.passing[b][None]
+        if passes:  # one of two at a time, and there is room for the largest
+            passing = passing.clip(max=every.passing.max())
+        fits = staying + passing + cost.server_bytes({}) <= server.memory_bytes
         return cls((value[a][:, None] + value[b][None])[fits], seconds[fits])
 
 
@@ -178,14 +193,16 @@ def instances(draw: st.DrawFn) -> dict[str, Any]:
     """Two clients and a server, all of them short of memory or not."""
     dtype = draw(st.sampled_from(("float32", "bfloat16")))
     recompute = draw(st.sampled_from(tuple(CHOICES)))
-    cost, every = options(dtype, recompute)
+    passes = draw(st.sampled_from((None, 1)))
+    cost, every = options(dtype, passes, recompute)
     low, high = int(every.memory.min()), int(every.memory.max() * 1.1)
     budgets = {name: Budget(draw(st.integers(low, high)), 0, draw(SPEEDS), draw(SPEEDS), draw(SPEEDS)) for name in "ab"}
-    base, share = cost.server_bytes({}), every.share
+    base, share = cost.server_bytes({}), every.held + every.passing
     memory = draw(st.integers(base + 2 * int(share.min()), base + int(2.1 * share.max())))
     importance = draw(importances(cost))
     return {
         "dtype": dtype,
+        "passes": passes,
         "recompute": recompute,
         "budgets": budgets,
         "server": Budget(memory, 0, draw(SPEEDS)),
@@ -195,7 +212,7 @@ def instances(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def plan_of(instance: dict[str, Any], **options_: Any) -> Plan:
-    cost, _ = options(instance["dtype"])
+    cost, _ = options(instance["dtype"], instance["passes"])
     given = {key: value for key, value in instance.items() if key in ("server", "steps", "recompute")}
     return make_plan(instance["budgets"], instance["importance"], cost, ranks=(0, 8), **given, **options_)
 
@@ -341,7 +358,8 @@ def test_a_hundred_different_clients() -> None:
             zip(rng.uniform(FLOOR, CEILING, 100), rng.uniform(1e9, 1e10, 100), strict=True)
         )
     }
-    room = 100 * COST.server_share(1, dict.fromkeys(NAMES, 8)) * 0.7
+    ranks = dict.fromkeys(NAMES, 8)
+    room = 100 * (COST.held_bytes(1, ranks) + COST.pass_bytes(1, ranks)) * 0.7
     server = Budget(COST.server_bytes({}) + int(room), 0, 1e11)
     plan = make_plan(budgets, importance, COST, ranks=RANKS, server=server)
     assert plan.bound * 0.98 <= plan.objective <= plan.bound
