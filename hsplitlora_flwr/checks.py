@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hsplitlora_flwr.config import Config
+from hsplitlora_flwr.config import Config, ConfigError
 from hsplitlora_flwr.data.sources import DataError, TextData
 from hsplitlora_flwr.methods import METHODS, cost_model
 from hsplitlora_flwr.models.loading import check_model
@@ -37,14 +37,19 @@ def check_model_settings(config: Config) -> None:
     Raises
     ------
     ValueError
-        ``ModelFilesError``, ``SplitError``, ``UnsupportedModelError`` or ``PlanError``, each with the value that is
-        wrong and what to do.
+        ``ConfigError``, ``ModelFilesError``, ``SplitError``, ``UnsupportedModelError`` or ``PlanError``, each with the
+        value that is wrong and what to do.
     ModuleNotFoundError
         If what quantises the base is not installed.
     """
     check_quantiser(config.model.quantise)
     check_model(config.model.path, config.split.min, config.split.max)
     cost, method = cost_model(config, rows=1, length=2), METHODS[config.method.name]
+    if config.lora.init == "update" and (method.carries or method.central):
+        raise ConfigError(
+            "lora.init=update is for adapters that start anew in every round; those of "
+            f"method.name={config.method.name} are carried on. Set it to auto"
+        )
     if method.central:
         return
     # What the process itself takes is measured later, on the clients; the weights alone may already be too much.

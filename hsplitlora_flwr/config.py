@@ -126,6 +126,11 @@ class LoraConfig:
     rank: int = _setting(8, "methods with one rank for all: that rank", low=1)
     rank_cap: int = _setting(0, "largest rank of the accumulated update of a layer; 0 = exact, whatever it is", low=0)
     alpha: str = _setting("2r", "LoRA alpha: a number, or a multiple of the rank such as '2r'; the scale is alpha / r")
+    init: str = _setting(
+        "auto",
+        "where A starts in a round; update = along the last round's update; auto = what the method takes",
+        choices=("auto", "kaiming", "update"),
+    )
     dropout: float = _setting(0.0, "dropout on the input of an adapter", low=0.0)
     targets: str = _setting("auto", "'all-linear', names such as 'q_proj,v_proj', or 'auto': what the method takes")
 

@@ -401,7 +401,7 @@ def to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     packets: list[dict[str, Tensor]] = []
     room = 0
     for name, tensor in tensors.items():
-        if tensor.nbytes > room:
+        if tensor.nbytes > room or not packets:
             packets.append({})
             room = PACKET_BYTES
         packets[-1][name] = tensor.detach().cpu().contiguous()

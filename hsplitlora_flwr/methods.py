@@ -44,6 +44,9 @@ class Method:
     carries : bool
         There is one global adapter, which every round goes on from, cut to each client's rank. Else the update of a
         round goes into the weights and adapters start afresh.
+    init : str
+        Where ``A`` starts in a round unless ``lora.init`` says otherwise: ``kaiming``, or from the second round on
+        along the last round's ``update``. Without meaning where an adapter is carried on.
     freeze_a : bool
         ``A`` stays as it started; only ``B`` trains.
     full : bool
@@ -59,13 +62,14 @@ class Method:
     importance: bool = True
     rule: str = "noise_free"
     carries: bool = False
+    init: Literal["kaiming", "update"] = "kaiming"
     freeze_a: bool = False
     full: bool = False
     targets: tuple[str, ...] | None = None
 
 
 _WHOLE = Method("", split=False, importance=False)
-_HSPLITLORA = Method("arXiv 2505.02795")
+_HSPLITLORA = Method("arXiv 2505.02795", init="update")
 QUERY_AND_VALUE = ("q_proj", "v_proj", "c_attn", "query_key_value", "qkv_proj", "Wqkv")
 """Query and value projections by the names that families give them; some keep query, key and value in one layer."""
 
@@ -138,6 +142,12 @@ def cost_model(config: Config, rows: int, length: int, clients: int = 0) -> Cost
             f"one of their names: {sorted(names)}; name its layers in lora.targets"
         )
     return CostModel(model, family, workload, targets, update_rank, highest)
+
+
+def starts_along_update(config: Config) -> bool:
+    """Whether ``A`` starts along the last round's update."""
+    chosen = METHODS[config.method.name].init if config.lora.init == "auto" else config.lora.init
+    return chosen == "update"
 
 
 def takes_all(config: Config) -> bool:

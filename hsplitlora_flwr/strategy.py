@@ -46,11 +46,11 @@ from hsplitlora_flwr.control import (
 )
 from hsplitlora_flwr.data.collate import evaluation_batches, tokenize
 from hsplitlora_flwr.data.sources import Example
-from hsplitlora_flwr.lora.aggregation import Factors, aggregate, truncate
+from hsplitlora_flwr.lora.aggregation import Factors, aggregate, directions, truncate
 from hsplitlora_flwr.lora.delta import Delta
 from hsplitlora_flwr.lora.export import TOLERANCE, save_delta, save_merged_model, save_peft_adapter
-from hsplitlora_flwr.lora.layers import AdapterSpec, extract
-from hsplitlora_flwr.methods import METHODS, cost_model, make_round_plan
+from hsplitlora_flwr.lora.layers import AdapterSpec, extract, start_along
+from hsplitlora_flwr.methods import METHODS, cost_model, make_round_plan, starts_along_update
 from hsplitlora_flwr.models.loading import load_tokenizer, read_config
 from hsplitlora_flwr.models.placement import pick_devices
 from hsplitlora_flwr.models.quantisation import check_quantiser
@@ -94,7 +94,7 @@ class HSplitLoRA(Strategy):
         self.folder = Path(folder)
         self.report = RunReport(self.folder, config.to_run_config())
         self.delta = Delta(config.lora.rank_cap)
-        self.adapter: dict[str, Factors] = {}
+        self.adapter: dict[str, Factors] = {}  # what the next round's adapters start from
         self.importance: dict[str, float] = {}
         self.plans: dict[int, ClientPlan] = {}
         self._held_out = held_out
@@ -263,6 +263,8 @@ class HSplitLoRA(Strategy):
             self.delta.replace(update)
         else:
             self.delta.add(update)
+            if starts_along_update(self.config):
+                self.adapter = {name: directions(factors, max(self.config.ranks)) for name, factors in update.items()}
         norm = math.sqrt(sum(float(((b.T @ b) * (a @ a.T)).sum()) for b, a in update.values()))
         more = {"server_measured_bytes": self._server_peak, **self._dropped()}
         self.report.round_finished(server_round, time.time() - self._round_started, norm, clients, **more)
@@ -423,6 +425,8 @@ class HSplitLoRA(Strategy):
         specs = {name: AdapterSpec(rank, alpha(rank), dropout) for name, rank in plan.ranks.items()}
         held = self._layers_below(plan.split)
         start = {name: truncate(factors, specs[name].rank) for name, factors in self.adapter.items() if name in specs}
+        if not self.method.carries:
+            start = {name: start_along(factors, specs[name]) for name, factors in start.items()}
         task = Task(
             config=self.config,
             kind=kind,

@@ -107,6 +107,8 @@ def expected_update(config: Config, summary: dict[str, Any]) -> dict[str, Matrix
                 for name, (b, a) in adapter.items()
                 if name in specs
             }
+            if not method.carries:  # as long as a fresh row, and divided by the scale when it is put in
+                start = {name: (b, a * specs[name].scale / 3**0.5) for name, (b, a) in start.items()}
             optimizer = AdapterOptimizer(
                 inject(model, specs, f"{config.run.seed}/{owner}", start, freeze_a=method.freeze_a), config.train
             )
@@ -123,6 +125,9 @@ def expected_update(config: Config, summary: dict[str, Any]) -> dict[str, Matrix
                     p * each[name][0] @ each[name][1] for p, each in zip(shares, updates, strict=True) if name in each
                 )
                 update[name] = update.get(name, np.zeros(1)) + total
+                if method.init == "update":
+                    _, s, vh = np.linalg.svd(total)
+                    adapter[name] = np.zeros((len(total), 0)), vh[: len(s)][s > 1e-9 * s[0]]
     return update
 
 

@@ -95,6 +95,27 @@ def aggregate(updates: Sequence[Update], weights: Sequence[float], rule: str = "
     return result
 
 
+def directions(factors: Factors, rank: int) -> Factors:
+    """The directions of a layer's input along which an update changes its output most, as an adapter that adds nothing.
+
+    Parameters
+    ----------
+    factors : tuple[Tensor, Tensor]
+        ``(B, A)``: ``(out, r)`` and ``(r, in)``.
+    rank : int
+        How many, at most.
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        A ``B`` without columns, ``(out, 0)``, and the right singular vectors of ``B A`` by falling singular value, as
+        orthonormal rows ``(min(rank, rank of B A), in)`` in the dtype of ``A``.
+    """
+    b, a = factors
+    *_, right = _singular(b.double(), a.double())
+    return truncate((b[:, :0], right.to(a.dtype)), rank)
+
+
 def truncate(factors: Factors, rank: int) -> Factors:
     """The first ``rank`` ranks of an adapter: what HetLoRA sends to a client, and, after ``svd``, FlexLoRA.
 
@@ -158,14 +179,19 @@ def _svd(pairs: Sequence[Factors], shares: Sequence[float]) -> Factors:
 
     Singular values fall. Those that rounding cannot tell from zero are dropped, but rank 1 stays where a client has it.
     """
-    b, a = _noise_free(_double(pairs), shares)
-    # The dense sum (out, in) is never formed: its singular values are those of the core between two thin QRs.
+    u, sigma, vh = _singular(*_noise_free(_double(pairs), shares))
+    root = sigma.sqrt()
+    return u * root, root[:, None] * vh
+
+
+def _singular(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``U``, ``S`` and ``V^T`` of ``B A``; its rank of at least 1, unless there is none, is what rounding leaves."""
+    # The dense product (out, in) is never formed: its singular values are those of the core between two thin QRs.
     q_left, r_left = torch.linalg.qr(b)
     q_right, r_right = torch.linalg.qr(a.T)
     u, sigma, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
     rank = max(1, int((sigma > _RELATIVE_ZERO * sigma.max()).sum())) if sigma.numel() else 0
-    root = sigma[:rank].sqrt()
-    return q_left @ (u[:, :rank] * root), (root[:, None] * vh[:rank]) @ q_right.T
+    return q_left @ u[:, :rank], sigma[:rank], vh[:rank] @ q_right.T
 
 
 _RELATIVE_ZERO = 1e-12

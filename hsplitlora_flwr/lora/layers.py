@@ -21,6 +21,9 @@ from hsplitlora_flwr.lora.delta import Change
 from hsplitlora_flwr.models.quantisation import QuantisedLinear
 from hsplitlora_flwr.models.split import ModelPart
 
+FRESH_ROW = 3**-0.5
+"""Length of a row of a fresh ``A``, in the mean square."""
+
 
 @dataclass(frozen=True)
 class AdapterSpec:
@@ -34,6 +37,19 @@ class AdapterSpec:
     def scale(self) -> float:
         """The factor ``s`` in ``y = W x + s B A x``."""
         return self.alpha / self.rank
+
+
+def start_along(directions: Factors, spec: AdapterSpec) -> Factors:
+    """The start of an adapter whose ``A`` lies along given directions, with rows as long as those of a fresh one.
+
+    Parameters
+    ----------
+    directions : tuple[Tensor, Tensor]
+        A ``B`` without columns, ``(out, 0)``, and orthonormal rows ``(r, in)``, at most ``spec.rank`` of them; where
+        there are fewer, the other rows of ``A`` start fresh.
+    """
+    b, rows = directions
+    return b, rows * (FRESH_ROW * spec.scale)
 
 
 class AdaptedLinear(nn.Module):
@@ -62,7 +78,8 @@ class AdaptedLinear(nn.Module):
     def add_adapter(self, spec: AdapterSpec, seed: int, start: Factors | None = None) -> None:
         """Give the layer an adapter: a fresh one, or one that goes on from ``start`` (scale folded into ``A``).
 
-        A ``start`` of lower rank fills the first rows of ``A`` and columns of ``B``; the others are fresh.
+        A ``start`` of lower rank fills the first rows of ``A`` and columns of ``B``; the others are fresh. Its ``B``
+        may have fewer columns than its ``A`` has rows.
         """
         out_features, in_features = shape_of(self.base)
         base_dtype, device = _kind_of(self.base)
@@ -74,8 +91,8 @@ class AdaptedLinear(nn.Module):
             # drawn row by row: an adapter of lower rank starts as the first rows of one of higher rank
             a.uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))
         if start is not None:
-            known = start[1].shape[0]
-            b[:, :known], a[:known] = start[0].double(), start[1].double() / spec.scale
+            known_b, known_a = start
+            b[:, : known_b.shape[1]], a[: len(known_a)] = known_b.double(), known_a.double() / spec.scale
         self.spec = spec
         # a dropout of 0 would still copy its input, and the copy would be kept for backward
         self.dropout = SeededDropout(spec.dropout, seed) if spec.dropout else nn.Identity()

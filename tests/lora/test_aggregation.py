@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hsplitlora_flwr.lora.aggregation import RULES, AggregationError, Factors, aggregate, pad, truncate
+from hsplitlora_flwr.lora.aggregation import RULES, AggregationError, Factors, aggregate, directions, pad, truncate
 
 Array = npt.NDArray[np.float64]
 Update = dict[str, Factors]
@@ -265,6 +265,19 @@ def test_a_client_without_the_layer_counts_as_an_adapter_of_zero(rule: str) -> N
     np.testing.assert_allclose(product(absent), product(zero), rtol=1e-5, atol=1e-6)
     share = {"zero_pad": 1 / 16, "zero_pad_by_norm": 1}.get(rule, 1 / 4)
     np.testing.assert_allclose(product(absent), share * product(factors), rtol=1e-5, atol=1e-6)
+
+
+def test_directions_are_those_in_which_an_update_is_largest() -> None:
+    updates, weights = mixed_round()
+    for name, factors in aggregate(updates, weights).items():
+        _, sigma, right = np.linalg.svd(dense_sum(updates, weights, name)[0], full_matrices=False)
+        rank = int((sigma > 1e-6 * sigma[0]).sum())
+        for wanted in (0, 2, 64):
+            b, a = directions(factors, wanted)
+            assert (b.shape, a.dtype) == ((len(factors[0]), 0), factors[1].dtype)
+            kept = min(wanted, rank)
+            assert a.shape == (kept, right.shape[1])
+            np.testing.assert_allclose(np.abs(numbers(a) @ right[:kept].T), np.eye(kept), atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------ truncate and pad

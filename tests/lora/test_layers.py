@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hsplitlora_flwr.lora import AdapterSpec, Delta, attach_changes, extract, inject, merge_changes
-from hsplitlora_flwr.lora.layers import SeededDropout, draw_masks, shape_of
+from hsplitlora_flwr.lora.layers import SeededDropout, draw_masks, shape_of, start_along
 from hsplitlora_flwr.models import split_model
 from tests.tiny import quantised_twins, random_batches, tiny_model
 
@@ -42,6 +42,21 @@ def test_a_fresh_adapter_changes_nothing_and_its_start_depends_on_name_and_seed_
     other, _ = split_model(model, 2)
     inject(other, specs, "t")
     assert all(not torch.equal(a, extract(other)[name][1]) for name, (_, a) in extract(client).items())
+
+
+def test_an_adapter_that_starts_along_directions_changes_nothing_and_is_as_long_as_a_fresh_one() -> None:
+    (client, _), batch = split_model(tiny_model("llama"), 1), next(random_batches())
+    before = client(batch.input_ids, batch.attention_mask)
+    name, spec = "model.layers.0.mlp.up_proj", AdapterSpec(4, 10.0)
+    out_features, _ = shape_of(dict(client.linears())[name])
+    rows = torch.linalg.qr(torch.randn(32, 3, generator=torch.Generator().manual_seed(0))).Q.T
+    fresh, *_ = inject(client, {name: spec}, "s")
+    fresh = fresh.detach().clone()
+    a, b = inject(client, {name: spec}, "s", {name: start_along((torch.zeros(out_features, 0), rows), spec)})
+    assert torch.allclose(a.detach()[:3].float(), rows / 3**0.5) and not b.detach().any()
+    assert torch.equal(a.detach()[3], fresh[3]), "where directions end, rows are fresh"
+    assert float(a.detach()[:3].square().mean()) == pytest.approx(float(fresh.square().mean()), rel=0.2)
+    assert torch.equal(client(batch.input_ids, batch.attention_mask), before)
 
 
 def test_extract_folds_the_scale_into_a() -> None:
