@@ -25,7 +25,6 @@ from hsplitlora_flwr.lora.delta import Patch
 from hsplitlora_flwr.lora.layers import AdapterSpec
 from hsplitlora_flwr.methods import METHODS, Method
 from hsplitlora_flwr.planning.planner import Budget
-from hsplitlora_flwr.training.memory import FRAGMENTED
 from hsplitlora_flwr.transport.stream import Endpoint
 
 DESCRIBE, PROBE, TRAIN, EVALUATE = "query.describe", "train.probe", "train", "evaluate"
@@ -84,10 +83,6 @@ class Description:
     def budget(self) -> Budget:
         """What a plan may use."""
         return Budget(self.memory_bytes, self.process_bytes, self.flops or None, self.up or None, self.down or None)
-
-    def is_spacious(self, planned: int) -> bool:
-        """Whether the budget holds a plan of so many bytes, the process's own among them, even where it fragments."""
-        return self.process_bytes + FRAGMENTED * (planned - self.process_bytes) <= self.memory_bytes
 
     def to_records(self) -> RecordDict:
         """As the content of a reply."""

@@ -63,7 +63,7 @@ from hsplitlora_flwr.rows import client_row, plan_rows, step_row
 from hsplitlora_flwr.shard import Shard
 from hsplitlora_flwr.training.evaluation import evaluate
 from hsplitlora_flwr.training.generation import generate_and_score
-from hsplitlora_flwr.training.memory import PeakMemory, process_bytes
+from hsplitlora_flwr.training.memory import PeakMemory, may_fragment, process_bytes, return_freed_memory
 from hsplitlora_flwr.training.server import StepReport
 from hsplitlora_flwr.transport.frames import Failure, Frame, FrameError
 from hsplitlora_flwr.transport.messages import add_frames, read_frames
@@ -227,7 +227,10 @@ class HSplitLoRA(Strategy):
         else:
             self.report.importance(server_round, self.importance, moved)
             return
-        plan = make_round_plan(self.config, self.clients.budgets, self._server_budget(), self.importance, self._cost)
+        server = self._server_budget()
+        plan = make_round_plan(self.config, self.clients.budgets, server, self.importance, self._cost)
+        if not may_fragment(server, plan.server_bytes):
+            return_freed_memory()
         names = {node: self.clients.name(node) for node in self.clients.descriptions}
         self.plans = {node: plan.clients[name] for node, name in names.items() if name in plan.clients}
         self._report_plan(server_round, reason, plan)
@@ -436,7 +439,7 @@ class HSplitLoRA(Strategy):
             specs=specs,
             first_step=(server_round - 1) * self.config.train.steps,
             steps=steps,
-            spacious=kind == TRAIN and self.clients.descriptions[node].is_spacious(plan.predicted_bytes),
+            spacious=kind == TRAIN and may_fragment(self.clients.descriptions[node].budget, plan.predicted_bytes),
             start={name: factors for name, factors in start.items() if name in held},
             recompute=plan.recompute,
             server_recompute=plan.server_recompute,

@@ -16,6 +16,7 @@ from flwr.app import Array, ArrayRecord, RecordDict
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hsplitlora_flwr import strategy
 from hsplitlora_flwr.central import CentralTraining
 from hsplitlora_flwr.client_app import split_client_app
 from hsplitlora_flwr.clients import ClientFailedError
@@ -31,6 +32,7 @@ from hsplitlora_flwr.models import find_family, load_causal_lm
 from hsplitlora_flwr.models.quantisation import QuantisedLinear
 from hsplitlora_flwr.models.split import WholeModel, whole_model
 from hsplitlora_flwr.strategy import HSplitLoRA
+from hsplitlora_flwr.training import memory
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.training.whole import train_whole
 from tests.grid import LocalGrid
@@ -258,7 +260,11 @@ def test_full_fine_tuning_trains_every_weight_and_leaves_a_model(tiny_folder: Pa
     assert all((tmp_path / name).is_file() for name in summary["results"])
 
 
-def test_the_plan_is_kept_until_budgets_change_or_importance_drifts(tiny_folder: Path, tmp_path: Path) -> None:
+def test_the_plan_is_kept_until_budgets_change_or_importance_drifts(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tight: list[bool] = []
+    monkeypatch.setattr(strategy, "return_freed_memory", lambda: tight.append(True))
     config = settings(tiny_folder, tmp_path, **{"plan.drift": 0.9, "train.rounds": 3})
     grid = grid_of()
     original = grid.push_messages
@@ -281,11 +287,14 @@ def test_the_plan_is_kept_until_budgets_change_or_importance_drifts(tiny_folder:
     assert [entry["round"] for entry in summary["importance_drift"]] == [1, 2, 3]
     assert summary["importance_drift"][1]["drift"] > 0
     assert sum(summary["importance"].values()) == pytest.approx(1)
+    assert not tight, "the server has room for a fragmented heap"
 
+    monkeypatch.setattr(memory, "FRAGMENTED", 10**9)
     config = settings(tiny_folder, tmp_path, **{"plan.drift": 0.0})
     plans = run(config, tmp_path / "drift")["plans"]
     assert [plan["round"] for plan in plans] == [1, 2]
     assert re.fullmatch(r"importance moved by 0\.\d{3}, more than plan\.drift=0", plans[1]["reason"])
+    assert len(tight) == 2, "with every plan"
 
 
 def test_bytes_of_a_round_count_what_came_for_a_probe(tiny_folder: Path, tmp_path: Path) -> None:

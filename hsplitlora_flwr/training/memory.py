@@ -26,6 +26,7 @@ from hsplitlora_flwr.lora.layers import AdapterSpec, inject
 from hsplitlora_flwr.models.families import tiny_config
 from hsplitlora_flwr.models.proof import find_family
 from hsplitlora_flwr.models.split import client_part
+from hsplitlora_flwr.planning.problem import Budget
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 
 T = TypeVar("T")
@@ -33,6 +34,11 @@ T = TypeVar("T")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 FRAGMENTED = 2
 """A process that keeps freed memory takes up to so many times what it uses."""
+
+
+def may_fragment(budget: Budget, planned: int) -> bool:
+    """Whether a budget holds a plan of so many bytes, the process's own among them, even where it fragments."""
+    return budget.process_bytes + FRAGMENTED * (planned - budget.process_bytes) <= budget.memory_bytes
 
 
 def return_freed_memory() -> None:

@@ -11,10 +11,12 @@ import psutil
 import pytest
 import torch
 
+from hsplitlora_flwr.planning import Budget
 from hsplitlora_flwr.training import memory
 from hsplitlora_flwr.training.memory import (
     PeakMemory,
     keep_freed_memory,
+    may_fragment,
     process_bytes,
     resting_bytes,
     return_freed_memory,
@@ -89,6 +91,11 @@ def _left_over() -> int:
     blocks = [torch.ones(MIB) for _ in range(50)]  # 4 MiB each
     del blocks
     return int(psutil.Process().memory_info().rss) - rest
+
+
+def test_a_budget_has_room_for_a_fragmented_heap() -> None:
+    budget = Budget(100, 40)
+    assert may_fragment(budget, 70) and not may_fragment(budget, 71)
 
 
 def test_what_goes_wrong_in_the_thread_is_said() -> None:
