@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hsplitlora_flwr.checks import check_model_settings, check_text
-from hsplitlora_flwr.config import Config
+from hsplitlora_flwr.config import Config, ConfigError
 from hsplitlora_flwr.data.sources import DataError, Example, TextData
 from hsplitlora_flwr.methods import cost_model
 from hsplitlora_flwr.models import ModelFilesError, SplitError, quantisation
@@ -41,6 +41,14 @@ def test_each_mistake_has_an_error_of_its_own(config: Config, tmp_path: Path) ->
         check_model_settings(change(config, lora__targets="query"))
     with pytest.raises(ModelFilesError, match="no folder of that name"):
         check_model_settings(change(config, model__path=str(tmp_path / "nothing")))
+
+
+@pytest.mark.parametrize("method", ["fedit", "cenlora"])
+def test_adapters_that_are_carried_on_start_nowhere(method: str, config: Config) -> None:
+    check_model_settings(change(config, lora__init="update"))
+    check_model_settings(change(config, method__name=method, plan__over_budget=True))
+    with pytest.raises(ConfigError, match=rf"lora.init=update is for .* method.name={method} are carried on"):
+        check_model_settings(change(config, method__name=method, plan__over_budget=True, lora__init="update"))
 
 
 def test_what_quantises_is_missing(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

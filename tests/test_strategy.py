@@ -127,7 +127,7 @@ def expected_update(config: Config, summary: dict[str, Any]) -> dict[str, Matrix
                     p * each[name][0] @ each[name][1] for p, each in zip(shares, updates, strict=True) if name in each
                 )
                 update[name] = update.get(name, np.zeros(1)) + total
-                if method.init == "update":
+                if (method.init if config.lora.init == "auto" else config.lora.init) == "update":
                     _, s, vh = np.linalg.svd(total)
                     adapter[name] = np.zeros((len(total), 0)), vh[: len(s)][s > 1e-9 * s[0]]
     return update
@@ -172,9 +172,11 @@ RULES = {
 FEDERATED = [name for name in NAMES if not METHODS[name].central]
 
 
-@pytest.mark.parametrize("name", FEDERATED)
-def test_a_run_is_its_rounds_calculated_plainly(name: str, tiny_folder: Path, tmp_path: Path) -> None:
-    config = settings(tiny_folder, tmp_path, **{"method.name": name})
+@pytest.mark.parametrize(
+    ("name", "init"), [*((name, "auto") for name in FEDERATED), ("hsplitlora", "kaiming"), ("flora", "update")]
+)
+def test_a_run_is_its_rounds_calculated_plainly(name: str, init: str, tiny_folder: Path, tmp_path: Path) -> None:
+    config = settings(tiny_folder, tmp_path, **{"method.name": name, "lora.init": init})
     summary = run(config, tmp_path)
     assert summary["status"] == "finished"
     assert summary["perplexity_after"] < summary["perplexity_before"]
