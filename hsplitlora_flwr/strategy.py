@@ -426,10 +426,6 @@ class HSplitLoRA(Strategy):
         """Set the server's half of one client up, if there is one, and write the message that starts the client's."""
         alpha, dropout = self.config.alpha, self.config.lora.dropout
         specs = {name: AdapterSpec(rank, alpha(rank), dropout) for name, rank in plan.ranks.items()}
-        held = self._layers_below(plan.split)
-        start = {name: truncate(factors, specs[name].rank) for name, factors in self.adapter.items() if name in specs}
-        if not self.method.carries:
-            start = {name: start_along(factors, specs[name]) for name, factors in start.items()}
         task = Task(
             config=self.config,
             kind=kind,
@@ -440,19 +436,26 @@ class HSplitLoRA(Strategy):
             first_step=(server_round - 1) * self.config.train.steps,
             steps=steps,
             spacious=kind == TRAIN and may_fragment(self.clients.descriptions[node].budget, plan.predicted_bytes),
-            start={name: factors for name, factors in start.items() if name in held},
             recompute=plan.recompute,
             server_recompute=plan.server_recompute,
         )
         if self.method.split:
-            task = self.shard.admit(task, start, lambda step: self._report_step(task, step))
+            task = self.shard.admit(task, self._start(specs), lambda step: self._report_step(task, step))
         self._tasks[node] = task.without_tensors()
         return self._send(node, task)
 
+    def _start(self, specs: Mapping[str, AdapterSpec]) -> dict[str, Factors]:
+        """What adapters on both sides go on from: the global adapter, or the last update's directions, if any."""
+        start = {name: truncate(self.adapter[name], spec.rank) for name, spec in specs.items() if name in self.adapter}
+        if self.method.carries:
+            return start
+        return {name: start_along(factors, specs[name]) for name, factors in start.items()}
+
     def _send(self, node: int, task: Task) -> Message:
-        """The message that starts a task, with what the client's weights lack."""
+        """The message that starts a task, with what the client's weights lack and what its adapters start from."""
+        held = self._layers_below(task.split)
+        task = replace(task, start={name: pair for name, pair in self._start(task.specs).items() if name in held})
         if not task.from_base:
-            held = self._layers_below(task.split)
             task = replace(task, patch=self.delta.since(self.clients.descriptions[node].held, held))
             self.clients.now_holds(node, {name: state for name, state in self.delta.held().items() if name in held})
         self._down[node] += task.nbytes

@@ -11,7 +11,13 @@ from simulations.benchmarks.plan import all_different, of_three_sizes, plan
 
 
 def test_planners_with_and_without_a_scarce_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = (("MODEL", tiny_config(module.MODEL, 4)), ("PROCESS_BYTES", 1000), ("CLIENTS", 4), ("TURNS", 1))
+    small = (
+        ("MODEL", tiny_config(module.MODEL, 4)),
+        ("PROCESS_BYTES", 1000),
+        ("CLIENTS", 4),
+        ("TURNS", 1),
+        ("SERVER_SHARE", 0.97),
+    )
     for name, value in small:
         monkeypatch.setattr(module, name, value)
     rows = list(plan(Setup()))
