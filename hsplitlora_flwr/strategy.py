@@ -267,7 +267,8 @@ class HSplitLoRA(Strategy):
         else:
             self.delta.add(update)
             if starts_along_update(self.config):
-                self.adapter = {name: directions(factors, max(self.config.ranks)) for name, factors in update.items()}
+                highest = max(*self.config.ranks, self.config.lora.rank)
+                self.adapter = {name: directions(factors, highest) for name, factors in update.items()}
         norm = math.sqrt(sum(float(((b.T @ b) * (a @ a.T)).sum()) for b, a in update.values()))
         more = {"server_measured_bytes": self._server_peak, **self._dropped()}
         self.report.round_finished(server_round, time.time() - self._round_started, norm, clients, **more)
