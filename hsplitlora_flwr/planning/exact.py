@@ -11,7 +11,7 @@ and bound: a longer limit never costs value, nor time of the server.
 
 Where activations may be computed again, each knapsack says which of the two is worth more. The server's side is solved
 for each way in which it may serve (:meth:`hsplitlora_flwr.planning.problem.Problem.serving`), unless one has room for
-everything.
+everything, and so is the second stage; of the shallowest splits it knows those that the first stage has tried.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ TIME_GAP = 0.02
 """The round is the shortest to within this share."""
 _KNAPSACKS = 240  # integer programs for single clients, largest gap first, over the number of classes
 _SEARCHES = 30  # limits of the slowest client that are tried
+_SERVINGS = 8  # ranges of the shallowest split that are tried
 
 
 @dataclass(frozen=True)
@@ -97,11 +98,22 @@ def solve(problem: Problem, deadline: float | None, tolerance: float) -> tuple[A
 
 
 def _best(problem: Problem, deadline: float | None) -> tuple[list[tuple[_Planner, Solution]], float]:
-    """The most value for each way of serving, and a bound of all. The rest is not tried where one of them has room for
-    every adapter at its highest rank."""
-    knapsack, found, bound, late = Knapsack(problem), [], 0.0, None
-    for served in problem.serving():
-        planner = _Planner(served, knapsack)
+    """The most value for the ways of serving that are worth trying, and a bound of all.
+
+    Nothing else is tried where one of them has room for every adapter at its highest rank. Where the shallowest split
+    decides about room, it is searched by branch and bound.
+    """
+    knapsack, order = Knapsack(problem), count()
+    found: list[tuple[_Planner, Solution]] = []
+    most, bound, late = -math.inf, -math.inf, None
+    first, *deeper = problem.shallowest_splits()
+    ways = [*problem.serving([first])] + [way for way in problem.serving(deeper) if way.shallowest]
+    waiting = [(-math.inf, next(order), way) for way in ways]  # (-bound, tie, way)
+    for _ in range(len(ways) + _SERVINGS):
+        if not waiting or -waiting[0][0] <= most * (1 + GAP):
+            break
+        _, _, way = heapq.heappop(waiting)
+        planner = _Planner(way, knapsack)
         try:
             best = planner.best(deadline)
         except PlanError as error:
@@ -109,20 +121,26 @@ def _best(problem: Problem, deadline: float | None) -> tuple[list[tuple[_Planner
             continue
         if best is None:
             continue
-        found.append((planner, best))
-        bound = max(bound, best.bound, best.value)
-        if planner.has_room_for_everything():
-            break
+        highest = max(best.bound, best.value)
+        for part in way.parts(min(split for _, split in best.mix.splits)):
+            heapq.heappush(waiting, (-highest, next(order), part))
+        if len(way.shallowest) <= 1:  # else it is more than the server has room for, and its value a bound
+            found.append((planner, best))
+            most, bound = max(most, best.value), max(bound, highest)
+            if planner.has_room_for_everything():
+                waiting = []
     if not found:
         clients = np.bincount(planner.deepest(), problem.sizes, problem.cost.num_blocks).astype(np.int64)
         raise late or problem.server_too_small(clients)
-    return found, bound
+    return found, max([bound, *(-highest for highest, _, _ in waiting)])
 
 
 class _Planner:
     def __init__(self, problem: Problem, knapsack: Knapsack) -> None:
         self.problem, self.knapsack = problem, knapsack
         self._knapsacks = _KNAPSACKS // len(problem.classes)
+        self._allowed = np.arange(problem.cost.num_blocks) >= problem.splits[0]
+        self.shortest = np.where(self._allowed, knapsack.shortest, math.inf)
 
     def best(self, deadline: float | None) -> Solution | None:
         """The most value; None when the server's memory is too small.
@@ -147,7 +165,7 @@ class _Planner:
     def maximise(self, limit: float, server_limit: float, gap: float = GAP) -> Solution | None:
         """The most value, to within a share ``gap``, when a client may take ``limit`` seconds and the server
         ``server_limit``; None when there is no such plan."""
-        below = self.knapsack.bounds(limit)
+        below = self._below(limit)
         flops = server_limit * (1 + EPS) / self.problem.server_seconds(1.0)
         aim = Aim(False, self.problem.server_room, flops=flops)
         bound = math.inf
@@ -162,7 +180,7 @@ class _Planner:
     def fewest_seconds(self, limit: float, target: float) -> tuple[float, Solution | None]:
         """The least time of the server when a client may take ``limit`` seconds and the value is at least ``target``,
         as a lower bound in seconds, infinite when there is no such plan, and a plan when one was found."""
-        below = self.knapsack.bounds(limit)
+        below = self._below(limit)
         aim, bound, proves = Aim(True, self.problem.server_room, value=target), 0.0, True
         for _ in range(_SEARCHES):
             mix = solve_program(self.problem, below, aim, TIME_GAP / 2)
@@ -183,7 +201,7 @@ class _Planner:
     def shorten(self, known: Solution, target: float) -> Solution:
         """The shortest round with at least ``target`` of value; at worst the ``known`` one."""
         best, order = known, count()
-        low, high = float(self.knapsack.shortest.min(axis=1).max()), self._longest()
+        low, high = float(self.shortest.min(axis=1).max()), self._longest()
         served, found = self.fewest_seconds(high, target)
         # (bound, tie, low, high, served): with limits in (low, high] the server takes at least `served`
         intervals = [(low + served, next(order), low, high, served)]
@@ -211,7 +229,7 @@ class _Planner:
                 f"{best.seconds:.3g} s. Raise plan.deadline, or lower train.steps, train.batch_size or data.max_length"
             )
         order = count()
-        low, high = float(self.knapsack.shortest.min(axis=1).max()), min(deadline, self._longest())
+        low, high = float(self.shortest.min(axis=1).max()), min(deadline, self._longest())
         # (-bound, tie, low, high): limits in [low, high]
         intervals = [(-math.inf, next(order), low, high)]
         settled = best.value
@@ -235,7 +253,11 @@ class _Planner:
 
     def deepest(self) -> list[int]:
         """The deepest split that each class can hold."""
-        return [int(np.flatnonzero(np.isfinite(row))[-1]) for row in self.knapsack.shortest]
+        return [int(np.flatnonzero(np.isfinite(row))[-1]) for row in self.shortest]
+
+    def _below(self, limit: float) -> Array:
+        """Bounds of the value below every split, minus infinity at those that are not allowed."""
+        return np.where(self._allowed, self.knapsack.bounds(limit), -math.inf)
 
     def _tighten(self, mix: Mix, below: Array, limit: float, slack: float) -> bool:
         """Solve the knapsacks of a plan until together they are within ``slack`` of the bounds that it was made with.
@@ -285,7 +307,7 @@ class _Planner:
     def _shortest_round(self) -> Solution:
         """The shortest round of all: with a limit on the slowest client, each client takes its deepest split, which
         also costs the server the least; no adapters above. The limit is the time of some client at some split."""
-        problem, own = self.problem, self.knapsack.shortest
+        problem, own = self.problem, self.shortest
         first, total = problem.splits[0], problem.sizes.sum()
         number, split = np.nonzero(np.isfinite(own))
         order = np.argsort(own[number, split], kind="stable")

@@ -41,7 +41,8 @@ def solve(problem: Problem, important_share: float) -> Assignment:
     for (_, split), (members, _) in below.items():
         clients[split] += members
     above: list[Counts] = []
-    for served in problem.serving():
+    shallowest = int(np.flatnonzero(clients)[0])
+    for served in problem.serving([shallowest]):
         if served.server_room >= clients @ served.share:
             above.append(_fill_server(served, clients, order))
     if not above:

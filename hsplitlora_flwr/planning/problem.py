@@ -152,27 +152,50 @@ class Problem:
         self._read_splits()
         self.costs = tuple(map(self._adapter_costs, recompute))
 
-    def serving(self) -> Iterator[Problem]:
+    def shallowest_splits(self) -> list[int]:
+        """Where the shallowest split of a plan may lie: at those that every client can hold."""
+        least = min(each.memory for each in self.classes)
+        return [split for split in self.splits if self.floor[split] <= least]
+
+    def serving(self, shallowest: Sequence[int]) -> Iterator[Problem]:
         """The same problem for each way in which the server may serve its clients, with its prices.
 
         It may keep their activations or compute them again, as the clients may. And it may have room for the
-        activations of every client, or for as many passes as can meet, each as large as at the shallowest split.
-        """
-        for costs in self.costs:
-            for reserve in self._reserves(costs.recompute):
-                other = copy.copy(self)
-                other._serve(costs, reserve)
-                yield other
+        activations of every client; or for as many passes as can meet, each as large as at the shallowest split of all.
+        Then clients are split there or deeper.
 
-    def _reserves(self, recompute: bool) -> list[int | None]:
-        """Bytes to keep for the passes that can meet; None to let every client have its own, where that may be less."""
+        Parameters
+        ----------
+        shallowest : Sequence[int]
+            Where the shallowest split may lie, ascending. The passes are those at the last of them: where there is more
+            than one, the problem is easier than it is, and its optimum a bound. Without any there is no plan.
+        """
         clients, passes = int(self.sizes.sum()), self.cost.workload.passes
-        if passes is None or passes >= clients:
-            return [None]
+        for costs in self.costs if shallowest else ():
+            in_turn = passes is not None and passes < clients
+            if in_turn:
+                yield self._served(costs, shallowest)
+            least = clients * self.cost.pass_bytes(self.splits[-1], {}, recompute=costs.recompute)
+            if not in_turn or least < self._reserve(costs.recompute, shallowest[0]):
+                yield self._served(costs, ())
+
+    def parts(self, split: int) -> list[Problem]:
+        """The same way of serving with the shallowest split before, at and after one of several; none for a single."""
+        if len(self.shallowest) <= 1:
+            return []
+        at = self.shallowest.index(min(split, self.shallowest[-1]))
+        parts = self.shallowest[:at], self.shallowest[at : at + 1], self.shallowest[at + 1 :]
+        return [self._served(self.served, part) for part in parts if part]
+
+    def _served(self, costs: AdapterCosts, shallowest: Sequence[int]) -> Problem:
+        other = copy.copy(self)
+        other._serve(costs, shallowest)
+        return other
+
+    def _reserve(self, recompute: bool, split: int) -> int:
+        """Bytes of the passes that can meet when none is of a shallower split."""
         every = {layer.name: int(self.ranks[-1]) for layer in self.cost.layers}
-        reserve = passes * self.cost.pass_bytes(self.splits[0], every, recompute=recompute)
-        least = clients * self.cost.pass_bytes(self.splits[-1], {}, recompute=recompute)
-        return [reserve, None] if least < reserve else [reserve]
+        return (self.cost.workload.passes or 0) * self.cost.pass_bytes(split, every, recompute=recompute)
 
     def _read_speeds(self, budgets: Mapping[str, Budget], server: Budget | None, wire: tuple[str, str]) -> None:
         machines = [*budgets.values(), *([server] if server else [])]
@@ -247,9 +270,13 @@ class Problem:
         price, ranks = self.cost.adapter_price, self.ranks.tolist()
         return np.array([[price(layer, rank, micro_batches) for rank in ranks] for layer in self.cost.layers], float)
 
-    def _serve(self, costs: AdapterCosts, reserve: int | None) -> None:
-        """What clients and their adapters cost the server, and what room it has for that; see :meth:`_reserves`."""
-        cost, again, in_turn = self.cost, costs.recompute, reserve is not None
+    def _serve(self, costs: AdapterCosts, shallowest: Sequence[int]) -> None:
+        """What clients and their adapters cost the server, and what room it has for that; see :meth:`serving`."""
+        cost, again, in_turn = self.cost, costs.recompute, bool(shallowest)
+        self.served, self.shallowest = costs, shallowest
+        reserve = self._reserve(again, shallowest[-1]) if in_turn else 0
+        if in_turn:
+            self.splits = range(shallowest[0], self.splits.stop)
         kept = 0 if in_turn else cost.server_micro_batches
         self.prices, self.flops = self._prices(0 if again else kept), costs.flops
         self.input_bytes = costs.input_bytes * (kept / cost.workload.in_flight)
@@ -260,7 +287,7 @@ class Problem:
             self.server_flops[split] = cost.server_flops(split, {}, recompute=again)
         memory = self.server.memory_bytes if self.server else math.inf
         process = self.server.process_bytes if self.server else 0
-        self.server_room = memory - cost.server_bytes({}, process) - (reserve or 0)
+        self.server_room = memory - cost.server_bytes({}, process) - reserve
 
     def own_seconds(self, number: int, flops: float) -> float:
         """Time of a round of a client of class ``number`` whose step takes ``flops`` operations."""
@@ -289,7 +316,9 @@ class Problem:
     def server_too_small(self, clients: Counts) -> PlanError:
         """The error for a server without room for so many clients at each split, even without adapters."""
         assert self.server is not None
-        missing = int(min(clients @ served.share - served.server_room for served in self.serving()))
+        shallowest = int(np.flatnonzero(clients)[0])
+        ways = self.serving([shallowest])
+        missing = int(min(clients @ served.share - served.server_room for served in ways))
         return PlanError(
             f"the server has {self.server.memory_bytes:,} bytes and misses {missing:,} to serve {clients.sum()} "
             "client(s) even without adapters. Raise plan.server_memory_gb, or lower train.batch_size or data.max_length"

@@ -105,12 +105,13 @@ def test_no_budget_is_exceeded(
 
 @dataclass(frozen=True)
 class Options:
-    """Every plan of one client: its memory, what it takes on the server all the time and in a pass, operations of both
-    sides, and ranks."""
+    """Every plan of one client: its memory, what it takes on the server all the time, in a pass and in the largest pass
+    from its split, operations of both sides, and ranks."""
 
     memory: Array
     held: Array
     passing: Array
+    largest: Array
     own: Array
     served: Array
     ranks: Array  # (plans, layers)
@@ -125,7 +126,7 @@ def options(
 ) -> tuple[CostModel, Options]:
     """All splits and ranks of two layers a block that read the same input, and what clients compute again."""
     cost = cost_of(("q_proj", "v_proj"), dtype, passes)
-    rows = []
+    rows, every = [], {layer.name: 8 for layer in cost.layers}
     for split, again, chosen in itertools.product(
         range(1, 4), CHOICES[recompute], itertools.product((0, 8), repeat=len(cost.layers))
     ):
@@ -135,14 +136,14 @@ def options(
                 cost.client_bytes(split, ranks, recompute=again),
                 cost.held_bytes(split, ranks),
                 cost.pass_bytes(split, ranks, recompute=server_recompute),
+                cost.pass_bytes(split, every, recompute=server_recompute),
                 cost.client_flops(split, ranks, recompute=again),
                 cost.server_flops(split, ranks, recompute=server_recompute),
                 *chosen,
             )
         )
     table = np.array(rows, float)
-    memory, held, passing, own, on_server = table[:, :5].T
-    return cost, Options(memory, held, passing, own, on_server, table[:, 5:])
+    return cost, Options(*table[:, :6].T, ranks=table[:, 6:])
 
 
 @dataclass(frozen=True)
@@ -182,8 +183,8 @@ class BruteForce:
         seconds = steps * (seconds + (every.served[a][:, None] + every.served[b][None]) / server.flops)
         staying: Array = every.held[a][:, None] + every.held[b][None]
         passing: Array = every.passing[a][:, None] + every.passing[b][None]
-        if passes:  # one of two at a time, and there is room for the largest
-            passing = passing.clip(max=every.passing.max())
+        if passes:  # one of two at a time, and there is room for the largest from the shallower split
+            passing = passing.clip(max=np.maximum(every.largest[a][:, None], every.largest[b][None]))
         fits = staying + passing + cost.server_bytes({}) <= server.memory_bytes
         return cls((value[a][:, None] + value[b][None])[fits], seconds[fits])
 
@@ -321,6 +322,22 @@ def test_room_for_everything_gives_everything(planner: str) -> None:
     )
     assert plan.clients["rich"].ranks == dict.fromkeys(NAMES, 8)
     assert plan.objective == plan.greedy_objective == pytest.approx(FULL)
+
+
+@pytest.mark.parametrize("planner", ["exact", "greedy"])
+def test_deeper_splits_serve_more_clients_than_passes_where_the_server_is_small(planner: str) -> None:
+    cost, names = cost_of(passes=1), "abc"
+    every = dict.fromkeys(NAMES, 8)
+    least = cost.server_bytes(dict.fromkeys(names, (3, {}))) - cost.pass_bytes(3, {}) + cost.pass_bytes(3, every)
+    assert least < cost.server_bytes(dict.fromkeys(names, (2, {}))) < cost.server_bytes(dict.fromkeys(names, (1, {})))
+    budgets = {name: Budget(2 * CEILING) for name in names}
+    make = partial(make_plan, budgets, dict.fromkeys(NAMES, 1.0), cost, ranks=RANKS, planner=planner)
+    plan = make(server=Budget(least))
+    assert {client.split for client in plan.clients.values()} == {3}
+    assert plan.server_bytes <= least
+    assert all(client.ranks[name] == 8 for client in plan.clients.values() for name in NAMES if ".3." not in name)
+    with pytest.raises(PlanError, match="misses 1 to serve 3"):
+        make(server=Budget(least - 1))
 
 
 def test_clients_take_blocks_off_a_slow_server_and_leave_them_to_a_fast_one() -> None:
