@@ -20,36 +20,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from hsplitlora_flwr.budget import free_bytes
 from hsplitlora_flwr.clients import Clients
 from hsplitlora_flwr.config import Config
-from hsplitlora_flwr.control import (
-    EVALUATE,
-    PROBE,
-    TRAIN,
-    TURN,
-    Description,
-    Outcome,
-    ReplyError,
-    Task,
-)
+from hsplitlora_flwr.control import EVALUATE, PROBE, TRAIN, Outcome, ReplyError
 from hsplitlora_flwr.data.collate import evaluation_batches, tokenize
 from hsplitlora_flwr.data.sources import Example
-from hsplitlora_flwr.lora.aggregation import Factors, aggregate, directions, truncate
+from hsplitlora_flwr.dispatch import Dispatch
+from hsplitlora_flwr.lora.aggregation import Factors, aggregate, directions
 from hsplitlora_flwr.lora.delta import Delta
 from hsplitlora_flwr.lora.export import TOLERANCE, save_delta, save_merged_model, save_peft_adapter
-from hsplitlora_flwr.lora.layers import AdapterSpec, extract, start_along
+from hsplitlora_flwr.lora.layers import extract
 from hsplitlora_flwr.methods import METHODS, cost_model, make_round_plan, starts_along_update
 from hsplitlora_flwr.models.loading import load_tokenizer, read_config
 from hsplitlora_flwr.models.placement import pick_devices
@@ -59,14 +50,11 @@ from hsplitlora_flwr.planning.importance import combine, drift, scoring, smooth
 from hsplitlora_flwr.planning.planner import Budget, ClientPlan, Plan, probe_split
 from hsplitlora_flwr.replies import check_evaluation, check_scores, check_training
 from hsplitlora_flwr.reporting.report import RunReport
-from hsplitlora_flwr.rows import client_row, plan_rows, step_row
+from hsplitlora_flwr.rows import client_row, plan_rows
 from hsplitlora_flwr.shard import Shard
 from hsplitlora_flwr.training.evaluation import evaluate
 from hsplitlora_flwr.training.generation import generate_and_score
 from hsplitlora_flwr.training.memory import PeakMemory, may_fragment, process_bytes, return_freed_memory
-from hsplitlora_flwr.training.server import StepReport
-from hsplitlora_flwr.transport.frames import Failure, Frame, FrameError
-from hsplitlora_flwr.transport.messages import add_frames, read_frames
 
 ADAPTER_FILES = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json")
 
@@ -94,7 +82,6 @@ class HSplitLoRA(Strategy):
         self.folder = Path(folder)
         self.report = RunReport(self.folder, config.to_run_config())
         self.delta = Delta(config.lora.rank_cap)
-        self.adapter: dict[str, Factors] = {}  # what the next round's adapters start from
         self.importance: dict[str, float] = {}
         self.plans: dict[int, ClientPlan] = {}
         self._held_out = held_out
@@ -102,9 +89,6 @@ class HSplitLoRA(Strategy):
         self.clients = Clients(config, self.report)
         self._planned_budgets: dict[str, Budget] = {}
         self._planned_importance: dict[str, float] = {}
-        self._tasks: dict[int, Task] = {}  # under way, without their tensors
-        # bytes of each node in this round, besides those of its training: tensors in messages to it, and its probe
-        self._up, self._down = Counter[int](), Counter[int]()
         self._server_peak = 0  # memory of this process while the clients of this round trained, in bytes
 
     # ------------------------------------------------------------------ the run
@@ -178,15 +162,14 @@ class HSplitLoRA(Strategy):
     def train_round(self, grid: Grid, server_round: int) -> MetricRecord:
         """One round: describe, score, plan, train, aggregate."""
         self._round_started = time.time()
-        self._up.clear()
-        self._down.clear()
+        self.dispatch.begin_round()
         if server_round > 1:
             self.describe(grid, server_round)
         self.score_weights(grid, server_round)
         self.make_plans(server_round)
         messages = self.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid)
         with PeakMemory() as memory:
-            replies = self.clients.exchange(grid, messages, server_round, self._answer)
+            replies = self.clients.exchange(grid, messages, server_round, self.dispatch.answer)
         self._server_peak = memory.bytes
         _, metrics = self.aggregate_train(server_round, replies)
         return metrics or MetricRecord()
@@ -244,7 +227,7 @@ class HSplitLoRA(Strategy):
         if self.method.carries:  # what training goes on from is the global adapter, not an update in the weights
             self.base.update({})
         steps = self.config.train.steps
-        return [self._admit(node, TRAIN, server_round, plan, steps) for node, plan in self.plans.items()]
+        return [self.dispatch.task(node, TRAIN, server_round, plan, steps) for node, plan in self.plans.items()]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -262,13 +245,13 @@ class HSplitLoRA(Strategy):
         self.shard.dismiss_all()
         update = aggregate(updates, weights, rule=self.method.rule)
         if self.method.carries:
-            self.adapter = update
+            self.dispatch.adapter = update
             self.delta.replace(update)
         else:
             self.delta.add(update)
             if starts_along_update(self.config):
                 highest = max(*self.config.ranks, self.config.lora.rank)
-                self.adapter = {name: directions(factors, highest) for name, factors in update.items()}
+                self.dispatch.adapter = {name: directions(factors, highest) for name, factors in update.items()}
         norm = math.sqrt(sum(float(((b.T @ b) * (a @ a.T)).sum()) for b, a in update.values()))
         more = {"server_measured_bytes": self._server_peak, **self._dropped()}
         self.report.round_finished(server_round, time.time() - self._round_started, norm, clients, **more)
@@ -293,7 +276,7 @@ class HSplitLoRA(Strategy):
             return None
         self.report.status("measuring the clients' own text")
         messages = self.configure_evaluate(server_round, ArrayRecord(), ConfigRecord(), grid)
-        replies = self.clients.exchange(grid, messages, server_round, self._answer, needed=0)
+        replies = self.clients.exchange(grid, messages, server_round, self.dispatch.answer, needed=0)
         return self.aggregate_evaluate(server_round, replies)
 
     def checkpoint(self) -> None:
@@ -333,7 +316,7 @@ class HSplitLoRA(Strategy):
     ) -> Iterable[Message]:
         """One message per client that trained, to measure what it keeps out of training."""
         return [
-            self._admit(node, EVALUATE, server_round, replace(plan, ranks={}), 0)
+            self.dispatch.task(node, EVALUATE, server_round, replace(plan, ranks={}), 0)
             for node, plan in self.plans.items()
             if node in self.clients.descriptions
         ]
@@ -374,6 +357,7 @@ class HSplitLoRA(Strategy):
         self.report.status(f"loading {self.config.model.path}")
         self.shard = Shard(self.config)
         self.base = self.shard.base
+        self.dispatch = Dispatch(self.config, self.clients, self.shard, self.delta, self._cost.all_layers, self.report)
         self._read_held_out()
 
     def _read_held_out(self) -> None:
@@ -409,83 +393,24 @@ class HSplitLoRA(Strategy):
                 if split is None:  # it cannot take part at all; the planner says by how many bytes
                     continue
                 plan = ClientPlan(split, {}, 0, recompute=again, server_recompute=again)
-                messages.append(self._admit(node, PROBE, server_round, plan, config.plan.probe_batches))
+                messages.append(self.dispatch.task(node, PROBE, server_round, plan, config.plan.probe_batches))
                 upper = self.shard.trainer(client.name).model
-                below[node] = self._layers_below(split)
+                below[node] = self.dispatch.layers_below(split)
                 above[node] = stack.enter_context(scoring(upper, config.plan.cost, config.lora.rank))
-            replies = self.clients.exchange(grid, messages, server_round, self._answer)
+            replies = self.clients.exchange(grid, messages, server_round, self.dispatch.answer)
         self.shard.dismiss_all()
         measured = []
         for node, outcome in self.clients.outcomes(replies, server_round, lambda n, o: check_scores(o, below[n])):
-            self._up[node] += int(outcome.metrics["bytes-up"])
-            self._down[node] += int(outcome.metrics["bytes-down"])
+            self.dispatch.up[node] += int(outcome.metrics["bytes-up"])
+            self.dispatch.down[node] += int(outcome.metrics["bytes-down"])
             measured.append((self.clients.descriptions[node].examples, {**outcome.importance, **above[node]}))
         examples = sum(weight for weight, _ in measured)
         return combine((weight / examples, scores) for weight, scores in measured)
-
-    def _admit(self, node: int, kind: str, server_round: int, plan: ClientPlan, steps: int) -> Message:
-        """Set the server's half of one client up, if there is one, and write the message that starts the client's."""
-        alpha, dropout = self.config.alpha, self.config.lora.dropout
-        specs = {name: AdapterSpec(rank, alpha(rank), dropout) for name, rank in plan.ranks.items()}
-        task = Task(
-            config=self.config,
-            kind=kind,
-            client=self.clients.name(node),
-            round=server_round,
-            split=plan.split,
-            specs=specs,
-            first_step=(server_round - 1) * self.config.train.steps,
-            steps=steps,
-            spacious=kind == TRAIN and may_fragment(self.clients.descriptions[node].budget, plan.predicted_bytes),
-            recompute=plan.recompute,
-            server_recompute=plan.server_recompute,
-        )
-        if self.method.split:
-            task = self.shard.admit(task, self._start(specs), lambda step: self._report_step(task, step))
-        self._tasks[node] = task.without_tensors()
-        return self._send(node, task)
-
-    def _start(self, specs: Mapping[str, AdapterSpec]) -> dict[str, Factors]:
-        """What adapters on both sides go on from: the global adapter, or the last update's directions, if any."""
-        start = {name: truncate(self.adapter[name], spec.rank) for name, spec in specs.items() if name in self.adapter}
-        if self.method.carries:
-            return start
-        return {name: start_along(factors, specs[name]) for name, factors in start.items()}
-
-    def _send(self, node: int, task: Task) -> Message:
-        """The message that starts a task, with what the client's weights lack and what its adapters start from."""
-        held = self._layers_below(task.split)
-        task = replace(task, start={name: pair for name, pair in self._start(task.specs).items() if name in held})
-        if not task.from_base:
-            task = replace(task, patch=self.delta.since(self.clients.descriptions[node].held, held))
-            self.clients.now_holds(node, {name: state for name, state in self.delta.held().items() if name in held})
-        self._down[node] += task.nbytes
-        return Message(task.to_records(), node, task.kind)
-
-    def _answer(self, reply: Message) -> Message | None:
-        """The next message to a client: answers to its frames, or its task again; None to its last reply."""
-        node = reply.metadata.src_node_id
-        try:
-            if Description.is_all_of(reply.content):  # its update is not what we thought
-                self.clients.descriptions[node] = Description.from_records(reply.content)
-                if node in self._tasks:
-                    return self._send(node, self._tasks.pop(node))
-                answers: list[Frame] = [Failure("its update cannot be brought up to date")]
-            else:
-                answers = self.shard.answer(self.clients.name(node), read_frames(reply.content))
-        except (FrameError, ReplyError) as error:
-            answers = [Failure(str(error))]
-        if Outcome.is_in(reply.content):
-            return None
-        return Message(add_frames(RecordDict(), answers), node, TURN)
 
     def _check_training(self, node: int, outcome: Outcome) -> None:
         if self.method.split and not self.shard.trainer(self.clients.name(node)).finished:
             raise ReplyError("it replied before its last step")
         check_training(outcome, self._cost.layers, self.plans[node])
-
-    def _layers_below(self, split: int) -> set[str]:
-        return {layer.name for layer in self._cost.all_layers if layer.block < split}
 
     def _report_plan(self, server_round: int, reason: str, plan: Plan) -> None:
         figures = {"objective": plan.objective, "server_predicted_bytes": plan.server_bytes}
@@ -493,10 +418,6 @@ class HSplitLoRA(Strategy):
             figures |= {"greedy_objective": plan.greedy_objective, "bound": plan.bound, "seconds": plan.seconds}
         rows = plan_rows(self.clients.descriptions.values(), plan, self._cost.num_blocks)
         self.report.planned(server_round, reason, figures, rows)
-
-    def _report_step(self, task: Task, step: StepReport) -> None:
-        if task.kind == TRAIN:  # a probe trains nothing, so its steps are no progress
-            self.report.step(**step_row(task, step))
 
     def _report_client(
         self, server_round: int, node: int, outcome: Outcome, adapters: Mapping[str, Factors]
@@ -508,8 +429,8 @@ class HSplitLoRA(Strategy):
             outcome,
             adapters,
             trains_a=not self.method.freeze_a,
-            up=self._up[node],
-            down=self._down[node],
+            up=self.dispatch.up[node],
+            down=self.dispatch.down[node],
             seconds=self.clients.seconds[node],
         )
         self.report.client_finished(server_round, row)

@@ -1,0 +1,146 @@
+"""The tasks of a round: the server's half of each is set up, the client's goes out, and its frames are answered.
+
+A task goes to its node in one message, with what the node lacks of the update and what its adapters start from. Between
+that and the last reply come frames, where they travel in messages, or word that the node's copy of the update is not
+what the server took it for; then the task goes out again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from flwr.app import Message, RecordDict
+
+from hsplitlora_flwr.clients import Clients
+from hsplitlora_flwr.config import Config
+from hsplitlora_flwr.control import TRAIN, TURN, Description, Outcome, ReplyError, Task
+from hsplitlora_flwr.lora.aggregation import Factors, truncate
+from hsplitlora_flwr.lora.delta import Delta
+from hsplitlora_flwr.lora.layers import AdapterSpec, start_along
+from hsplitlora_flwr.methods import METHODS
+from hsplitlora_flwr.planning.cost import Layer
+from hsplitlora_flwr.planning.planner import ClientPlan
+from hsplitlora_flwr.reporting.report import RunReport
+from hsplitlora_flwr.rows import step_row
+from hsplitlora_flwr.shard import Shard
+from hsplitlora_flwr.training.memory import may_fragment
+from hsplitlora_flwr.training.server import StepReport
+from hsplitlora_flwr.transport.frames import Failure, Frame, FrameError
+from hsplitlora_flwr.transport.messages import add_frames, read_frames
+
+
+class Dispatch:
+    """Sends tasks to the clients of a round and answers what they send before their last reply.
+
+    Parameters
+    ----------
+    config : Config
+    clients : Clients
+        Who takes part.
+    shard : Shard
+        Trains the server's half.
+    delta : Delta
+        The accumulated update, of which every client gets what it lacks.
+    layers : Iterable[Layer]
+        All that the update may change.
+    report : RunReport
+        Is told about the steps.
+
+    Attributes
+    ----------
+    adapter : dict[str, Factors]
+        What adapters on both sides start from, by layer name, cut to their ranks: the global adapter, or the directions
+        of the last update. Layers that are absent start at random.
+    up, down : Counter[int]
+        Bytes of each node in this round besides those of its training: tensors in messages to it, and its probe.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        clients: Clients,
+        shard: Shard,
+        delta: Delta,
+        layers: Iterable[Layer],
+        report: RunReport,
+    ) -> None:
+        self.adapter: dict[str, Factors] = {}
+        self.up, self.down = Counter[int](), Counter[int]()
+        self._config, self._method = config, METHODS[config.method.name]
+        self._clients, self._shard, self._delta, self._report = clients, shard, delta, report
+        self._blocks = {layer.name: layer.block for layer in layers}
+        self._tasks: dict[int, Task] = {}  # under way, without their tensors
+
+    def begin_round(self) -> None:
+        """Count bytes from zero."""
+        self.up.clear()
+        self.down.clear()
+
+    def task(self, node: int, kind: str, server_round: int, plan: ClientPlan, steps: int) -> Message:
+        """Set the server's half of one client's task up, if there is one, and write the message that starts the
+        client's."""
+        alpha, dropout = self._config.alpha, self._config.lora.dropout
+        specs = {name: AdapterSpec(rank, alpha(rank), dropout) for name, rank in plan.ranks.items()}
+        description = self._clients.descriptions[node]
+        task = Task(
+            config=self._config,
+            kind=kind,
+            client=description.name,
+            round=server_round,
+            split=plan.split,
+            specs=specs,
+            first_step=(server_round - 1) * self._config.train.steps,
+            steps=steps,
+            spacious=kind == TRAIN and may_fragment(description.budget, plan.predicted_bytes),
+            recompute=plan.recompute,
+            server_recompute=plan.server_recompute,
+        )
+        start = self._start(specs)
+        if self._method.split:
+            task = self._shard.admit(task, start, lambda step: self._report_step(task, step))
+        self._tasks[node] = task.without_tensors()
+        return self._message(node, task, start)
+
+    def answer(self, reply: Message) -> Message | None:
+        """The next message to a client: answers to its frames, or its task again; None to its last reply."""
+        node = reply.metadata.src_node_id
+        try:
+            if Description.is_all_of(reply.content):  # its update is not what we thought
+                self._clients.descriptions[node] = Description.from_records(reply.content)
+                if node in self._tasks:
+                    task = self._tasks.pop(node)
+                    return self._message(node, task, self._start(task.specs))
+                answers: list[Frame] = [Failure("its update cannot be brought up to date")]
+            else:
+                answers = self._shard.answer(self._clients.name(node), read_frames(reply.content))
+        except (FrameError, ReplyError) as error:
+            answers = [Failure(str(error))]
+        if Outcome.is_in(reply.content):
+            return None
+        return Message(add_frames(RecordDict(), answers), node, TURN)
+
+    def layers_below(self, split: int) -> set[str]:
+        """Names of the layers that a client with this split point holds."""
+        return {name for name, block in self._blocks.items() if block < split}
+
+    def _message(self, node: int, task: Task, start: Mapping[str, Factors]) -> Message:
+        held = self.layers_below(task.split)
+        task = replace(task, start={name: pair for name, pair in start.items() if name in held})
+        if not task.from_base:
+            task = replace(task, patch=self._delta.since(self._clients.descriptions[node].held, held))
+            states = {name: state for name, state in self._delta.held().items() if name in held}
+            self._clients.now_holds(node, states)
+        self.down[node] += task.nbytes
+        return Message(task.to_records(), node, task.kind)
+
+    def _start(self, specs: Mapping[str, AdapterSpec]) -> dict[str, Factors]:
+        start = {name: truncate(self.adapter[name], spec.rank) for name, spec in specs.items() if name in self.adapter}
+        if self._method.carries:
+            return start
+        return {name: start_along(factors, specs[name]) for name, factors in start.items()}
+
+    def _report_step(self, task: Task, step: StepReport) -> None:
+        if task.kind == TRAIN:  # a probe trains nothing, so its steps are no progress
+            self._report.step(**step_row(task, step))
