@@ -157,11 +157,12 @@ class Store:
         """The job's result, if there is one of exactly its settings."""
         try:
             result = Result(**json.loads((self._folder / f"{job.name}.json").read_text(encoding="utf-8")))
-            # Through the schema, so that a setting that is younger than the result has its default.
-            same = Config.from_run_config(result.config) == Config.from_run_config(job.identity)
+            # Through the schema, so that a setting that is younger than the result has its default; and a folder may be
+            # written in another way.
+            done, wanted = map(with_absolute_paths, map(Config.from_run_config, (result.config, job.identity)))
         except (FileNotFoundError, ValueError, TypeError):
             return None
-        return result if same else None
+        return result if done == wanted else None
 
     def save(self, job: Job, result: Result) -> None:
         write(self._folder / f"{job.name}.json", json.dumps(vars(result)) + "\n")

@@ -121,6 +121,17 @@ def test_a_result_of_other_settings_does_not_count(tmp_path):
     assert {config.clients.memory_gb for config in again.configs} == {"1.4"}
 
 
+def test_a_folder_may_be_written_in_another_way(tmp_path):
+    study(options(tmp_path), FakeRuns())
+    again = FakeRuns()
+    study(
+        options(tmp_path),
+        again,
+        {name: vary(base, {"data.path": str(Path.cwd() / "e2e")}) for name, base in BASES.items()},
+    )
+    assert again.ran == []
+
+
 def test_a_half_written_result_does_not_count(tmp_path):
     wanted = options(tmp_path)
     study(wanted, FakeRuns())
