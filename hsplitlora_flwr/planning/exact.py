@@ -11,7 +11,7 @@ and bound: a longer limit never costs value, nor time of the server.
 
 Where activations may be computed again, each knapsack says which of the two is worth more. The server's side is solved
 for each way in which it may serve (:meth:`hsplitlora_flwr.planning.problem.Problem.serving`), unless one has room for
-everything, and so is the second stage; of the shallowest splits it knows those that the first stage has tried.
+everything, and so is the second stage, with the shallowest split of each way that has enough value.
 """
 
 from __future__ import annotations
@@ -88,7 +88,11 @@ def solve(problem: Problem, deadline: float | None, tolerance: float) -> tuple[A
     """
     found, bound = _best(problem, deadline)
     target = (1 - tolerance) * max(best.value for _, best in found)
-    rounds = [(planner, planner.shorten(best, target)) for planner, best in found if best.value >= target]
+    reaching: dict[tuple[bool, bool], tuple[_Planner, Solution]] = {}
+    for planner, best in found:
+        if best.value >= target:  # the first of a way has the shallowest split, and so the most freedom
+            reaching.setdefault((planner.problem.served.recompute, bool(planner.problem.shallowest)), (planner, best))
+    rounds = [(planner, planner.shorten(best, target)) for planner, best in reaching.values()]
     planner, fastest = min(rounds, key=lambda each: each[1].seconds)
     # What the shortest round leaves room for goes back to the ranks, and so does a little of its time.
     spare = TIME_GAP / 4 * fastest.seconds
@@ -100,8 +104,8 @@ def solve(problem: Problem, deadline: float | None, tolerance: float) -> tuple[A
 def _best(problem: Problem, deadline: float | None) -> tuple[list[tuple[_Planner, Solution]], float]:
     """The most value for the ways of serving that are worth trying, and a bound of all.
 
-    Nothing else is tried where one of them has room for every adapter at its highest rank. Where the shallowest split
-    decides about room, it is searched by branch and bound.
+    Nothing else is tried where one that forbids nothing and computes nothing twice has room for every adapter at its
+    highest rank. Where the shallowest split decides about room, it is searched by branch and bound.
     """
     knapsack, order = Knapsack(problem), count()
     found: list[tuple[_Planner, Solution]] = []
@@ -127,7 +131,7 @@ def _best(problem: Problem, deadline: float | None) -> tuple[list[tuple[_Planner
         if len(way.shallowest) <= 1:  # else it is more than the server has room for, and its value a bound
             found.append((planner, best))
             most, bound = max(most, best.value), max(bound, highest)
-            if planner.has_room_for_everything():
+            if way.served is problem.costs[0] and way.splits == problem.splits and planner.has_room_for_everything():
                 waiting = []
     if not found:
         clients = np.bincount(planner.deepest(), problem.sizes, problem.cost.num_blocks).astype(np.int64)
