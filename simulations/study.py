@@ -275,9 +275,9 @@ class Study:
         """What the trials say so far, by row."""
         trials: dict[tuple[str, str], dict[float, float | None]] = {}
         for job in self._trials():
-            result = self._store.load(job)
-            perplexity = result.perplexities[-1] if result and not result.cause else None
-            trials.setdefault((job.setting, job.method), {})[job.config.train.lr] = perplexity
+            of_row = trials.setdefault((job.setting, job.method), {})
+            if result := self._store.load(job):
+                of_row[job.config.train.lr] = None if result.cause else result.perplexities[-1]
         return {row: Tuning(*row, perplexities) for row, perplexities in trials.items()}
 
     def _check_central(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ class Tuning:
     setting, method : str
     trials : dict of float to float or None
         Learning rate -> final perplexity on rows that no reported run is measured on; None where the trial failed.
+        Those that have not been tried are absent.
     """
 
     setting: str
@@ -112,8 +114,8 @@ def _rates(tuning: Sequence[Tuning]) -> str:
     grid = sorted({rate for choice in tuning for rate in choice.trials})
     rows = []
     for one in tuning:
-        trials = (one.trials.get(rate) for rate in grid)
-        perplexities = ["failed" if perplexity is None else f"{perplexity:.3f}" for perplexity in trials]
+        trials = (one.trials.get(rate, math.nan) for rate in grid)
+        perplexities = ["failed" if found is None else "-" if math.isnan(found) else f"{found:.3f}" for found in trials]
         chosen = "none" if one.choice is None else f"{one.choice:g}" + (", an end of the grid" if one.at_edge else "")
         rows.append([one.method, one.setting, *perplexities, chosen])
     text = "Final perplexity on held-out rows of their own, with a seed of their own, and the choice:"

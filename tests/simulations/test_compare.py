@@ -251,6 +251,17 @@ def test_a_learning_rate_that_diverges_is_not_chosen(tmp_path):
     )
 
 
+def test_a_learning_rate_that_nobody_has_tried_has_not_failed(tmp_path):
+    wanted = options(tmp_path, lrs=(1e-3, 3e-3))
+    Study(wanted, BASES, FakeRuns(), Console(quiet=True)).report()
+    assert "failed" not in (wanted.out / "table.md").read_text()
+    study(options(tmp_path, lrs=(1e-3, 3e-3), methods=("splitlora",)), FakeRuns())
+    Study(wanted, BASES, FakeRuns(), Console(quiet=True)).report()
+    table = (wanted.out / "table.md").read_text()
+    assert "| hsplitlora | uneven | - | - | none |" in table
+    assert "| splitlora | uneven | 4.000 | 4.000 | 0.001, an end of the grid |" in table
+
+
 def test_central_methods_run_once_and_stand_in_every_setting(tmp_path):
     wanted = options(tmp_path, methods=("hsplitlora", "cenlora"), target=3.0, seeds=(1,))
     runs = FakeRuns()
