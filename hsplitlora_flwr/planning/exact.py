@@ -35,7 +35,7 @@ TIME_GAP = 0.02
 """The round is the shortest to within this share."""
 _KNAPSACKS = 240  # integer programs for single clients, largest gap first, over the number of classes
 _SEARCHES = 30  # limits of the slowest client that are tried
-_SERVINGS = 8  # ranges of the shallowest split that are tried
+_SERVINGS = 8  # ranges of the shallowest split that are tried for more value, once there is a plan
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,8 @@ def _best(problem: Problem, deadline: float | None) -> tuple[list[tuple[_Planner
     first, *deeper = problem.shallowest_splits()
     ways = [*problem.serving([first])] + [way for way in problem.serving(deeper) if way.shallowest]
     waiting = [(-math.inf, next(order), way) for way in ways]  # (-bound, tie, way)
-    for _ in range(len(ways) + _SERVINGS):
-        if not waiting or -waiting[0][0] <= most * (1 + GAP):
+    for tried in count():
+        if not waiting or -waiting[0][0] <= most * (1 + GAP) or (found and tried >= len(ways) + _SERVINGS):
             break
         _, _, way = heapq.heappop(waiting)
         planner = _Planner(way, knapsack)
