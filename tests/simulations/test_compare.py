@@ -304,7 +304,7 @@ def test_what_is_finished_is_drawn(tmp_path):
     assert plot(empty, tmp_path) == []
 
 
-@pytest.mark.parametrize("setting", ["heterogeneous", "homogeneous"])
+@pytest.mark.parametrize("setting", ["heterogeneous", "homogeneous", "scarce"])
 def test_every_method_has_a_valid_config_in_every_setting(setting):
     config, launcher = compose_setting(setting, ["data.path=somewhere", "train.steps=2"])
     assert launcher.superlink == ""
@@ -313,12 +313,18 @@ def test_every_method_has_a_valid_config_in_every_setting(setting):
         assert vary(config, {"method.name": method}).method.name == method
 
 
-def test_the_two_settings_differ_in_clients_alone():
-    uneven, even = (
-        compose_setting(name, ["data.path=somewhere"])[0].to_run_config() for name in ("heterogeneous", "homogeneous")
+@pytest.mark.parametrize(
+    "setting, keys",
+    [
+        ("homogeneous", {"clients.memory_gb", "data.partition"}),
+        ("scarce", {"clients.memory_gb", "plan.server_memory_gb"}),
+    ],
+)
+def test_settings_differ_in_clients_and_memory_alone(setting, keys):
+    uneven, other = (
+        compose_setting(name, ["data.path=somewhere"])[0].to_run_config() for name in ("heterogeneous", setting)
     )
-    differ = {key for key in uneven if uneven[key] != even[key]}
-    assert differ == {"clients.memory_gb", "data.partition"}
+    assert {key for key in uneven if uneven[key] != other[key]} == keys
 
 
 def test_the_command_line():
