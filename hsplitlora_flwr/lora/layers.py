@@ -100,16 +100,26 @@ class AdaptedLinear(nn.Module):
         self.lora_B = nn.Parameter(b.to(device, dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base(x)
+        rows = x.flatten(0, -2)
+        y: Tensor = self.base(rows)
         if self.change is not None:
-            y = y + self.change.apply(x.to(torch.float32)).to(y.dtype)
-        return y if self.spec is None else y + self.low_rank(x).to(y.dtype)
+            y = y + self.change.apply(rows.to(torch.float32)).to(y.dtype)
+        if self.spec is not None:
+            # In place: a tensor of this size that comes and goes takes longer than what is calculated in it.
+            if y.dtype == self.lora_A.dtype:
+                y.addmm_(self._down(rows), self.lora_B.T, alpha=self.spec.scale)
+            else:
+                y.add_(self.low_rank(rows).to(y.dtype))
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def low_rank(self, x: Tensor) -> Tensor:
         """The adapter's own term ``s B A x``, in the adapter's dtype; only where there is an adapter."""
         assert self.spec is not None
-        low = nn.functional.linear(self.dropout(x.to(self.lora_A.dtype)), self.lora_A)
-        return nn.functional.linear(low, self.lora_B) * self.spec.scale
+        return nn.functional.linear(self._down(x) * self.spec.scale, self.lora_B)
+
+    def _down(self, x: Tensor) -> Tensor:
+        """``A x``, with dropout of ``x``."""
+        return nn.functional.linear(self.dropout(x.to(self.lora_A.dtype)), self.lora_A)
 
 
 class SeededDropout(nn.Module):

@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -33,6 +32,7 @@ from hsplitlora_flwr.planning.importance import (
     smooth,
     unit_cost,
 )
+from tests.flops import flop_counter
 from tests.tiny import BLOCKS, CONFIGS, quantised_twins, random_batches, tiny_model
 
 Matrices = Mapping[str, Tensor]
@@ -233,12 +233,13 @@ def test_unit_cost_in_parameters_is_that_of_an_adapter() -> None:
 
 def linear_flops(part: ClientModel | ServerModel, *inputs: Tensor) -> int:
     """FLOPs of the matrix products of linear layers in a forward and backward pass."""
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         output = part(*inputs)
         loss = output.loss if isinstance(part, ServerModel) else output.sum()
         loss.backward()
     counts = counter.get_flop_counts()["Global"]
-    return sum(flops for op, flops in counts.items() if op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    products = torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_
+    return sum(flops for op, flops in counts.items() if op in products)
 
 
 def test_flops_of_adapters_and_of_the_way_down_to_them() -> None:
