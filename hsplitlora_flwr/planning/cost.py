@@ -148,7 +148,7 @@ class CostModel:
     update_rank : int, optional
         The highest rank that the accumulated update of a layer can reach; when None it may become dense.
     adapter_rank : int
-        The highest rank of an adapter; it counts where activations are computed again.
+        The highest rank of an adapter: that of the step whose largest temporary is taken.
 
     Raises
     ------
@@ -187,7 +187,7 @@ class CostModel:
         )
         self._client_has_labels = workload.labels == "client"
         in_flight, shape = workload.in_flight, (workload.batch_size, workload.sequence_length)
-        trace = trace_block(client_part(model, family, 1), *shape)
+        trace = trace_block(client_part(model, family, 1), *shape, adapter_rank)
         if missing := [target for target in targets or () if target not in _last_names(trace.layers)]:
             raise PlanError(
                 f"lora.targets names {missing}; the blocks of this model have {sorted(_last_names(trace.layers))}"
@@ -219,12 +219,10 @@ class CostModel:
         self._block_bytes = in_flight * trace.kept, in_flight * self.cut_bytes  # kept, computed again
         # A micro-batch on the wire: one frame as sent, one as received, and a copy of each inside the stream.
         frames = 4 * self.cut_bytes // workload.item * workload.adapter_item
-        low_rank = self.rows * workload.adapter_item  # what an adapter of rank 1 keeps
-        every = {layer.name: 1 for layer in self.all_layers}
-        dequantised = dequantised_bytes(self._largest_matrix, workload.item, workload.quantise)
-        step = dequantised + trace.peak - self._kept(every, self.all_layers, 0, 1) // in_flight
+        every = {layer.name: adapter_rank for layer in self.all_layers}
         # one block, all of it
-        again = dequantised + trace.peak + (adapter_rank - 1) * len(trace.layers) * low_rank
+        again = dequantised_bytes(self._largest_matrix, workload.item, workload.quantise) + trace.peak
+        step = again - self._kept(every, self.all_layers, 0, 1) // in_flight
         # All but one may be on the wire while that one is computed on; or all are, and nothing is computed.
         waiting, all_waiting = (in_flight - 1) * frames, self.cut_bytes + in_flight * frames
         self.temporary_bytes = max(step + waiting, all_waiting)

@@ -42,12 +42,13 @@ class BlockTrace:
     kept: int
     """Bytes that a block without adapters keeps for backward, masks and rotary tables apart."""
     peak: int
-    """Most bytes alive at one time in a step of one block with adapters of rank 1 on all layers, its weights apart."""
+    """Most bytes alive at one time in a step of one block with adapters on all layers, its parameters and their
+    gradients apart."""
     layers: dict[str, LayerTrace]
     """By name inside the block."""
 
 
-def trace_block(client: ClientModel, rows: int, length: int) -> BlockTrace:
+def trace_block(client: ClientModel, rows: int, length: int, rank: int) -> BlockTrace:
     """Trace the first block.
 
     Parameters
@@ -57,6 +58,8 @@ def trace_block(client: ClientModel, rows: int, length: int) -> BlockTrace:
     rows, length : int
         Batch size and sequence length. Rows are taken to be padded, as those of a batch mostly are: attention with a
         mask may keep more than without.
+    rank : int
+        Of the adapters in the step whose peak is wanted.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         client.to_empty(device="cpu").train()
@@ -71,8 +74,11 @@ def trace_block(client: ClientModel, rows: int, length: int) -> BlockTrace:
             return cut
 
         kept, layers = _keep(client, forward)
-        inject(client, {name: AdapterSpec(1, 1.0) for name, _ in client.linears()}, "")
-        with LiveBytes(client.parameters()) as live:
+        inject(client, {name: AdapterSpec(rank, 1.0) for name, _ in client.linears()}, "")
+        for parameter in client.parameters():
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        gradients = (parameter.grad for parameter in client.parameters() if parameter.grad is not None)
+        with LiveBytes([*client.parameters(), *gradients]) as live:
             cut = forward()
             cut.backward(torch.empty_like(cut))
     return BlockTrace(kept, live.peak, layers)

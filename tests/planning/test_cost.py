@@ -208,11 +208,11 @@ def test_steps_that_compute_activations_again_take_what_is_predicted(name: str, 
     assert parts["adapters"] == 4 * on_client
     measured = allocated_peak(client_step)
     # A block's step need not peak where all of its activations are there, as is predicted.
-    assert 0.9 * measured < parts["activations"] + parts["temporary"] < 1.25 * measured
+    assert 0.9 * measured < parts["activations"] + parts["temporary"] < 1.15 * measured
     served = {"a": (1, ranks)}
     predicted = cost.server_bytes(served, recompute=True) - cost.server_bytes({}) - 4 * on_server - frames_of(cost)
     measured = allocated_peak(server_step)
-    assert 0.9 * measured < predicted < 1.25 * measured
+    assert 0.9 * measured < predicted < 1.2 * measured
 
 
 def test_computing_again_trades_memory_for_time() -> None:

@@ -14,7 +14,7 @@ from tests.tiny import CONFIGS
 
 def test_layers_that_read_the_same_tensor_share_it() -> None:
     config = tiny_config(CONFIGS["llama"], 2)
-    layers = trace_block(client_part(empty_model(config), find_family(config), 1), rows=2, length=8).layers
+    layers = trace_block(client_part(empty_model(config), find_family(config), 1), rows=2, length=8, rank=1).layers
     q, k, v, o, gate, up, down = (
         *(layers[f"self_attn.{name}_proj"] for name in "qkvo"),
         *(layers[f"mlp.{name}_proj"] for name in ("gate", "up", "down")),
