@@ -74,10 +74,10 @@ def trace_block(client: ClientModel, rows: int, length: int, rank: int) -> Block
             return cut
 
         kept, layers = _keep(client, forward)
-        inject(client, {name: AdapterSpec(rank, 1.0) for name, _ in client.linears()}, "")
-        for parameter in client.parameters():
-            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-        gradients = (parameter.grad for parameter in client.parameters() if parameter.grad is not None)
+        adapters = inject(client, {name: AdapterSpec(rank, 1.0) for name, _ in client.linears()}, "")
+        gradients = [torch.empty_like(parameter) for parameter in adapters]
+        for parameter, gradient in zip(adapters, gradients, strict=True):
+            parameter.grad = gradient
         with LiveBytes([*client.parameters(), *gradients]) as live:
             cut = forward()
             cut.backward(torch.empty_like(cut))
