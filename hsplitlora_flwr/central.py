@@ -24,6 +24,7 @@ from hsplitlora_flwr.methods import cost_model
 from hsplitlora_flwr.models.loading import load_tokenizer
 from hsplitlora_flwr.models.placement import pick_devices
 from hsplitlora_flwr.models.split import WholeModel
+from hsplitlora_flwr.resume import CHECKPOINTS, RunState, save_state
 from hsplitlora_flwr.strategy import HSplitLoRA
 from hsplitlora_flwr.training.memory import PeakMemory
 from hsplitlora_flwr.training.recompute import recompute_blocks
@@ -57,7 +58,8 @@ class CentralTraining(HSplitLoRA):
         self.base = SharedBase(model.path, model.dtype, pick_devices(model.device), model.quantise)
         self._read_held_out()
         rows = tokenize(self._examples, load_tokenizer(config.model.path), config.data.max_length)
-        self._batches = training_batches(rows, train.batch_size, config.run.seed)
+        done = self._resumed.server_round * train.steps if self._resumed else 0
+        self._batches = training_batches(rows, train.batch_size, config.run.seed, done)
         self._model = self.base.whole()
         if self.method.full:
             trained = list(self._model.requires_grad_(True).parameters())
@@ -69,6 +71,8 @@ class CentralTraining(HSplitLoRA):
         if train.recompute == "on":  # no budget asks for it
             recompute_blocks(self._model)
         self._optimizer = AdapterOptimizer(trained, train)
+        if self._resumed:
+            self._optimizer.restore(self._resumed.optimizer)
         self._trained = sum(parameter.numel() for parameter in trained)
 
     def train_round(self, grid: Grid, server_round: int) -> MetricRecord:
@@ -119,12 +123,13 @@ class CentralTraining(HSplitLoRA):
         self.report.round_finished(server_round, time.time() - started, norm, [row], **self._dropped())
         return MetricRecord({"loss": record.losses[-1], "update-norm": norm, "clients": 1})
 
-    def checkpoint(self) -> None:
-        """Put what trained on disk."""
+    def checkpoint(self, server_round: int) -> None:
+        """Put what trained on disk: adapters with what the optimizer keeps of them, or the model."""
         if self.method.full:
-            self._model.causal_lm.save_pretrained(self.folder / "checkpoints")
-        else:
-            super().checkpoint()
+            save_merged_model(self._model.causal_lm, load_tokenizer(self.config.model.path), self.folder / CHECKPOINTS)
+            return
+        settings = self.config.to_run_config()
+        save_state(RunState(server_round, settings, self.delta, optimizer=self._optimizer.tensors()), self.folder)
 
     def export(self) -> None:
         """Write the adapter; after full fine-tuning there is none, and the model itself is written."""

@@ -232,6 +232,7 @@ class RunConfig:
     """What a run leaves behind."""
 
     dir: str = _setting("", "run folder; empty = a new folder in the user's data directory")
+    resume: str = _setting("", "folder of a run to go on from, after its last finished round; empty = start anew")
     merged: bool = _setting(False, "also save the whole model with the update merged in, under merged/")
     seed: int = _setting(0, "seed of data, adapters and batches", low=0)
     timeout: int = _setting(3600, "seconds to wait for the clients of one exchange", low=1)

@@ -14,6 +14,7 @@ from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.data.sources import load_text
 from hsplitlora_flwr.methods import METHODS
 from hsplitlora_flwr.reporting.events import EventLog
+from hsplitlora_flwr.resume import check_resume
 from hsplitlora_flwr.strategy import HSplitLoRA
 
 app = ServerApp()
@@ -25,6 +26,7 @@ def main(grid: Grid, context: Context) -> None:
     folder = run_folder(str(context.run_config.get("run.dir", "")), context.run_id)
     try:
         config = Config.from_run_config(context.run_config)
+        check_resume(config, folder)
         text = load_text(config.data, config.run.seed)
         check_text(config, text)
         check_model_settings(config)

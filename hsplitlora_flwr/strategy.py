@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +39,7 @@ from hsplitlora_flwr.data.sources import Example
 from hsplitlora_flwr.dispatch import Dispatch
 from hsplitlora_flwr.lora.aggregation import Factors, aggregate, directions
 from hsplitlora_flwr.lora.delta import Delta
-from hsplitlora_flwr.lora.export import TOLERANCE, save_delta, save_merged_model, save_peft_adapter
+from hsplitlora_flwr.lora.export import TOLERANCE, save_merged_model, save_peft_adapter
 from hsplitlora_flwr.lora.layers import extract
 from hsplitlora_flwr.methods import METHODS, cost_model, make_round_plan, starts_along_update
 from hsplitlora_flwr.models.loading import load_tokenizer, read_config
@@ -50,6 +50,7 @@ from hsplitlora_flwr.planning.importance import combine, drift, scoring, smooth
 from hsplitlora_flwr.planning.planner import Budget, ClientPlan, Plan, probe_split
 from hsplitlora_flwr.replies import check_evaluation, check_scores, check_training
 from hsplitlora_flwr.reporting.report import RunReport
+from hsplitlora_flwr.resume import RunState, check_resume, load_state, save_state
 from hsplitlora_flwr.rows import client_row, plan_rows
 from hsplitlora_flwr.shard import Shard
 from hsplitlora_flwr.training.evaluation import evaluate
@@ -80,15 +81,17 @@ class HSplitLoRA(Strategy):
         self.config = config
         self.method = METHODS[config.method.name]
         self.folder = Path(folder)
+        check_resume(config, self.folder)
         self.report = RunReport(self.folder, config.to_run_config())
         self.delta = Delta(config.lora.rank_cap)
         self.importance: dict[str, float] = {}
-        self.plans: dict[int, ClientPlan] = {}
+        self.plans: dict[str, ClientPlan] = {}
         self._held_out = held_out
         self._cost_shape = (0, 0)  # longest example and number of clients that the cost model is for
         self.clients = Clients(config, self.report)
         self._planned_budgets: dict[str, Budget] = {}
         self._planned_importance: dict[str, float] = {}
+        self._resumed: RunState | None = None
         self._server_peak = 0  # memory of this process while the clients of this round trained, in bytes
 
     # ------------------------------------------------------------------ the run
@@ -132,11 +135,13 @@ class HSplitLoRA(Strategy):
         result = Result()
         try:
             self.summary()
+            self.resume()
             self.prepare(grid)
-            result.evaluate_metrics_serverapp[0] = self.evaluate(0)
-            for server_round in range(1, self.config.train.rounds + 1):
+            done = self._resumed.server_round if self._resumed else 0
+            result.evaluate_metrics_serverapp[done] = self.evaluate(done)
+            for server_round in range(done + 1, self.config.train.rounds + 1):
                 result.train_metrics_clientapp[server_round] = self.train_round(grid, server_round)
-                self.checkpoint()
+                self.checkpoint(server_round)
                 result.evaluate_metrics_serverapp[server_round] = self.evaluate(server_round)
                 if measured := self.evaluate_clients(grid, server_round):
                     result.evaluate_metrics_clientapp[server_round] = measured
@@ -149,6 +154,18 @@ class HSplitLoRA(Strategy):
         finally:
             self._close()
         return result
+
+    def resume(self) -> None:
+        """On request, go on from the last finished round of another run."""
+        if not self.config.run.resume:
+            return
+        state = self._resumed = load_state(self.config)
+        self.report.resumed(Path(self.config.run.resume), state.server_round)
+        self.delta, self.importance = state.delta, dict(state.importance)
+        if state.plans_hold(self.config):
+            self.plans = dict(state.plans)
+            self._planned_budgets = dict(state.planned_budgets)
+            self._planned_importance = dict(state.planned_importance)
 
     def prepare(self, grid: Grid) -> None:
         """Wait for the clients, see that a plan is possible, and only then load the base."""
@@ -214,8 +231,7 @@ class HSplitLoRA(Strategy):
         plan = make_round_plan(self.config, self.clients.budgets, server, self.importance, self._cost)
         if not may_fragment(server, plan.server_bytes):
             return_freed_memory()
-        names = {node: self.clients.name(node) for node in self.clients.descriptions}
-        self.plans = {node: plan.clients[name] for node, name in names.items() if name in plan.clients}
+        self.plans = dict(plan.clients)
         self._report_plan(server_round, reason, plan)
         self.report.importance(server_round, self.importance, moved if self._planned_importance else 0.0)
         self._planned_budgets, self._planned_importance = budgets, self.importance
@@ -227,7 +243,7 @@ class HSplitLoRA(Strategy):
         if self.method.carries:  # what training goes on from is the global adapter, not an update in the weights
             self.base.update({})
         steps = self.config.train.steps
-        return [self.dispatch.task(node, TRAIN, server_round, plan, steps) for node, plan in self.plans.items()]
+        return [self.dispatch.task(node, TRAIN, server_round, plan, steps) for node, plan in self._participants()]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -279,9 +295,19 @@ class HSplitLoRA(Strategy):
         replies = self.clients.exchange(grid, messages, server_round, self.dispatch.answer, needed=0)
         return self.aggregate_evaluate(server_round, replies)
 
-    def checkpoint(self) -> None:
-        """Put the accumulated update on disk: a finished round is not lost."""
-        save_delta(self.delta, self.folder / "checkpoints")
+    def checkpoint(self, server_round: int) -> None:
+        """Put what the next round goes on from on disk: a finished round is not lost."""
+        state = RunState(
+            server_round,
+            self.config.to_run_config(),
+            self.delta,
+            start=self.dispatch.adapter,
+            importance=self.importance,
+            planned_importance=self._planned_importance,
+            plans=self.plans,
+            planned_budgets=self._planned_budgets,
+        )
+        save_state(state, self.folder)
 
     def generate(self) -> None:
         """On request, let the model write a text for every held-out prompt, and score the texts."""
@@ -317,8 +343,7 @@ class HSplitLoRA(Strategy):
         """One message per client that trained, to measure what it keeps out of training."""
         return [
             self.dispatch.task(node, EVALUATE, server_round, replace(plan, ranks={}), 0)
-            for node, plan in self.plans.items()
-            if node in self.clients.descriptions
+            for node, plan in self._participants()
         ]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -358,6 +383,8 @@ class HSplitLoRA(Strategy):
         self.shard = Shard(self.config)
         self.base = self.shard.base
         self.dispatch = Dispatch(self.config, self.clients, self.shard, self.delta, self._cost.all_layers, self.report)
+        if self._resumed:
+            self.dispatch.adapter = dict(self._resumed.start)
         self._read_held_out()
 
     def _read_held_out(self) -> None:
@@ -374,6 +401,12 @@ class HSplitLoRA(Strategy):
 
     def _dropped(self) -> dict[str, float]:
         return {"dropped_energy": self.delta.dropped} if self.config.lora.rank_cap else {}
+
+    def _participants(self) -> Iterator[tuple[int, ClientPlan]]:
+        """The clients that take part in this round, by node."""
+        for node, client in self.clients.descriptions.items():
+            if client.name in self.plans:
+                yield node, self.plans[client.name]
 
     def _server_budget(self) -> Budget:
         plan = self.config.plan
@@ -410,7 +443,7 @@ class HSplitLoRA(Strategy):
     def _check_training(self, node: int, outcome: Outcome) -> None:
         if self.method.split and not self.shard.trainer(self.clients.name(node)).finished:
             raise ReplyError("it replied before its last step")
-        check_training(outcome, self._cost.layers, self.plans[node])
+        check_training(outcome, self._cost.layers, self.plans[self.clients.name(node)])
 
     def _report_plan(self, server_round: int, reason: str, plan: Plan) -> None:
         figures = {"objective": plan.objective, "server_predicted_bytes": plan.server_bytes}
@@ -425,7 +458,7 @@ class HSplitLoRA(Strategy):
         """One client's round as it stands in the summary."""
         row = client_row(
             self.clients.descriptions[node],
-            self.plans[node],
+            self.plans[self.clients.name(node)],
             outcome,
             adapters,
             trains_a=not self.method.freeze_a,

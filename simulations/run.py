@@ -275,7 +275,7 @@ def with_absolute_paths(config: Config) -> Config:
     path, eval_path = _absolute(config.data.path), _absolute(config.data.eval_path)
     return dataclasses.replace(
         config,
-        run=dataclasses.replace(config.run, dir=_absolute(config.run.dir)),
+        run=dataclasses.replace(config.run, dir=_absolute(config.run.dir), resume=_absolute(config.run.resume)),
         data=dataclasses.replace(config.data, path=path, eval_path=eval_path),
         model=dataclasses.replace(config.model, path=model),
     )
@@ -290,7 +290,9 @@ def prepare(config: Config, console: Listener) -> None:
     from hsplitlora_flwr.checks import check_model_settings, check_text
     from hsplitlora_flwr.data.sources import load_text
     from hsplitlora_flwr.models.demo import DemoModelError, demo_model, is_demo_model
+    from hsplitlora_flwr.resume import check_resume
 
+    check_resume(config, Path(config.run.dir))
     check_text(config, load_text(config.data, config.run.seed))
     if is_demo_model(config.model.path):
         _say(console, f"fetching the model {config.model.path}, unless it is here already")

@@ -31,6 +31,11 @@ class RunReport:
         """Say what happens next."""
         self._events.emit("status", text=text)
 
+    def resumed(self, run_folder: Path, server_round: int) -> None:
+        """The run goes on from a round of another, whose summary up to there becomes part of this one's."""
+        self._summary.resume(run_folder, server_round)
+        self._events.emit("status", text=f"going on after round {server_round} of {run_folder}")
+
     def importance(self, server_round: int, importance: Mapping[str, float], drift: float) -> None:
         """The importance of every weight, and how far it moved since the plan was made."""
         self._summary.content.setdefault("importance_drift", []).append({"round": server_round, "drift": drift})

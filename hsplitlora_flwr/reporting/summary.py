@@ -36,6 +36,21 @@ class Summary:
             "rounds": [],
         }
 
+    def resume(self, run_folder: Path, server_round: int) -> None:
+        """Take over what the summary of another run says of its rounds up to ``server_round``.
+
+        Raises
+        ------
+        OSError, ValueError
+            If there is none that can be read.
+        """
+        earlier = json.loads((run_folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+        for name in ("rounds", "plans", "importance_drift"):
+            if name in earlier:
+                self.content[name] = [row for row in earlier[name] if row["round"] <= server_round]
+        kept = {name: earlier[name] for name in ("perplexity_before", "importance") if name in earlier}
+        self.save(**kept, resumed={"run": str(run_folder), "after_round": server_round})
+
     def save(self, **changes: Any) -> None:
         """Take over ``changes`` and write the file; a reader sees the old content or the new, never a half."""
         self.content.update(changes, seconds=time.time() - self.content["started"])
