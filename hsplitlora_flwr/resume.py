@@ -110,6 +110,12 @@ def save_state(state: RunState, run_folder: Path) -> None:
         shutil.rmtree(old)
 
 
+def last_round(run_folder: Path) -> int:
+    """The last finished round that a run can be gone on from; 0 if there is none."""
+    folders = (run_folder / CHECKPOINTS).glob("round-*")
+    return max((int(folder.name.removeprefix("round-")) for folder in folders), default=0)
+
+
 def check_resume(config: Config, run_folder: Path) -> None:
     """See that there is a round to go on from, and that the settings fit it; reads no tensor.
 
@@ -172,13 +178,13 @@ def _last_checkpoint(config: Config) -> Path:
             "run.resume is not possible with method.name=full, whose optimizer is not on disk; start from the model "
             f"after its last round: model.path={folder}"
         )
-    rounds = {int(path.name.removeprefix("round-")): path for path in folder.glob("round-*")}
-    if not rounds:
+    last = last_round(Path(config.run.resume))
+    if not last:
         raise ResumeError(
             f"run.resume={config.run.resume}: there is no finished round in {folder}; name the folder of a run that "
             "finished one, or leave it empty to start anew"
         )
-    return rounds[max(rounds)]
+    return folder / f"round-{last}"
 
 
 def _read_text(folder: Path) -> dict[str, Any]:

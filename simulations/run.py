@@ -157,8 +157,12 @@ def launch(config: Config, app: Path, launcher: Launcher, console: Listener, sup
     except SuperLinkError as error:
         cause = str(error)
     if cause or final is None:
+        from hsplitlora_flwr.resume import last_round
+
         logs = [str(folder / name) for name in (_LOG, _SUPERLINK_LOG) if (folder / name).exists()]
         _say(console, f"logs: {', '.join(logs)}")
+        if done := last_round(folder):
+            _say(console, f"round {done} is kept; the same command with run.resume={folder} and a new run.dir goes on")
         console.handle({"kind": "failed", "error": cause})
         return 1
     console.handle(final)

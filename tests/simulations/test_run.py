@@ -67,6 +67,7 @@ def main(grid, context):
         time.sleep(0.1)
     emit("status", text=f"{len(nodes)} nodes are here")
     if task == "crash":
+        (folder / "checkpoints" / "round-3").mkdir(parents=True)
         raise RuntimeError("the server has no more ideas")
     if task == "hang":
         time.sleep(600)
@@ -140,9 +141,11 @@ def test_an_open_superlink_carries_one_run_after_another_and_stays_open(app, tmp
     status, lines = ends["crash"]
     assert status == 1 and lines[-1] == "RuntimeError: the server has no more ideas"
     assert any("in main" in line for line in lines[-4:])
+    kept = f"round 3 is kept; the same command with run.resume={tmp_path / 'crash'} and a new run.dir goes on"
+    assert kept in lines
     status, lines = ends["client-crash"]
     assert status == 1 and lines[-1].startswith("failed: a client failed: ")
-    assert "the client has no such block" in lines[-1]
+    assert "the client has no such block" in lines[-1] and not any("is kept" in line for line in lines)
     status, lines = ends["succeed"]
     assert status == 0 and "the tiny app runs" in lines
     assert f"the client works in {app}" in lines  # the code that the client imports is the project's
