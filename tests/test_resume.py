@@ -55,7 +55,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def test_a_run_goes_on_as_if_it_had_not_ended(
     method: str, stop_in_round_2: pytest.MonkeyPatch, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    changes = {"method.name": method, "train.rounds": 3, "train.schedule": "cosine", "plan.drift": 0.0}
+    changes = {"method.name": method, "train.schedule": "cosine", "plan.drift": 0.0}
     first = tmp_path / "first"
     with pytest.raises(Stopped):
         run(settings(tiny_folder, first, **changes), first)
@@ -119,11 +119,12 @@ def test_central_training_goes_on_with_its_optimizer(
 
 
 def test_a_finished_run_may_have_more_rounds_or_be_written_out_again(tiny_folder: Path, tmp_path: Path) -> None:
-    first = tmp_path / "first"
-    run(settings(tiny_folder, first, **{"train.rounds": 1}), first)
+    first, changes = tmp_path / "first", {"plan.probe_every": 0}
+    run(settings(tiny_folder, first, **changes, **{"train.rounds": 1}), first)
     for rounds in (1, 2):
         folder = tmp_path / str(rounds)
-        summary = run(settings(tiny_folder, folder, **{"train.rounds": rounds, "run.resume": str(first)}), folder)
+        more = {"train.rounds": rounds, "run.resume": str(first)}
+        summary = run(settings(tiny_folder, folder, **changes, **more), folder)
         assert [row["round"] for row in summary["rounds"]] == [1, 2][:rounds]
     assert same(adapter(tmp_path / "1"), adapter(first))
     assert not same(adapter(tmp_path / "2"), adapter(first))
