@@ -132,7 +132,8 @@ class RunConsole:
             self._line("  adapter/      the LoRA adapter; PEFT loads it")
         if "merged" in kinds:
             self._line("  merged/       the model; transformers loads it")
-        self._line("  summary.json  settings, plan, losses, memory and perplexity")
+        self._line("  report.html   plan, ranks, memory, losses and perplexity, for a browser")
+        self._line("  summary.json  the same with the settings, for programs")
 
     def _failed(self, event: Event) -> None:
         self.close()

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: to the event log, which people follow, and to the summary, which programs read."""
+"""What a run tells: to the event log while it goes on, and to the summary and the page, which stay."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from hsplitlora_flwr.reporting.events import EventLog
+from hsplitlora_flwr.reporting.page import PAGE_FILE, write_page
 from hsplitlora_flwr.reporting.summary import Summary
 
 
 class RunReport:
-    """The event log and the summary of a run folder.
+    """The event log, the summary and the page of a run folder.
 
     Parameters
     ----------
@@ -83,6 +84,7 @@ class RunReport:
         else:
             changes["perplexity_before"] = perplexity
         self._summary.save(**changes, perplexity_after=perplexity, held_out_tokens=tokens)
+        self._draw()
 
     def evaluated_clients(self, server_round: int, perplexity: float, clients: Mapping[str, float]) -> None:
         """Perplexity of what the clients keep out of training: over all their tokens, and of each client."""
@@ -98,12 +100,14 @@ class RunReport:
 
     def finished(self, results: Sequence[str], **more: Any) -> None:
         """The run did what it was to do; ``results`` are the files that it leaves, relative to the run folder."""
-        self._summary.save(status="finished", results=list(results), **more)
+        results = [*results, PAGE_FILE]
+        self._summary.save(status="finished", results=results, **more)
+        self._draw()
         content = self._summary.content
         self._events.emit(
             "finished",
             folder=str(self._folder),
-            results=list(results),
+            results=results,
             perplexity_before=content["perplexity_before"],
             perplexity_after=content["perplexity_after"],
         )
@@ -112,7 +116,11 @@ class RunReport:
         """The run ended early, and why."""
         cause = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         self._summary.save(status="failed", error=cause)
+        self._draw()
         self._events.emit("failed", error=cause)
+
+    def _draw(self) -> None:
+        write_page(self._summary.content, self._folder)
 
 
 def _spread(ranks: Mapping[str, int]) -> dict[str, float]:

@@ -135,10 +135,10 @@ def test_the_results_come_last(kind, request):
     console, output = request.getfixturevalue(kind)
     console.handle(step(0.0, 1))
     console.handle(FINISHED)
-    tail = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output.getvalue()).splitlines()[-4:]
+    tail = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output.getvalue()).splitlines()[-5:]
     assert tail[0].strip() == "finished  perplexity 15.40 → 3.40"
     assert tail[1] == "results in /runs/1"
-    assert [line.split()[0] for line in tail[2:]] == ["adapter/", "summary.json"]
+    assert [line.split()[0] for line in tail[2:]] == ["adapter/", "report.html", "summary.json"]
 
 
 @pytest.mark.parametrize("kind", ["plain", "terminal"])

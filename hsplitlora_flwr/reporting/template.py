@@ -1,0 +1,129 @@
+"""The template of ``report.html``, in Jinja's language. It is Python because Flower carries no HTML files in an app."""
+
+TEMPLATE = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ config["method.name"] }}, {{ config["model.path"] }}: {{ summary.status }}</title>
+<style>
+:root { color-scheme: light dark; --ink: #1d2126; --soft: #6a7079; --line: #dfe2e6; --back: #fff; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e6e9; --soft: #9aa1ab; --line: #363b42; --back: #17191c; }
+}
+body { margin: 2rem auto; max-width: 62rem; padding: 0 1rem; color: var(--ink); background: var(--back);
+  font: 15px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.5rem; margin-bottom: 0; }
+h2 { font-size: 1.1rem; margin-top: 2.2rem; border-bottom: 1px solid var(--line); }
+h3 { font-size: .95rem; margin: 1rem 0 .2rem; }
+.soft, .legend { color: var(--soft); }
+.big { font-size: 1.5rem; }
+.failed { border-left: 4px solid #c0392b; padding: .4rem .8rem; white-space: pre-wrap; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .2rem .7rem .2rem 0; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { font-weight: 600; color: var(--soft); }
+th:first-child, td:first-child, td.text { text-align: left; }
+svg { max-width: 100%; height: auto; }
+.legend span { margin-right: 1rem; }
+.legend i { display: inline-block; width: .8rem; height: .8rem; margin-right: .3rem; }
+code, pre { font: 13px/1.45 ui-monospace, monospace; }
+</style>
+</head>
+<body>
+<h1>{{ config["method.name"] }} on {{ config["data.source"] }}</h1>
+<p class="soft">{{ config["model.path"] }} · {{ started }} · {{ summary.seconds | number(0) }} s ·
+{{ rounds | length }} of {{ config["train.rounds"] }} rounds · {{ summary.status }}
+{%- if summary.resumed %}
+ · goes on after round {{ summary.resumed.after_round }} of {{ summary.resumed.run }}
+{%- endif %}</p>
+
+{% if summary.error %}
+<p class="failed">{{ summary.error }}</p>
+{% endif %}
+{% if summary.perplexity_after is not none %}
+<p class="big">perplexity {{ summary.perplexity_before | number }} → {{ summary.perplexity_after | number }}</p>
+<p class="soft">of {{ summary.held_out_tokens }} tokens that nobody trained on</p>
+{% endif %}
+{{ perplexity }}
+{% if summary.generation %}
+<table>
+<tr>{% for name in summary.generation %}<th>{{ name }}</th>{% endfor %}</tr>
+<tr>{% for score in summary.generation.values() %}<td>{{ score | number(4) }}</td>{% endfor %}</tr>
+</table>
+{% endif %}
+{% if files %}
+<p>Files: {% for file in files %}<a href="{{ file }}"><code>{{ file }}</code></a>{{ " " }}{% endfor %}</p>
+{% endif %}
+{% if summary.adapter %}
+<pre>model = AutoModelForCausalLM.from_pretrained({{ config["model.path"] | tojson }})
+model = PeftModel.from_pretrained(model, "{{ summary.adapter.folder }}")  # in this folder</pre>
+{% endif %}
+
+{% if clients %}
+<h2>Who held what</h2>
+<div class="wide"><table>
+<tr><th>client</th><th>examples</th><th>blocks</th><th>mean rank</th><th>computed again</th><th>budget</th>
+<th>planned</th><th>measured peak</th><th>tokens/s</th><th>rounds</th><th>last loss</th></tr>
+{% for client in clients %}
+<tr><td>{{ client.client }}</td><td>{{ client.examples }}</td>
+{% if client.left_out %}
+<td class="text" colspan="3">left out: {{ client.left_out }}</td>
+{% else %}
+<td>{{ client.split if client.split is defined else "-" }}{% if client.blocks %} of {{ client.blocks }}{% endif %}</td>
+<td>{{ client.mean_rank | number(1) }}</td><td>{{ client.recompute or "-" }}</td>
+{% endif %}
+<td>{{ client.budget_bytes | gb }}</td><td>{{ client.predicted_bytes | gb }}</td>
+<td>{{ client.measured_bytes | gb }}</td><td>{{ client.tokens_per_second | number(0) }}</td>
+<td>{{ client.trained }}</td><td>{{ client.loss | number(3) }}</td></tr>
+{% endfor %}
+</table></div>
+{% if more_clients %}<p class="soft">and {{ more_clients }} more, in summary.json</p>{% endif %}
+<p class="soft">The peak is the highest of all rounds; plan and peak are of the whole process.</p>
+{% endif %}
+
+{% if maps or importance %}
+<h2>Where ranks went</h2>
+<p class="soft">A column for every block, a row for every kind of weight; the stronger the colour, the more; a gap has
+no adapter. Left of the line is the client, right of it the server.</p>
+{% for name, map in maps %}
+<h3>{{ name }}</h3>
+<div class="wide">{{ map }}</div>
+{% endfor %}
+{% if more_maps %}<p class="soft">and {{ more_maps }} more clients, in summary.json</p>{% endif %}
+{% if importance %}
+<h3>importance, per unit of cost</h3>
+<div class="wide">{{ importance }}</div>
+{% endif %}
+{% endif %}
+
+{% if rounds %}
+<h2>What it took</h2>
+{{ losses }}
+<div class="wide"><table>
+<tr><th>round</th><th>perplexity</th><th>update norm</th><th>clients</th><th>time</th><th>up</th><th>down</th>
+<th>server</th><th>plan</th></tr>
+{% for row in rounds %}
+<tr><td>{{ row.round }}</td><td>{{ row.perplexity | number(3) }}</td><td>{{ row.update_norm | number }}</td>
+<td>{{ row.clients }}</td><td>{{ row.seconds | number(1) }} s</td><td>{{ row.bytes_up | mb }}</td>
+<td>{{ row.bytes_down | mb }}</td><td>{{ row.server_measured_bytes | gb }}</td>
+<td class="text">{{ row.planned }}</td></tr>
+{% endfor %}
+</table></div>
+{% endif %}
+
+<h2>Made with</h2>
+<p class="soft">
+{% for name, version in summary.versions.items() %}{{ name }} {{ version }}{{ ", " if not loop.last }}{% endfor %}
+</p>
+<details><summary>settings</summary>
+<table>
+{% for key, value in config.items() %}
+<tr><td><code>{{ key }}</code></td><td class="text"><code>{{ value }}</code></td></tr>
+{% endfor %}
+</table>
+</details>
+</body>
+</html>
+"""
