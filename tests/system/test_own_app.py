@@ -38,7 +38,7 @@ def test_the_app_of_the_readme_runs(tiny_folder: Path, tmp_path: Path) -> None:
     log = tmp_path / "flwr.log"
     with open_superlink("", app, tmp_path / "superlink.log") as link:
         with link.stream(app, tmp_path / "run.toml", "num-supernodes=2 client-resources-num-cpus=1", log) as process:
-            process.wait(timeout=300)
+            process.wait(timeout=500)
         run_id = started_run(log)
         assert run_id and link.status(run_id).text == "finished:completed", log.read_text()
     summary = json.loads((results / "summary.json").read_text())

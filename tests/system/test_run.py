@@ -87,7 +87,7 @@ def unsplit_round(config: Config, plan: list[dict[str, Any]]) -> dict[str, torch
 
 def test_a_run_ends_in_an_adapter_that_stock_peft_loads(start_run: Run, tmp_path: Path, tiny_folder: Path) -> None:
     process = start_run(train__rounds=1, train__micro_batch_size=2, run__merged="true")
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=500)
     assert process.returncode == 0, output
     folder = tmp_path / "run"
     summary = json.loads((folder / "summary.json").read_text())
@@ -132,7 +132,7 @@ def test_a_run_ends_in_an_adapter_that_stock_peft_loads(start_run: Run, tmp_path
 def test_a_round_goes_on_without_a_client_that_is_killed(start_run: Run, tmp_path: Path) -> None:
     process = start_run(train__steps=40, train__rounds=1)
     events = tmp_path / "run" / "events.jsonl"
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400
     while not (events.exists() and '"kind": "step"' in events.read_text()):
         assert time.monotonic() < deadline and process.poll() is None, "training did not start"
         time.sleep(0.05)
@@ -145,7 +145,7 @@ def test_a_round_goes_on_without_a_client_that_is_killed(start_run: Run, tmp_pat
     ]
     assert workers
     workers[0].kill()
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=500)
     failures = [line for line in output.splitlines() if "failed: " in line]
     assert process.returncode == 0, output
     assert failures and "client" in failures[0]
@@ -162,7 +162,7 @@ def test_a_round_goes_on_without_a_client_that_is_killed(start_run: Run, tmp_pat
 )
 def test_wrong_input_is_named(start_run: Run, settings: dict[str, Any], says: str) -> None:
     process = start_run(**settings)
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=500)
     assert process.returncode != 0
     assert says in "\n".join(output.splitlines()[-6:])
     assert "perplexity" not in output
