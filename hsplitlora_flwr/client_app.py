@@ -19,7 +19,7 @@ from hsplitlora_flwr.budget import (
     partition_of,
     stated_speeds,
 )
-from hsplitlora_flwr.config import Config, ConfigError, DataConfig
+from hsplitlora_flwr.config import Config, ConfigError, DataConfig, Scalar
 from hsplitlora_flwr.control import (
     DESCRIBE,
     FORGET,
@@ -251,15 +251,15 @@ class _Client:
 
 def _over_stream(participant: Participant, context: Context, store: NodeStore, progress: Progress) -> bool:
     """Do a task over the stream; False if none opens and messages are to take its place."""
-    task = participant.task
+    task, transport = participant.task, participant.task.config.transport
     try:
-        with StreamLink(task.endpoint, task.token, task.config.transport.in_flight) as link:
+        with StreamLink(task.endpoint, task.token, transport.in_flight, transport.proxy) as link:
             if is_measured(context, task.config) and not store.number("up"):
                 up, down = link.measure()
                 store.note(up=up, down=down)
             participant.work(link)
     except Unreachable as error:
-        if task.config.transport.kind == "stream":
+        if transport.kind == "stream":
             raise
         log.warning("going on over messages: %s", error)
         return False
@@ -272,9 +272,12 @@ def _action(message_type: str) -> str:
 
 
 def _on_this_node(config: Config, context: Context) -> Config:
-    """The settings with this node's ``model-path`` and ``device``, where its configuration names them."""
-    named = {key: context.node_config.get(name) for key, name in (("path", "model-path"), ("device", "device"))}
-    own = {f"model.{key}": str(value) for key, value in named.items() if value is not None}
+    """The settings with this node's ``model-path``, ``device`` and ``proxy``, where its configuration names them."""
+    node, own = context.node_config, dict[str, Scalar]()
+    own |= {
+        f"model.{key}": str(node[name]) for key, name in (("path", "model-path"), ("device", "device")) if name in node
+    }
+    own |= {"transport.proxy": node["proxy"]} if "proxy" in node else {}
     return Config.from_run_config(config.to_run_config() | own) if own else config
 
 

@@ -216,6 +216,7 @@ class TransportConfig:
         0, "port that clients connect to, where it is not the server's; 0 = the server's", low=0
     )
     tls: bool = _setting(True, "encrypt the stream; without it anyone on the way can read activations and labels")
+    proxy: bool = _setting(False, "clients go through the proxy of grpc_proxy, https_proxy or http_proxy")
     certificate: str = _setting("", "PEM file of the server's certificate; empty = one made for the run")
     private_key: str = _setting("", "PEM file of that certificate's key")
     up: str = _setting(

@@ -249,8 +249,10 @@ def _environment() -> dict[str, str]:
     """Our environment, with the programs of this Python first and nothing that calls or installs from outside."""
     env = dict(os.environ)
     env["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), env.get("PATH", os.defpath)])
-    for name in ("no_proxy", "NO_PROXY"):
-        env[name] = ",".join(filter(None, [env.get(name), "127.0.0.1", "localhost"]))
+    for name in ("no_grpc_proxy", "no_proxy", "NO_PROXY"):
+        # gRPC, over which Flower's parts meet, asks the first of them alone where it is set
+        if name in env or name != "no_grpc_proxy":
+            env[name] = ",".join(filter(None, [env.get(name), "127.0.0.1", "localhost"]))
     # OpenMP threads that spin while they wait make several processes on one machine many times slower.
     env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return env | {

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hmac
 import logging
+import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -302,6 +303,10 @@ class StreamLink:
     in_flight : int
         Frames that may be under way at once. One more may be sent before :meth:`send` blocks, and as many answers
         wait for :meth:`receive` before the server is stopped.
+    proxy : bool
+        Go through the proxy that ``grpc_proxy``, ``https_proxy`` or ``http_proxy`` names, save to hosts of
+        ``no_proxy``. Without it none is used, whatever the environment says: it is made for the world outside, and a
+        proxy there seldom reaches an address inside.
 
     Attributes
     ----------
@@ -316,8 +321,9 @@ class StreamLink:
         On entering, if the server refuses the token.
     """
 
-    def __init__(self, endpoint: Endpoint, token: str, in_flight: int = 1) -> None:
+    def __init__(self, endpoint: Endpoint, token: str, in_flight: int = 1, proxy: bool = False) -> None:
         self._endpoint = endpoint
+        self._proxy = proxy
         self._token = token
         self._outbox: Mailbox[list[Buffer]] = Mailbox(in_flight + 1)
         self._inbox: Mailbox[tuple[Frame, int]] = Mailbox(in_flight + 1)
@@ -326,7 +332,7 @@ class StreamLink:
         self.bytes_down = 0
 
     def __enter__(self) -> StreamLink:
-        self._channel = _channel(self._endpoint)
+        self._channel = _channel(self._endpoint, self._proxy)
         call = self._channel.stream_stream(
             f"/{_SERVICE}/{_METHOD}", request_serializer=None, response_deserializer=None
         )
@@ -414,10 +420,11 @@ class StreamLink:
         if code is grpc.StatusCode.CANCELLED:
             details = f"no answer within {CONNECT_SECONDS:g} s, as when a firewall drops what is sent"
         protocol = "TLS" if self._endpoint.certificate else "plain text"
+        protocol += f", through {_proxy_in_use()}" if self._proxy else ""
         raise Unreachable(
             f"no stream to the server shard at {self._endpoint.address} ({protocol}): {_reason(details)}; check that "
-            "transport.address and the port lead from this machine to the server, and that no firewall or proxy "
-            "stands between"
+            "transport.address and the port lead from this machine to the server, and that no firewall stands between; "
+            "transport.proxy says whether to go through a proxy"
         )
 
     def _read(self) -> None:
@@ -449,12 +456,19 @@ class StreamLink:
         return time.perf_counter() - start
 
 
-def _channel(endpoint: Endpoint) -> grpc.Channel:
+def _channel(endpoint: Endpoint, proxy: bool = False) -> grpc.Channel:
+    options: list[tuple[str, str | int]] = [*_OPTIONS, ("grpc.enable_http_proxy", int(proxy))]
     if not endpoint.certificate:
-        return grpc.insecure_channel(endpoint.address, options=_OPTIONS)
+        return grpc.insecure_channel(endpoint.address, options=options)
     credentials = grpc.ssl_channel_credentials(root_certificates=endpoint.certificate.encode())
-    options = [*_OPTIONS, ("grpc.ssl_target_name_override", endpoint.name)]
+    options.append(("grpc.ssl_target_name_override", endpoint.name))
     return grpc.secure_channel(endpoint.address, credentials, options=options)
+
+
+def _proxy_in_use() -> str:
+    """Where gRPC finds the proxy; not its address, which may hold a password."""
+    name = next((name for name in ("grpc_proxy", "https_proxy", "http_proxy") if os.environ.get(name)), None)
+    return f"the proxy of {name}" if name else "no proxy, as grpc_proxy, https_proxy and http_proxy are not set"
 
 
 def _host_port(host: str, port: int) -> str:

@@ -28,6 +28,7 @@ OPEN, BEHIND_A_PROXY = "127.0.0.1", "localhost"
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     proxy = {"grpc_proxy": f"http://127.0.0.1:{free_port()}", "no_grpc_proxy": "127.0.0.1"}
     configs = [f"partition-id={index} num-partitions=3 memory-gb={gb}" for index, gb in GB.items()]
+    configs[2] += " proxy=true"
     nodes = list(zip(configs, ({}, {}, proxy), strict=True))
     with deploy(tmp_path_factory.mktemp("deployment"), nodes) as running:
         yield running
