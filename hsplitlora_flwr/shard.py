@@ -134,9 +134,13 @@ class Shard:
         return rows * config.data.max_length * per_token + 2**16
 
     def _threads(self) -> int:
-        """Threads for each of the clients that the server computes for now."""
-        streams = self._stream.open_streams if self._stream else 1
-        return max(all_cores() // max(min(streams, self._passes), 1), 1)
+        """Threads for each client of the round.
+
+        They are the same at every frame, however many clients compute at that moment: a sum over other threads is
+        rounded otherwise, and the same run would end in other bits.
+        """
+        at_once = max(min(len(self._workers), self._passes), 1) if self._stream else 1
+        return max(all_cores() // at_once, 1)
 
 
 def open_stream(transport: TransportConfig) -> StreamServer:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from flwr.app import Message
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hsplitlora_flwr.control import FORGET, PROBE, TRAIN, TURN
 from hsplitlora_flwr.methods import make_round_plan
@@ -139,6 +139,35 @@ def test_clients_that_share_passes_end_where_single_ones_do(
     assert max(sizes, default=0) > 1
     assert_same(adapter(tmp_path), over_stream["adapter"])
     assert summary["perplexity_after"] == pytest.approx(over_stream["summary"]["perplexity_after"], rel=1e-5)
+
+
+def test_a_run_ends_in_the_same_bits_whoever_trains_beside_whom(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = tmp_path / "wide"
+    shutil.copytree(tiny_folder, wide)
+    config = LlamaConfig.from_pretrained(tiny_folder, intermediate_size=1024, num_hidden_layers=2)
+    LlamaForCausalLM(config).save_pretrained(wide)
+    # torch shares a sum of more than 2**15 numbers among its threads
+    same_plan = {"method.name": "hsplitlora-no-armsc", "split.point": 1, "lora.rank": 40, "train.rounds": 1}
+    monkeypatch.setattr("hsplitlora_flwr.shard.all_cores", lambda: 4)
+    monkeypatch.setattr("hsplitlora_flwr.methods.all_cores", lambda: 4)
+    ends = []
+    for order in ("one after another", "at once"):
+        grid, answer = grid_of(), LocalGrid.answer
+
+        def alone(message: Message, grid: LocalGrid = grid) -> Message:
+            torch.set_num_threads(1)  # of this thread: a node has its own process, and shares no threads with others
+            return answer(grid, message)
+
+        monkeypatch.setattr(grid, "answer", alone)
+        with monkeypatch.context() as patch:
+            if order != "one after another":
+                train_at_once(grid, patch)
+            run(settings(wide, tmp_path / order, **same_plan), tmp_path / order, grid)
+        ends.append(load_file(tmp_path / order / "adapter" / "adapter_model.safetensors"))
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
 
 
 def turns(grid: LocalGrid) -> int:
