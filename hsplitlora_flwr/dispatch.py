@@ -99,7 +99,7 @@ class Dispatch:
         )
         start = self._start(specs)
         if self._method.split:
-            task = self._shard.admit(task, start, lambda step: self._report_step(task, step))
+            task = self._shard.admit(task, start, lambda step: self._report_step(task, step), self._clients.longest)
         self._tasks[node] = task.without_tensors()
         return self._message(node, task, start)
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import socket
 from collections.abc import Callable, Mapping
 
 from hsplitlora_flwr.config import Config, TransportConfig
-from hsplitlora_flwr.control import EVALUATE, TRAIN, Task
+from hsplitlora_flwr.control import EVALUATE, PROBE, TRAIN, Task
 from hsplitlora_flwr.lora.aggregation import Factors
 from hsplitlora_flwr.lora.layers import inject
 from hsplitlora_flwr.methods import all_cores, passes_at_once, takes_all
 from hsplitlora_flwr.models.placement import pick_devices
 from hsplitlora_flwr.models.split import BodyModel, ServerModel
+from hsplitlora_flwr.training.allowance import Allowance
 from hsplitlora_flwr.training.joint import JointPass
 from hsplitlora_flwr.training.memory import trim_heap
 from hsplitlora_flwr.training.recompute import recompute_blocks
@@ -56,7 +58,9 @@ class Shard:
         self._together = JointPass(self.base)
         self._cores = CorePool(self._passes)
 
-    def admit(self, task: Task, start: Mapping[str, Factors], report: Callable[[StepReport], None]) -> Task:
+    def admit(
+        self, task: Task, start: Mapping[str, Factors], report: Callable[[StepReport], None], longest: int
+    ) -> Task:
         """Set up the server's half of a client's task.
 
         Parameters
@@ -67,6 +71,8 @@ class Shard:
             Adapters of the whole model to go on from.
         report : Callable[[StepReport], None]
             Called after every training step.
+        longest : int
+            Tokens of a row at most, as the plan of the round has it.
 
         Returns
         -------
@@ -74,9 +80,10 @@ class Shard:
             The same task, with the stream's address and a fresh token where there is a stream.
         """
         model, joint = self._part(task), False
+        allowance, down = allowance_of(task, longest), self._config.transport.down
         worker: Worker
         if task.kind == EVALUATE:
-            worker = ServerEvaluator(model, self._config.transport.down)
+            worker = ServerEvaluator(model, down, allowance)
         else:
             adapters = inject(model, task.specs, task.seed, start, freeze_a=task.method.freeze_a)
             optimizer = AdapterOptimizer(adapters, self._config.train)
@@ -88,12 +95,13 @@ class Shard:
                 joint = True
                 self._together.enter(model, recompute=task.server_recompute)
                 through, threads = self._together, all_cores
-            worker = ServerTrainer(model.train(), optimizer, report, threads, self._config.transport.down, through)
+            worker = ServerTrainer(model.train(), optimizer, report, threads, down, through, allowance)
         self._workers[task.client] = worker
         if self._stream is None:
             return task
         handler = worker if joint else self._cores.share(worker)  # in a joint pass clients wait for each other
-        return task.over_stream(self._stream.endpoint, self._stream.admit(handler, self._longest_frame(model)))
+        limit = allowance.frame_bytes(int(model.decoder.config.hidden_size))
+        return task.over_stream(self._stream.endpoint, self._stream.admit(handler, limit))
 
     def trainer(self, client: str) -> ServerTrainer:
         """The server's half of a client's training."""
@@ -125,14 +133,6 @@ class Shard:
     def _part(self, task: Task) -> ServerModel | BodyModel:
         return self.base.body_part(task.split) if task.labels_stay else self.base.server_part(task.split)
 
-    def _longest_frame(self, model: ServerModel | BodyModel) -> int:
-        """Bytes that no frame of a client exceeds: nothing is allocated for one that claims more."""
-        config = self._config
-        rows = max(config.train.batch_size, config.evaluation.batch_size)
-        # the activation in float64 at most, its scale, the attention mask and the labels; and the header
-        per_token = 8 * int(model.decoder.config.hidden_size) + 4 + 8 + 8
-        return rows * config.data.max_length * per_token + 2**16
-
     def _threads(self) -> int:
         """Threads for each client of the round.
 
@@ -141,6 +141,36 @@ class Shard:
         """
         at_once = max(min(len(self._workers), self._passes), 1) if self._stream else 1
         return max(all_cores() // at_once, 1)
+
+
+def allowance_of(task: Task, longest: int) -> Allowance:
+    """What a task allows its client; ``longest`` as in :meth:`Shard.admit`."""
+    config, train = task.config, task.config.train
+    if task.kind == EVALUATE:
+        rows = config.evaluation.client_rows
+        return Allowance(
+            rows=rows,
+            rows_at_once=min(config.evaluation.batch_size, rows),
+            tokens=longest,
+            up=config.transport.up,
+        )
+    # a probe takes the batch whole
+    at_once = (
+        train.batch_size if task.kind == PROBE else min(train.micro_batch_size or train.batch_size, train.batch_size)
+    )
+    micro_batches = math.ceil(train.batch_size / at_once)
+    return Allowance(
+        first_step=task.first_step,
+        steps=task.steps,
+        rows=train.batch_size,
+        rows_at_once=at_once,
+        tokens=longest,
+        # in messages the micro-batches of a step travel together
+        in_flight=min(config.transport.in_flight, micro_batches)
+        if config.transport.kind == "stream"
+        else micro_batches,
+        up=config.transport.up,
+    )
 
 
 def open_stream(transport: TransportConfig) -> StreamServer:

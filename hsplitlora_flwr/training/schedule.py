@@ -54,6 +54,12 @@ class AdapterOptimizer:
         """Squared norm of this side's gradient."""
         return sum((float(p.grad.double().square().sum()) for p in self._parameters if p.grad is not None), 0.0)
 
+    def magnitude(self) -> float:
+        """Largest absolute value in the adapters, NaN where one is; 0 where there are none."""
+        if not self._parameters:
+            return 0.0
+        return float(torch.nn.utils.get_total_norm([p.detach() for p in self._parameters], norm_type=math.inf))
+
     def step(self, step: int, other_square: float) -> None:
         """Take a global step and clear the gradients.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ from hsplitlora_flwr.models.split import (
     server_part,
     whole_model,
 )
+from hsplitlora_flwr.training.allowance import TRUSTED, Allowance, Refused, Step, check_activation, check_square
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.transport.frames import (
     Activation,
@@ -168,7 +170,7 @@ class CorePool:
 
 
 class ServerTrainer:
-    """Answers the frames of one client in one round.
+    """Answers the frames of one client in one round, as long as they are those of its task.
 
     Parameters
     ----------
@@ -187,6 +189,13 @@ class ServerTrainer:
     through : Callable[[MicroBatch], float], optional
         Takes a micro-batch through a ``ServerModel`` and back: :func:`differentiate`, or the
         :class:`hsplitlora_flwr.training.joint.JointPass` of several trainers.
+    allowance : Allowance, optional
+        What the client's task allows.
+
+    Attributes
+    ----------
+    finished : bool
+        The client has taken all steps of its task, and the adapters are final.
     """
 
     def __init__(
@@ -197,15 +206,16 @@ class ServerTrainer:
         threads: Callable[[], int] = torch.get_num_threads,
         down: str = "float32",
         through: Callable[[MicroBatch], float] = differentiate,
+        allowance: Allowance = TRUSTED,
     ) -> None:
         self.model = model
         self.finished = False
         self._optimizer, self._report, self._threads, self._down = optimizer, report, threads, down
-        self._through = through
-        self._pending: int | None = None  # a step whose gradients wait for the client's norm
-        self._index = 0  # of the micro-batch that comes next, in its step
-        self._waiting: deque[tuple[Activation, Tensor, Tensor]] = deque()  # cut and hidden state, for their gradient
-        self._loss, self._tokens = 0.0, 0
+        self._through, self._allowance = through, allowance
+        self._step = Step(allowance.first_step)  # under way
+        self._complete = False  # its gradients are there, and wait for the client's norm
+        self._loss = 0.0
+        self._waiting: deque[tuple[Tensor, Tensor]] = deque()  # cut and hidden state, for their gradient
 
     def __call__(self, frame: Frame) -> Frame:
         """The answer to a frame: for an activation its gradient, or the hidden state that the client predicts from.
@@ -213,60 +223,84 @@ class ServerTrainer:
         Raises
         ------
         ValueError
-            If the frame does not belong here, or its tensors do not fit together.
+            ``Refused`` or ``WireError`` if the frame does not belong to the task, its tensors do not fit together or
+            its numbers are none. Nothing has changed then.
+        FloatingPointError
+            If what follows from it is not finite. No step is taken then.
         """
         torch.set_num_threads(self._threads())  # of the calling thread
+        if self.finished:
+            raise Refused(f"{type(frame).__name__} came after the end of the training")
         if isinstance(frame, Activation):
-            self._take_pending(frame.step, frame.previous_square)
             return self._forward(frame)
         if isinstance(frame, HiddenGradient):
             return self._backward(frame)
         if isinstance(frame, Finish):
-            self._take_pending(-1, frame.previous_square)
-            self.finished = True
-            return Finished()
-        raise ValueError(f"a client does not send {type(frame).__name__}")
+            return self._finish(frame)
+        raise Refused(f"a client does not send {type(frame).__name__}")
 
     def _forward(self, frame: Activation) -> Frame:
         check_activation(frame, self.model)
-        draw_masks(self.model, frame.step, self._index)
-        self._index = 0 if frame.last else self._index + 1
+        self._allowance.check(frame)
+        if len(self._waiting) >= self._allowance.in_flight:
+            raise Refused(f"{len(self._waiting)} hidden states wait for their gradients, as many as the task allows")
+        before = Step(self._step.number + 1) if self._complete else self._step
+        step = before.with_micro_batch(frame, self._allowance)
         cut, mask = receive_cut(frame, self.model)
+        if self._complete:
+            self._move(frame.previous_square)
+        self._step = step
+        draw_masks(self.model, step.number, step.micro_batches - 1)
         cut.requires_grad_()
         if isinstance(self.model, ServerModel):
-            work = MicroBatch(self.model, cut, mask, frame.labels.to(cut.device), frame.label_tokens)
-            return self._gradient(frame, cut, self._through(work))
+            work = MicroBatch(self.model, cut, mask, frame.labels.to(cut.device), step.label_tokens)
+            return self._gradient(cut, self._through(work))
         hidden = self.model(cut, mask)
-        self._waiting.append((frame, cut, hidden))
+        self._waiting.append((cut, hidden))
         return Hidden(*pack(hidden.detach(), self._down))
 
     def _backward(self, frame: HiddenGradient) -> Frame:
         if not self._waiting:
-            raise ValueError("a gradient came for no hidden state that was sent")
-        activation, cut, hidden = self._waiting.popleft()
+            raise Refused("a gradient came for no hidden state that was sent")
+        cut, hidden = self._waiting[0]
+        if frame.gradient.shape != hidden.shape:
+            raise Refused(f"the gradient {tuple(frame.gradient.shape)} must be like the state {tuple(hidden.shape)}")
+        if not 0 <= frame.loss < math.inf:
+            raise Refused(f"the loss is {frame.loss}; lower train.lr or set train.clip")
+        self._allowance.check_wire(frame.gradient)
         gradient = unpack(frame.gradient, frame.scale, hidden.dtype, hidden.device)
-        if gradient.shape != hidden.shape:
-            raise ValueError(f"the gradient {tuple(gradient.shape)} must be like the state {tuple(hidden.shape)}")
+        self._waiting.popleft()
         hidden.backward(gradient)
-        return self._gradient(activation, cut, frame.loss)
+        return self._gradient(cut, frame.loss)
 
-    def _gradient(self, frame: Activation, cut: Tensor, loss: float) -> Gradient:
+    def _gradient(self, cut: Tensor, loss: float) -> Gradient:
         assert cut.grad is not None
-        self._loss += loss
-        self._tokens += int(frame.attention_mask.sum())
+        values, scale = pack(cut.grad, self._down)  # refuses what is not finite
         square = 0.0
-        if frame.last:
-            square = self._optimizer.square()
-            self._pending = frame.step
-            self._report(StepReport(frame.step, self._loss, frame.label_tokens, self._tokens))
-            self._loss, self._tokens = 0.0, 0
-        return Gradient(*pack(cut.grad, self._down), loss, square)
+        self._loss += loss
+        if self._step.closed and not self._waiting:
+            square, step = self._optimizer.square(), self._step
+            _check_finite("the loss of step", step.number, self._loss)
+            _check_finite("the squared norm of the gradient of step", step.number, square)
+            self._complete = True
+            self._report(StepReport(step.number, self._loss, step.label_tokens, step.tokens))
+            self._loss = 0.0
+        return Gradient(values, scale, loss, square)
 
-    def _take_pending(self, step: int, client_square: float) -> None:
-        """Step the optimizer for the step before, now that the client's gradient norm is known."""
-        if self._pending is not None and step != self._pending:
-            self._optimizer.step(self._pending, client_square)
-            self._pending = None
+    def _finish(self, frame: Finish) -> Finished:
+        check_square(frame)
+        if not self._complete:
+            raise Refused(f"it ends in the middle of step {self._step.number}")
+        self._allowance.check_finish(self._step)
+        self._move(frame.previous_square)
+        self.finished = True
+        return Finished()
+
+    def _move(self, client_square: float) -> None:
+        """Move the adapters for the complete step, now that the client's gradient norm is known."""
+        self._optimizer.step(self._step.number, client_square)
+        _check_finite("the largest adapter after step", self._step.number, self._optimizer.magnitude())
+        self._complete = False
 
 
 class ServerEvaluator:
@@ -278,39 +312,59 @@ class ServerEvaluator:
         The blocks above the client's split point.
     down : str
         Numbers on the wire.
+    allowance : Allowance, optional
+        What the client's task allows.
     """
 
-    def __init__(self, model: ServerModel | BodyModel, down: str = "float32") -> None:
+    def __init__(
+        self,
+        model: ServerModel | BodyModel,
+        down: str = "float32",
+        allowance: Allowance = TRUSTED,
+    ) -> None:
         self.model = model.eval()
-        self._down = down
+        self._down, self._allowance = down, allowance
+        self._rows = 0
 
     @torch.no_grad()
     def __call__(self, frame: Frame) -> Frame:
-        """The loss of an activation, or the hidden state where the labels stay with the client."""
+        """The loss of an activation, or the hidden state where the labels stay with the client.
+
+        Raises
+        ------
+        ValueError
+            ``Refused`` or ``WireError`` if the frame does not belong to the task, or its tensors do not fit together.
+        FloatingPointError
+            If the loss is not finite.
+        """
         if not isinstance(frame, Activation):
-            raise ValueError(f"a client that evaluates does not send {type(frame).__name__}")
+            raise Refused(f"a client that evaluates does not send {type(frame).__name__}")
         check_activation(frame, self.model)
+        self._allowance.check(frame)
+        rows = self._rows + len(frame.attention_mask)
+        if rows > self._allowance.rows:
+            raise Refused(f"{rows} rows to evaluate; the task allows {self._allowance.rows}")
         cut, mask = receive_cut(frame, self.model)
+        self._rows = rows
         if isinstance(self.model, ServerModel):
-            return Loss(float(self.model(cut, mask, frame.labels.to(cut.device), 1).loss))
+            loss = float(self.model(cut, mask, frame.labels.to(cut.device), 1).loss)
+            _check_finite("the loss of row", rows, loss)
+            return Loss(loss)
         return Hidden(*pack(self.model(cut, mask), self._down))
 
 
 def receive_cut(frame: Activation, model: ServerModel | BodyModel) -> tuple[Tensor, Tensor]:
-    """The cut activation in the base's dtype, and the attention mask, on the model's device."""
+    """The cut activation in the base's dtype, and the attention mask, on the model's device.
+
+    Raises
+    ------
+    WireError
+        If the activation is not finite, or is none of a wire.
+    """
     cut = unpack(frame.cut, frame.scale, model.dtype, model.device)
     return cut, frame.attention_mask.to(model.device)
 
 
-def check_activation(frame: Activation, model: ServerModel | BodyModel) -> None:
-    """Raise ``ValueError`` unless the tensors of a frame fit together and to the model."""
-    rows, hidden = tuple(frame.attention_mask.shape), int(model.decoder.config.hidden_size)
-    labels = tuple(frame.labels.shape)
-    if len(rows) != 2 or labels != (rows if isinstance(model, ServerModel) else (0,)):
-        raise ValueError(
-            f"attention mask {rows} must be (batch, seq), and labels {labels} the same, or (0,) where they stay"
-        )
-    if tuple(frame.cut.shape) != (*rows, hidden):
-        raise ValueError(f"cut activation {tuple(frame.cut.shape)} must be {(*rows, hidden)}")
-    if frame.label_tokens < 1:
-        raise ValueError("a batch without labelled tokens has no loss")
+def _check_finite(what: str, number: int, value: float) -> None:
+    if not math.isfinite(value):
+        raise FloatingPointError(f"{what} {number} is {value}: training diverged; lower train.lr or set train.clip")

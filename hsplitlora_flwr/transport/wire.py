@@ -85,17 +85,27 @@ def unpack(values: Tensor, scale: Tensor, dtype: torch.dtype, device: torch.devi
     Raises
     ------
     WireError
-        If dtypes and shapes are none that :func:`pack` gives.
+        If dtypes and shapes are none that :func:`pack` gives, or a number is not finite in ``dtype``.
     """
     if values.dtype in _FLOATS and scale.numel() == 0:
+        _check_arrived(_magnitude(values.reshape(-1)), dtype)
         return values.to(device, dtype)
     if values.dtype != torch.int8 or scale.dtype != torch.float32 or scale.shape != values.shape[:-1]:
         raise WireError(
             f"values {values.dtype} {tuple(values.shape)} with scale {scale.dtype} {tuple(scale.shape)} are no tensor "
             "of a wire; int8 needs one float32 scale per token, other wires none"
         )
+    # No rotation makes a value longer than its token: at most 127 steps in each of its places.
+    bound = _magnitude(scale.reshape(-1)).double() * (_STEPS * math.sqrt(max(values.shape[-1], 1)))
+    _check_arrived(bound, dtype)
     exact = torch.promote_types(dtype, torch.float32)
     return _rotated(values.to(device, exact) * scale.to(device, exact).unsqueeze(-1), back=True).to(dtype)
+
+
+def check_wire(values: Tensor, wire: str) -> None:
+    """Raise :class:`WireError` unless ``values`` have the dtype in which numbers travel on ``wire``."""
+    if values.dtype != _DTYPES[wire]:
+        raise WireError(f"numbers came as {values.dtype} where the wire {wire} was agreed on")
 
 
 def _quantise(tensor: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,6 +144,15 @@ def _magnitude(tensor: Tensor) -> Tensor:
         return tensor.new_zeros(tensor.shape[:-1])
     low, high = torch.aminmax(tensor, dim=-1)
     return torch.maximum(-low, high)
+
+
+def _check_arrived(magnitude: Tensor, dtype: torch.dtype) -> None:
+    """Refuse numbers whose largest magnitude is not finite in ``dtype``."""
+    if not magnitude.to(dtype).isfinite():
+        raise WireError(
+            f"what arrived has a magnitude of {magnitude.item():.4g}, which is not finite in {dtype}: the other side's "
+            "training diverged; lower train.lr or set train.clip"
+        )
 
 
 def _check(magnitude: Tensor, dtype: torch.dtype, wire: str, unit: int = 1) -> None:

@@ -65,3 +65,10 @@ def test_a_side_without_adapters_is_no_special_case() -> None:
     optimizer = AdapterOptimizer([], TrainConfig())
     assert optimizer.square() == 0.0
     optimizer.step(0, 4.0)
+
+
+@pytest.mark.parametrize(("values", "largest"), [([1.0, -3.0, 2.0], 3.0), ([1.0, math.nan, 2.0], math.nan)])
+def test_the_magnitude_of_adapters(values: list[float], largest: float) -> None:
+    parameters = [torch.nn.Parameter(torch.tensor([value])) for value in values]
+    assert AdapterOptimizer(parameters, TrainConfig()).magnitude() == pytest.approx(largest, nan_ok=True)
+    assert AdapterOptimizer([], TrainConfig()).magnitude() == 0.0

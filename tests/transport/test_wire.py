@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.fft import dctn
 
 from hsplitlora_flwr.config import WIRES
-from hsplitlora_flwr.transport.wire import WireError, pack, unpack
+from hsplitlora_flwr.transport.wire import WireError, check_wire, pack, unpack
 
 # wire: (largest relative error, smallest and largest normal number)
 CASTS = {
@@ -141,3 +141,38 @@ def test_an_unknown_wire() -> None:
 def test_values_and_scale_that_do_not_belong_together(values: torch.Tensor, scale: torch.Tensor) -> None:
     with pytest.raises(WireError, match="are no tensor of a wire"):
         unpack(values, scale, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("wire", WIRES)
+def test_what_arrives_is_finite(wire: str, number: float) -> None:
+    values, scale = pack(torch.ones(2, 3, 4), wire)
+    (scale if wire == "int8" else values).view(-1)[1] = number
+    with pytest.raises(WireError, match=r"what arrived has a magnitude of .* not finite"):
+        unpack(values, scale, torch.float64, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_arrives_is_finite_in_the_dtype_of_the_base(dtype: torch.dtype) -> None:
+    values, scale = pack(torch.full((1, 4), torch.finfo(dtype).max, dtype=torch.float64), "float64")
+    assert unpack(values, scale, dtype, "cpu").isfinite().all()
+    with pytest.raises(WireError, match=f"not finite in {dtype}"):
+        unpack(values * 1.01, scale, dtype, "cpu")
+
+
+def test_the_rotation_back_may_make_a_value_twice_as_large_as_all_four() -> None:
+    values, scale = torch.full((1, 4), 127, dtype=torch.int8), torch.tensor([3e38 / 127])
+    assert float(unpack(values, scale, torch.float64, "cpu").max()) == pytest.approx(6e38)
+    with pytest.raises(WireError, match=r"not finite in torch\.float32"):
+        unpack(values, scale, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("wire", WIRES)
+def test_numbers_come_as_agreed(wire: str) -> None:
+    for other in WIRES:
+        values, _ = pack(torch.ones(2, 3), other)
+        if other == wire:
+            check_wire(values, wire)
+        else:
+            with pytest.raises(WireError, match=f"where the wire {wire} was agreed on"):
+                check_wire(values, wire)

@@ -1,0 +1,39 @@
+"""What a task allows its client, and what the shard answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hsplitlora_flwr.config import Config
+from hsplitlora_flwr.control import EVALUATE, PROBE, TRAIN, Task
+from hsplitlora_flwr.shard import allowance_of
+from hsplitlora_flwr.training.allowance import Allowance
+
+
+def task(kind: str, **settings: Any) -> Task:
+    config = Config.from_run_config({"train.batch_size": 8, "transport.up": "int8", **settings})
+    return Task(config, kind, "0", round=3, split=2, specs={}, first_step=20, steps=10)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "allowed"),
+    [
+        (TRAIN, {}, Allowance(20, 10, 8, 8, 50, 1, "int8")),
+        (TRAIN, {"train.micro_batch_size": 3}, Allowance(20, 10, 8, 3, 50, 1, "int8")),
+        (TRAIN, {"train.micro_batch_size": 3, "transport.in_flight": 9}, Allowance(20, 10, 8, 3, 50, 3, "int8")),
+        # what messages carry together
+        (TRAIN, {"train.micro_batch_size": 3, "transport.kind": "auto"}, Allowance(20, 10, 8, 3, 50, 3, "int8")),
+        # a probe takes the batch whole
+        (PROBE, {"train.micro_batch_size": 3}, Allowance(20, 10, 8, 8, 50, 1, "int8")),
+        (EVALUATE, {"evaluation.client_rows": 30}, Allowance(rows=30, rows_at_once=16, tokens=50, up="int8")),
+        (EVALUATE, {"evaluation.client_rows": 5}, Allowance(rows=5, rows_at_once=5, tokens=50, up="int8")),
+    ],
+)
+def test_what_a_task_allows(kind: str, settings: dict[str, Any], allowed: Allowance) -> None:
+    assert allowance_of(task(kind, **settings), longest=50) == allowed
+
+
+def test_a_frame_has_the_bytes_of_its_rows() -> None:
+    assert Allowance(rows_at_once=2, tokens=3).frame_bytes(32) == 2 * 3 * (32 * 8 + 4 + 8 + 8) + 2**16
