@@ -6,7 +6,6 @@ clients together would, on batches of the same size. Adapters, optimizer and sch
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,6 +19,7 @@ from hsplitlora_flwr.data.collate import tokenize, training_batches
 from hsplitlora_flwr.data.sources import Example
 from hsplitlora_flwr.lora.export import save_merged_model
 from hsplitlora_flwr.lora.layers import AdapterSpec, extract, inject
+from hsplitlora_flwr.lora.limits import update_norm
 from hsplitlora_flwr.methods import cost_model
 from hsplitlora_flwr.models.loading import load_tokenizer
 from hsplitlora_flwr.models.placement import pick_devices
@@ -104,7 +104,7 @@ class CentralTraining(HSplitLoRA):
             )
         update = extract(self._model)
         self.delta.replace(update)
-        norm = math.sqrt(sum(float(((b.T @ b) * (a @ a.T)).sum()) for b, a in update.values()))
+        norm = update_norm(update)
         row = {
             "client": "all",
             "examples": len(self._examples),

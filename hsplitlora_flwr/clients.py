@@ -6,14 +6,24 @@ Clients come and go. One that fails is left out of the round and asked again in 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from hsplitlora_flwr.config import Config
-from hsplitlora_flwr.control import DESCRIBE, FORGET, Description, Outcome, ReplyError, settings_records
+from hsplitlora_flwr.control import (
+    DESCRIBE,
+    FORGET,
+    Description,
+    Outcome,
+    ReplyError,
+    printable,
+    reading,
+    settings_records,
+)
+from hsplitlora_flwr.lora.limits import capped_shares
 from hsplitlora_flwr.planning.planner import Budget
 from hsplitlora_flwr.reporting.report import RunReport
 from hsplitlora_flwr.transport.messages import converse
@@ -23,8 +33,8 @@ FORGET_SECONDS = 60.0
 
 Answer = Callable[[Message], Message | None]
 """The next message to a client, from its reply; None if that was its last."""
-Check = Callable[[int, Outcome], None]
-"""Raises :class:`ReplyError` where a node's outcome is not what it should be."""
+Read = Callable[[int, RecordDict], Outcome]
+"""A node's outcome from the content of its last reply; raises :class:`ReplyError` where it is not what it should be."""
 
 
 class ClientFailedError(RuntimeError):
@@ -57,6 +67,8 @@ class Clients:
         self._config, self._report = config, report
         self._fresh: dict[int, Description] = {}
         self._met: set[int] = set()
+        self._owners: dict[str, int] = {}  # the node that a name belongs to
+        self._capped: set[int] = set()
 
     def name(self, node: int) -> str:
         """How logs and results call a node's client."""
@@ -72,6 +84,21 @@ class Clients:
     def longest(self) -> int:
         """Tokens of the longest example of all."""
         return max(description.longest for description in self.descriptions.values())
+
+    def shares(self, nodes: Iterable[int]) -> list[float]:
+        """The weights ``p_i`` of these nodes by their numbers of examples, none above ``clients.max_share``."""
+        nodes, cap = list(nodes), self._config.clients.max_share
+        examples = [self.descriptions[node].examples for node in nodes]
+        shares = capped_shares(examples, cap)
+        for node, count in zip(nodes, examples, strict=True):
+            share = count / sum(examples)
+            if len(nodes) > 1 and share > cap and node not in self._capped:
+                self._capped.add(node)
+                self._report.status(
+                    f"client {self.name(node)} says that it has {count:,} examples, {share:.1%} of all; it counts as "
+                    f"{max(cap, 1 / len(nodes)):.1%} (clients.max_share)"
+                )
+        return shares
 
     def wait(self, grid: Grid) -> None:
         """Wait until ``clients.count`` nodes are there.
@@ -100,24 +127,41 @@ class Clients:
         self._met |= set(asked)
         messages = [Message(settings_records(self._config), node, DESCRIBE) for node in asked]
         needed = max(self._config.clients.min - len(self.descriptions), 0)
+        self._owners = {name: node for name, node in self._owners.items() if node in nodes}
         for reply in self.exchange(grid, messages, server_round, needed=needed):
             node = reply.metadata.src_node_id
             try:
-                description = Description.from_records(reply.content)
-                if description.name in self.budgets:
-                    raise ReplyError(
-                        f"another node calls itself client {description.name}; give each a name or a partition-id"
-                    )
+                with reading("its description of itself"):
+                    self.take_description(node, Description.from_records(reply.content))
             except ReplyError as flaw:
                 self.leave_out(node, str(flaw), server_round)
-            else:
-                self.descriptions[node] = description
         self._fresh = {}
         self.descriptions = dict(sorted(self.descriptions.items(), key=lambda item: item[1].name))
 
-    def remember(self, node: int, description: Description) -> None:
-        """Take what a client says of itself with its last reply for the next round."""
-        self._fresh[node] = description
+    def take_description(self, node: int, description: Description) -> None:
+        """Note what a node says of itself.
+
+        A name belongs to the node that came with it, for as long as that node is there: whoever takes another one's
+        would be taken for it in plans and in the log.
+
+        Raises
+        ------
+        ReplyError
+            If the name is another node's or another than before, or an example is longer than it can be.
+        """
+        name, longest, most = description.name, description.longest, self._config.data.max_length
+        if self._owners.get(name, node) != node:
+            raise ReplyError(f"another node calls itself client {name}; give each a name or a partition-id")
+        if others := [known for known, owner in self._owners.items() if owner == node and known != name]:
+            raise ReplyError(f"it calls itself {name}, and before it was client {others[0]}; a node keeps its name")
+        if longest > most:
+            raise ReplyError(f"its longest example has {longest:,} tokens, and data.max_length={most} cuts them before")
+        self._owners[name] = node
+        self.descriptions[node] = description
+
+    def remember(self, node: int) -> None:
+        """What a client said of itself with its last reply holds for the next round too: it need not be asked."""
+        self._fresh[node] = self.descriptions[node]
 
     def now_holds(self, node: int, states: dict[str, str]) -> None:
         """Note what a client's update will be once it has the message that is being sent."""
@@ -170,7 +214,7 @@ class Clients:
         return sorted(replies, key=lambda reply: self.name(reply.metadata.src_node_id))
 
     def outcomes(
-        self, replies: Iterable[Message], server_round: int, check: Check, needed: int | None = None
+        self, replies: Iterable[Message], server_round: int, read: Read, needed: int | None = None
     ) -> Iterator[tuple[int, Outcome]]:
         """What the clients did, by node; one whose reply cannot be used is left out.
 
@@ -178,7 +222,7 @@ class Clients:
         ----------
         replies : Iterable[Message]
             What :meth:`exchange` returned.
-        check : Check
+        read : Read
             See there.
         needed : int, optional
             Outcomes that there must be; ``clients.min`` by default.
@@ -192,14 +236,27 @@ class Clients:
         for reply in replies:
             node = reply.metadata.src_node_id
             try:
-                outcome = Outcome.from_records(reply.content)
-                check(node, outcome)
+                with reading("its reply"):
+                    outcome = read(node, reply.content)
+                    self.take_description(node, outcome.description)
             except ReplyError as flaw:
                 flaws.append(self.leave_out(node, str(flaw), server_round))
             else:
                 good += 1
                 yield node, outcome
         self._require(needed, good, flaws)
+
+    def refuse(self, flaws: Mapping[int, str], left: int, server_round: int) -> None:
+        """Leave out clients whose outcome cannot be used beside the others'.
+
+        Parameters
+        ----------
+        flaws : Mapping[int, str]
+            Why, by node.
+        left : int
+            Outcomes without theirs; :class:`ClientFailedError` if they are too few.
+        """
+        self._require(None, left, [self.leave_out(node, flaw, server_round) for node, flaw in flaws.items()])
 
     def _require(self, needed: int | None, count: int, failures: Sequence[str]) -> None:
         needed = self._config.clients.min if needed is None else needed
@@ -209,8 +266,9 @@ class Clients:
 
     def leave_out(self, node: int, reason: str, server_round: int) -> str:
         """Go on without a client in this round; returns what happened."""
-        client = self.name(node)
+        client, reason = self.name(node), printable(reason)
         self.descriptions.pop(node, None)
+        self._fresh.pop(node, None)
         self._report.client_failed(server_round, client, reason)
         return f"client {client} failed: {reason}"
 
@@ -221,8 +279,12 @@ class Clients:
             pass
 
 
+_REASON = 10_000
+"""Characters of an error's text that are looked at, from its end."""
+
+
 def _reason(text: str) -> str:
     """The message of a client's error, without the traceback of the engine that carried it here."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in text[-_REASON:].splitlines() if line.strip()]
     last = lines[-1] if lines else "no reason given"
     return last.rpartition("Message: ")[2].rstrip(">'\"")

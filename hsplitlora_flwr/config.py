@@ -91,11 +91,18 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ClientsConfig:
-    """The simulated clients. Nodes of a deployment state ``memory-gb`` in their ``--node-config`` instead."""
+    """Who takes part, and what a client may weigh. ``memory_gb`` to ``mbit_down`` are of simulated clients; nodes of a
+    deployment state theirs in their ``--node-config`` instead."""
 
     count: int = _setting(3, "clients that the run waits for before it starts", low=1)
     wait: int = _setting(120, "seconds to wait for them", low=1)
     min: int = _setting(1, "fewest clients of a round; the run ends when failures leave fewer", low=1)
+    max_share: float = _setting(
+        0.75, "largest share of one client in a round's weights, whatever number of examples it states; 1 = no cap"
+    )
+    max_update: float = _setting(
+        10.0, "a client's update may be so many times as large as the median of the round; 0 = no limit", low=0.0
+    )
     memory_gb: str = _setting(
         "", "budget in GB (1e9 bytes) of client 0, 1, ... ; repeats when shorter; empty = what each states or measures"
     )
@@ -440,6 +447,13 @@ def _check_pairs(config: Config) -> None:
     }
     for setting in (name for name, chosen in alone.items() if chosen and config.train.joint == "on"):
         raise ConfigError(f"train.joint=on cannot be had with {setting}, where clients come one by one; set it to auto")
+    if not 0 < config.clients.max_share <= 1:
+        raise ConfigError(f"clients.max_share={config.clients.max_share!r} is out of range; above 0 and at most 1")
+    if config.clients.max_update and config.clients.max_update < 1:
+        raise ConfigError(
+            f"clients.max_update={config.clients.max_update!r} would refuse the median itself; give at least 1, or "
+            "0 for no limit"
+        )
     if config.clients.min > config.clients.count:
         raise ConfigError(f"clients.min={config.clients.min} is more than clients.count={config.clients.count}")
 

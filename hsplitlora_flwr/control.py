@@ -7,15 +7,13 @@ else.
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -33,10 +31,58 @@ TURN, FORGET = "train.turn", "query.forget"
 """A step over messages; and the end of the run, when nodes remove what they kept of it."""
 PACKET_BYTES = 4 << 20
 """Of tensors that travel as one; Flower cuts what is longer than 5 MB."""
+PACKET_TYPE = "safetensors"
+"""What Flower calls the serialization of such an array, so that nobody takes it for one of numpy's."""
+NAME_LENGTH = 64
+"""Longest name of a client."""
+HELD_BYTES = 4 << 20
+"""Longest text of what a client says that it holds: some ten thousand layers."""
+
+R = TypeVar("R", ArrayRecord, ConfigRecord, MetricRecord)
 
 
 class ReplyError(ValueError):
     """A client's reply is not what it should be."""
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Whatever goes wrong inside is a flaw of the reply that is read there.
+
+    A reply is bytes from another machine, which parsers answer with any exception, deep nesting and lack of memory
+    included. None of them is to end the run of the others.
+
+    Raises
+    ------
+    ReplyError
+        In place of every exception.
+    """
+    try:
+        yield
+    except ReplyError:
+        raise
+    except Exception as error:
+        raise ReplyError(f"{what} cannot be read ({type(error).__name__}: {printable(error, 200)})") from error
+
+
+def printable(text: object, limit: int = 500) -> str:
+    """What a client wrote as a line for logs: without control, escape and direction characters, and not too long."""
+    start = str(text)[:limit]
+    return "".join(character if character.isprintable() else " " for character in start)
+
+
+def record(records: RecordDict, name: str, kind: type[R]) -> R:
+    """A record of a reply.
+
+    Raises
+    ------
+    ReplyError
+        If it is not there or of another kind.
+    """
+    found = records.get(name)
+    if not isinstance(found, kind):
+        raise ReplyError(f"its reply holds no {kind.__name__} '{name}'")
+    return found
 
 
 @dataclass(frozen=True)
@@ -97,16 +143,65 @@ class Description:
         ReplyError
             If it is not what :meth:`to_records` makes, or says what cannot be.
         """
-        try:
-            values: dict[str, Any] = dict(records.config_records["description"])
-            made = cls(**values | {"held": dict(json.loads(values["held"]))})
-            amounts = made.examples, made.memory_bytes, made.process_bytes, made.longest
-            speeds = made.flops, made.up, made.down
-            if not (all(amount > 0 for amount in amounts) and all(0 <= speed < math.inf for speed in speeds)):
-                raise ValueError(made)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ReplyError(f"its description of itself cannot be used ({error!r})") from error
-        return made
+        with reading("its description of itself"):
+            values: dict[str, Any] = dict(record(records, "description", ConfigRecord))
+            for key, allowed in _CLAIMS.items():
+                if key in values and not allowed.holds(values[key]):
+                    raise ReplyError(
+                        f"its description of itself cannot be used: {key}={printable(repr(values[key]), 80)}, which "
+                        f"must be {allowed}"
+                    )
+            held = {str(name): str(state) for name, state in dict(json.loads(values["held"])).items()}
+            return cls(**values | {"held": held})
+
+
+@dataclass(frozen=True)
+class _Number:
+    """What a number that a client says may be: of a type, and within bounds."""
+
+    kind: type[int] | type[float]
+    low: float
+    high: float
+    or_zero: bool = False
+
+    def holds(self, value: object) -> bool:
+        typed = type(value) is self.kind or (self.kind is float and type(value) is int)
+        return typed and (self.low <= value <= self.high or (self.or_zero and value == 0))  # type: ignore[operator]
+
+    def __str__(self) -> str:
+        what = "a whole number" if self.kind is int else "a number"
+        return f"{what} from {self.low:g} to {self.high:g}" + (", or 0" if self.or_zero else "")
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What a text that a client says may be: no longer than this, and in a name all to be seen."""
+
+    length: int
+    printable: bool = False
+
+    def holds(self, value: object) -> bool:
+        if not isinstance(value, str) or not 0 < len(value) <= self.length:
+            return False
+        return not self.printable or (value.isprintable() and value == value.strip())
+
+    def __str__(self) -> str:
+        return f"a text of at most {self.length} characters" + (", none of them invisible" if self.printable else "")
+
+
+_CLAIMS: Mapping[str, _Number | _Text] = {
+    "name": _Text(NAME_LENGTH, printable=True),
+    "examples": _Number(int, 1, 1e12),
+    "memory_bytes": _Number(int, 1, 1e15),
+    "process_bytes": _Number(int, 1, 1e15),
+    "longest": _Number(int, 1, 1e9),
+    "held": _Text(HELD_BYTES),
+    "version": _Number(int, 0, 1e9),
+    "flops": _Number(float, 1e6, 1e18, or_zero=True),
+    "up": _Number(float, 1, 1e15, or_zero=True),
+    "down": _Number(float, 1, 1e15, or_zero=True),
+}
+"""What a client may say of itself. Speeds beyond these bounds are of no machine, and would only upset a plan."""
 
 
 @dataclass(frozen=True)
@@ -318,17 +413,16 @@ class Outcome:
         ReplyError
             If it is not what :meth:`to_records` makes.
         """
-        numbers: dict[str, dict[str, Any]] = {kind: dict(record) for kind, record in records.metric_records.items()}
-        try:
+        with reading("its reply"):
+            importance, metrics = record(records, "importance", MetricRecord), record(records, "metrics", MetricRecord)
+            losses: Any = record(records, "losses", MetricRecord)["losses"]
             return cls(
-                adapters=_unpack(take_tensors(records.array_records["adapters"])),
-                importance={name: float(value) for name, value in numbers["importance"].items()},
-                losses=[float(loss) for loss in numbers["losses"]["losses"]],
-                metrics={name: float(value) for name, value in numbers["metrics"].items()},
+                adapters=_unpack(take_tensors(record(records, "adapters", ArrayRecord))),
+                importance={name: float(value) for name, value in importance.items()},  # type: ignore[arg-type]
+                losses=[float(loss) for loss in losses],
+                metrics={name: float(value) for name, value in metrics.items()},  # type: ignore[arg-type]
                 description=Description.from_records(records),
             )
-        except (KeyError, TypeError, ValueError, SafetensorError) as error:
-            raise ReplyError(f"its reply cannot be read ({error!r})") from error
 
 
 @dataclass
@@ -401,7 +495,11 @@ def to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
             room = PACKET_BYTES
         packets[-1][name] = tensor.detach().cpu().contiguous()
         room -= tensor.nbytes
-    return ArrayRecord({str(i): Array(np.frombuffer(save(each), np.uint8)) for i, each in enumerate(packets)})
+    return ArrayRecord({str(i): _packet(save(each)) for i, each in enumerate(packets)})
+
+
+def _packet(data: bytes) -> Array:
+    return Array("uint8", (len(data),), PACKET_TYPE, data)
 
 
 def take_tensors(arrays: ArrayRecord) -> dict[str, Tensor]:
@@ -409,11 +507,14 @@ def take_tensors(arrays: ArrayRecord) -> dict[str, Tensor]:
 
     Raises
     ------
-    SafetensorError
-        If they are not what :func:`to_arrays` makes.
+    Exception
+        Of whatever kind, if they are not what :func:`to_arrays` makes.
     """
     tensors: dict[str, Tensor] = {}
-    for packet in list(arrays):
+    for key in list(arrays):
+        packet = arrays.pop(key)
+        if packet.stype != PACKET_TYPE:
+            raise ValueError(f"array '{printable(key, 40)}' is not {PACKET_TYPE}")
         # sorted, since `load` gives them in any order, and two runs are to be alike
-        tensors |= sorted(load(arrays.pop(packet).numpy().tobytes()).items())
+        tensors |= sorted(load(packet.data).items())
     return tensors

@@ -15,19 +15,20 @@ from flwr.app import Message, RecordDict
 
 from hsplitlora_flwr.clients import Clients
 from hsplitlora_flwr.config import Config
-from hsplitlora_flwr.control import TRAIN, TURN, Description, Outcome, ReplyError, Task
+from hsplitlora_flwr.control import TRAIN, TURN, Description, Outcome, ReplyError, Task, reading
 from hsplitlora_flwr.lora.aggregation import Factors, truncate
 from hsplitlora_flwr.lora.delta import Delta
 from hsplitlora_flwr.lora.layers import AdapterSpec, start_along
 from hsplitlora_flwr.methods import METHODS
 from hsplitlora_flwr.planning.cost import Layer
 from hsplitlora_flwr.planning.planner import ClientPlan
+from hsplitlora_flwr.replies import read_outcome
 from hsplitlora_flwr.reporting.report import RunReport
 from hsplitlora_flwr.rows import step_row
 from hsplitlora_flwr.shard import Shard
 from hsplitlora_flwr.training.memory import may_fragment
 from hsplitlora_flwr.training.server import StepReport
-from hsplitlora_flwr.transport.frames import Failure, Frame, FrameError
+from hsplitlora_flwr.transport.frames import Failure
 from hsplitlora_flwr.transport.messages import add_frames, read_frames
 
 
@@ -70,8 +71,10 @@ class Dispatch:
         self.up, self.down = Counter[int](), Counter[int]()
         self._config, self._method = config, METHODS[config.method.name]
         self._clients, self._shard, self._delta, self._report = clients, shard, delta, report
-        self._blocks = {layer.name: layer.block for layer in layers}
+        self._layers = list(layers)
         self._tasks: dict[int, Task] = {}  # under way, without their tensors
+        self._sent_again: set[int] = set()
+        self._failed: set[int] = set()  # told so
 
     def begin_round(self) -> None:
         """Count bytes from zero."""
@@ -101,29 +104,58 @@ class Dispatch:
         if self._method.split:
             task = self._shard.admit(task, start, lambda step: self._report_step(task, step), self._clients.longest)
         self._tasks[node] = task.without_tensors()
+        self._sent_again.discard(node)
+        self._failed.discard(node)
         return self._message(node, task, start)
 
     def answer(self, reply: Message) -> Message | None:
-        """The next message to a client: answers to its frames, or its task again; None to its last reply."""
+        """The next message to a client: answers to its frames, or its task again; None to its last reply.
+
+        Whatever comes, the conversation ends: frames are those of the task, it goes out again once, and after word of
+        a failure nothing more is heard.
+        """
         node = reply.metadata.src_node_id
-        try:
-            if Description.is_all_of(reply.content):  # its update is not what we thought
-                self._clients.descriptions[node] = Description.from_records(reply.content)
-                if node in self._tasks:
-                    task = self._tasks.pop(node)
-                    return self._message(node, task, self._start(task.specs))
-                answers: list[Frame] = [Failure("its update cannot be brought up to date")]
-            else:
-                answers = self._shard.answer(self._clients.name(node), read_frames(reply.content))
-        except (FrameError, ReplyError) as error:
-            answers = [Failure(str(error))]
-        if Outcome.is_in(reply.content):
+        if node in self._failed:
             return None
+        try:
+            with reading("its reply"):
+                if Description.is_all_of(reply.content):  # its update is not what we thought
+                    self._clients.take_description(node, Description.from_records(reply.content))
+                    return self._again(node)
+                answers = self._shard.answer(self._clients.name(node), read_frames(reply.content))
+                if Outcome.is_in(reply.content):
+                    return None
+                if not answers:
+                    raise ReplyError("its reply holds neither frames nor an outcome")
+        except ReplyError as error:
+            answers = [Failure(str(error))]
+        if any(isinstance(answer, Failure) for answer in answers):
+            self._failed.add(node)
         return Message(add_frames(RecordDict(), answers), node, TURN)
+
+    def read(self, node: int, records: RecordDict) -> Outcome:
+        """A client's outcome from the content of its last reply.
+
+        Raises
+        ------
+        ReplyError
+            If it is not what its task asked for.
+        """
+        task = self._tasks[node]
+        if task.kind == TRAIN and self._method.split and not self._shard.trainer(task.client).finished:
+            raise ReplyError("it replied before its last step")
+        return read_outcome(records, task, self._layers, self._start(task.specs))
 
     def layers_below(self, split: int) -> set[str]:
         """Names of the layers that a client with this split point holds."""
-        return {name for name, block in self._blocks.items() if block < split}
+        return {layer.name for layer in self._layers if layer.block < split}
+
+    def _again(self, node: int) -> Message:
+        if node in self._sent_again:
+            raise ReplyError("its update cannot be brought up to date")
+        self._sent_again.add(node)
+        task = self._tasks[node]
+        return self._message(node, task, self._start(task.specs))
 
     def _message(self, node: int, task: Task, start: Mapping[str, Factors]) -> Message:
         held = self.layers_below(task.split)

@@ -33,7 +33,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from hsplitlora_flwr.budget import free_bytes
 from hsplitlora_flwr.clients import Clients
 from hsplitlora_flwr.config import Config
-from hsplitlora_flwr.control import EVALUATE, PROBE, TRAIN, Outcome, ReplyError
+from hsplitlora_flwr.control import EVALUATE, PROBE, TRAIN, Outcome
 from hsplitlora_flwr.data.collate import evaluation_batches, tokenize
 from hsplitlora_flwr.data.sources import Example
 from hsplitlora_flwr.dispatch import Dispatch
@@ -41,6 +41,7 @@ from hsplitlora_flwr.lora.aggregation import Factors, aggregate, directions
 from hsplitlora_flwr.lora.delta import Delta
 from hsplitlora_flwr.lora.export import TOLERANCE, save_merged_model, save_peft_adapter
 from hsplitlora_flwr.lora.layers import extract
+from hsplitlora_flwr.lora.limits import SizeLimit, capped_weights, update_norm, update_size
 from hsplitlora_flwr.methods import METHODS, cost_model, make_round_plan, starts_along_update
 from hsplitlora_flwr.models.loading import load_tokenizer, read_config
 from hsplitlora_flwr.models.placement import pick_devices
@@ -48,7 +49,6 @@ from hsplitlora_flwr.models.quantisation import check_quantiser
 from hsplitlora_flwr.models.split import WholeModel
 from hsplitlora_flwr.planning.importance import combine, drift, scoring, smooth
 from hsplitlora_flwr.planning.planner import Budget, ClientPlan, Plan, probe_split
-from hsplitlora_flwr.replies import check_evaluation, check_scores, check_training
 from hsplitlora_flwr.reporting.report import RunReport
 from hsplitlora_flwr.resume import RunState, check_resume, load_state, save_state
 from hsplitlora_flwr.rows import client_row, plan_rows
@@ -89,6 +89,7 @@ class HSplitLoRA(Strategy):
         self._held_out = held_out
         self._cost_shape = (0, 0)  # longest example and number of clients that the cost model is for
         self.clients = Clients(config, self.report)
+        self.size_limit = SizeLimit(config.clients.max_update)
         self._planned_budgets: dict[str, Budget] = {}
         self._planned_importance: dict[str, float] = {}
         self._resumed: RunState | None = None
@@ -249,17 +250,18 @@ class HSplitLoRA(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Join both sides' adapters of every client, and add the clients up: noise-free, or by the method's rule."""
+        outcomes = dict(self.clients.outcomes(replies, server_round, self.dispatch.read))
+        self._refuse_outliers(server_round, outcomes)
+        shares = self.clients.shares(outcomes)
         updates: list[Mapping[str, Factors]] = []
-        weights: list[float] = []
         clients: list[dict[str, Any]] = []
-        for node, outcome in self.clients.outcomes(replies, server_round, self._check_training):
+        for node, outcome in outcomes.items():
             upper = extract(self.shard.trainer(self.clients.name(node)).model) if self.method.split else {}
             updates.append({**outcome.adapters, **upper})
-            weights.append(self.clients.descriptions[node].examples)
             clients.append(self._report_client(server_round, node, outcome, updates[-1]))
-            self.clients.remember(node, outcome.description)
+            self.clients.remember(node)
         self.shard.dismiss_all()
-        update = aggregate(updates, weights, rule=self.method.rule)
+        update = aggregate(updates, shares, rule=self.method.rule)
         if self.method.carries:
             self.dispatch.adapter = update
             self.delta.replace(update)
@@ -268,10 +270,10 @@ class HSplitLoRA(Strategy):
             if starts_along_update(self.config):
                 highest = max(*self.config.ranks, self.config.lora.rank)
                 self.dispatch.adapter = {name: directions(factors, highest) for name, factors in update.items()}
-        norm = math.sqrt(sum(float(((b.T @ b) * (a @ a.T)).sum()) for b, a in update.values()))
+        norm = update_norm(update)
         more = {"server_measured_bytes": self._server_peak, **self._dropped()}
         self.report.round_finished(server_round, time.time() - self._round_started, norm, clients, **more)
-        loss = sum(w * c["losses"][-1] for w, c in zip(weights, clients, strict=True)) / sum(weights)
+        loss = sum(share * client["losses"][-1] for share, client in zip(shares, clients, strict=True))
         return None, MetricRecord({"loss": loss, "update-norm": norm, "clients": len(clients)})
 
     def evaluate(self, server_round: int) -> MetricRecord:
@@ -349,8 +351,9 @@ class HSplitLoRA(Strategy):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Perplexity over the tokens of all clients together."""
         nll: dict[str, tuple[float, float]] = {}
-        for node, outcome in self.clients.outcomes(replies, server_round, lambda _, o: check_evaluation(o), needed=0):
+        for node, outcome in self.clients.outcomes(replies, server_round, self.dispatch.read, needed=0):
             nll[self.clients.name(node)] = outcome.metrics["nll"], outcome.metrics["label-tokens"]
+            self.clients.remember(node)  # it has brought its update up to date since it trained
         self.shard.dismiss_all()
         if not nll:
             return None
@@ -419,7 +422,7 @@ class HSplitLoRA(Strategy):
         self.report.status("measuring which weights matter")
         config, messages, again = self.config, [], self.config.train.recompute == "on"
         bounds = config.split.min, config.split.max or None
-        below, above = dict[int, set[str]](), dict[int, dict[str, float]]()
+        above = dict[int, dict[str, float]]()
         with ExitStack() as stack:
             for node, client in self.clients.descriptions.items():
                 split = probe_split(self._cost, client.budget, config.ranks, *bounds, recompute=again)
@@ -428,22 +431,25 @@ class HSplitLoRA(Strategy):
                 plan = ClientPlan(split, {}, 0, recompute=again, server_recompute=again)
                 messages.append(self.dispatch.task(node, PROBE, server_round, plan, config.plan.probe_batches))
                 upper = self.shard.trainer(client.name).model
-                below[node] = self.dispatch.layers_below(split)
                 above[node] = stack.enter_context(scoring(upper, config.plan.cost, config.lora.rank))
             replies = self.clients.exchange(grid, messages, server_round, self.dispatch.answer)
         self.shard.dismiss_all()
-        measured = []
-        for node, outcome in self.clients.outcomes(replies, server_round, lambda n, o: check_scores(o, below[n])):
+        measured = {}
+        for node, outcome in self.clients.outcomes(replies, server_round, self.dispatch.read):
             self.dispatch.up[node] += int(outcome.metrics["bytes-up"])
             self.dispatch.down[node] += int(outcome.metrics["bytes-down"])
-            measured.append((self.clients.descriptions[node].examples, {**outcome.importance, **above[node]}))
-        examples = sum(weight for weight, _ in measured)
-        return combine((weight / examples, scores) for weight, scores in measured)
+            measured[node] = {**outcome.importance, **above[node]}
+        totals = [math.fsum(scores.values()) for scores in measured.values()]
+        weights = capped_weights(self.clients.shares(measured), totals, config.clients.max_share)
+        return combine(zip(weights, measured.values(), strict=True))
 
-    def _check_training(self, node: int, outcome: Outcome) -> None:
-        if self.method.split and not self.shard.trainer(self.clients.name(node)).finished:
-            raise ReplyError("it replied before its last step")
-        check_training(outcome, self._cost.layers, self.plans[self.clients.name(node)])
+    def _refuse_outliers(self, server_round: int, outcomes: dict[int, Outcome]) -> None:
+        """Take clients out whose update is too large beside the others'."""
+        limit, flaws = self.size_limit, dict[int, str]()
+        for node, ratio in limit.exceeding({node: update_size(one.adapters) for node, one in outcomes.items()}).items():
+            flaws[node] = f"its update is {ratio:.3g} times the median, and clients.max_update={limit.multiple:g}"
+            del outcomes[node]
+        self.clients.refuse(flaws, len(outcomes), server_round)
 
     def _report_plan(self, server_round: int, reason: str, plan: Plan) -> None:
         figures = {"objective": plan.objective, "server_predicted_bytes": plan.server_bytes}

@@ -28,6 +28,39 @@ def learning_rate(train: TrainConfig, step: int) -> float:
     return train.lr
 
 
+def farthest(train: TrainConfig, first_step: int, steps: int, entries: int) -> float:
+    """The farthest that steps can take a tensor from where it started, as a Frobenius norm, whatever the gradients are.
+
+    Weight decay only leads towards zero. By the inequality of Cauchy and Schwarz a step of Adam moves an entry by no
+    more than the learning rate times ``(1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2))``, which is 7.3. A step of SGD is as
+    long as its gradient, which clipping bounds, and momentum adds up to ``1 / (1 - momentum)`` of them.
+
+    Parameters
+    ----------
+    first_step, steps : int
+        The first global step, and how many there are.
+    entries : int
+        Of the tensor.
+
+    Returns
+    -------
+    float
+        Infinite where nothing bounds it: SGD without ``train.clip``, or with both momentum and weight decay.
+    """
+    decay = train.weight_decay
+    if train.lr * decay > 1 or (train.optimizer == "sgd" and (not train.clip or (train.momentum and decay))):
+        return math.inf
+    rates = math.fsum(learning_rate(train, step) for step in range(first_step, first_step + steps))
+    if train.optimizer == "adamw":
+        b1, b2 = _BETAS
+        return rates * (1 - b1) / math.sqrt((1 - b2) * (1 - b1 * b1 / b2)) * math.sqrt(entries)
+    return rates * train.clip / (1 - train.momentum)
+
+
+_BETAS = 0.9, 0.999
+"""Of AdamW: how much of the past the means of the gradient and of its square keep."""
+
+
 class AdapterOptimizer:
     """AdamW or SGD over the adapters of one side; what it keeps of them lives as long as they do, one round.
 
@@ -45,7 +78,7 @@ class AdapterOptimizer:
         # torch refuses an optimizer over nothing; a placeholder without gradient is never moved
         over = self._parameters or [nn.Parameter(torch.zeros(0))]
         self._optimizer: torch.optim.Optimizer = (
-            torch.optim.AdamW(over, lr=train.lr, weight_decay=train.weight_decay)
+            torch.optim.AdamW(over, lr=train.lr, betas=_BETAS, weight_decay=train.weight_decay)
             if train.optimizer == "adamw"
             else torch.optim.SGD(over, lr=train.lr, weight_decay=train.weight_decay, momentum=train.momentum)
         )

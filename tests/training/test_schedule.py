@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hsplitlora_flwr.config import TrainConfig
-from hsplitlora_flwr.training.schedule import AdapterOptimizer, learning_rate
+from hsplitlora_flwr.training.schedule import AdapterOptimizer, farthest, learning_rate
 
 
 def rates(schedule: str, warmup: int = 0) -> list[float]:
@@ -72,3 +76,35 @@ def test_the_magnitude_of_adapters(values: list[float], largest: float) -> None:
     parameters = [torch.nn.Parameter(torch.tensor([value])) for value in values]
     assert AdapterOptimizer(parameters, TrainConfig()).magnitude() == pytest.approx(largest, nan_ok=True)
     assert AdapterOptimizer([], TrainConfig()).magnitude() == 0.0
+
+
+@pytest.mark.parametrize("optimizer", [{"optimizer": "adamw"}, {"optimizer": "sgd", "momentum": 0.7}])
+@given(data=st.data())
+@hypothesis.settings(max_examples=30, deadline=None)
+def test_no_gradients_take_an_adapter_farther_than_farthest(optimizer: dict[str, Any], data: st.DataObject) -> None:
+    train = TrainConfig(lr=0.1, steps=8, rounds=2, schedule="cosine", warmup_steps=3, clip=2.0, **optimizer)
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    moved = AdapterOptimizer([parameter], train)
+    for step in range(4, 9):
+        powers = data.draw(st.lists(st.floats(-8, 8), min_size=3, max_size=3))
+        parameter.grad = torch.tensor([10.0**power for power in powers])
+        moved.step(step, 0.0)
+        assert parameter.norm() <= 1.0001 * farthest(train, 4, step - 3, 3)
+
+
+def test_a_step_of_adam_can_be_nearly_as_far_as_farthest_says() -> None:
+    """The bound is reached where gradients grow as its proof has it, so no smaller one holds."""
+    train = TrainConfig(lr=0.1, clip=0.0, rounds=1, steps=2000)
+    parameter = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    moved = AdapterOptimizer([parameter], train)
+    for step in range(train.steps):
+        before = parameter.detach().clone()
+        parameter.grad = torch.tensor([(0.9 / 0.999) ** (train.steps - step) * 1e30], dtype=torch.float64)
+        moved.step(step, 0.0)
+    last = float((parameter.detach() - before).abs())
+    assert 0.9 * farthest(train, train.steps - 1, 1, 1) < last <= farthest(train, train.steps - 1, 1, 1)
+
+
+def test_where_nothing_bounds_a_step_farthest_is_infinite() -> None:
+    for changes in ({"clip": 0.0}, {"momentum": 0.5, "weight_decay": 0.1}, {"lr": 2.0, "weight_decay": 1.0}):
+        assert farthest(TrainConfig(optimizer="sgd", **changes), 0, 3, 10) == math.inf
