@@ -44,6 +44,7 @@ from hsplitlora_flwr.training.memory import PeakMemory, keep_freed_memory, proce
 from hsplitlora_flwr.transport.frames import Failure, Frame
 from hsplitlora_flwr.transport.messages import add_frames, frame_bytes, read_frames
 from hsplitlora_flwr.transport.stream import StreamError, StreamLink, Unreachable
+from hsplitlora_flwr.transport.workers import WAKE
 
 log = logging.getLogger(__name__)
 
@@ -121,6 +122,11 @@ def split_client_app(load_data: LoadData = load_own_text, load_budget: LoadBudge
     def forget(message: Message, context: Context) -> Message:
         """Remove what this node kept of the run."""
         NodeStore(context).forget()
+        return Message(RecordDict(), reply_to=message)
+
+    @app.query(_action(WAKE))
+    def wake(message: Message, context: Context) -> Message:
+        """Show that this process lives."""
         return Message(RecordDict(), reply_to=message)
 
     return app

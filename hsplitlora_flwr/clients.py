@@ -5,7 +5,9 @@ Clients come and go. One that fails is left out of the round and asked again in 
 
 from __future__ import annotations
 
+import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -27,8 +29,11 @@ from hsplitlora_flwr.lora.limits import capped_shares
 from hsplitlora_flwr.planning.planner import Budget
 from hsplitlora_flwr.reporting.report import RunReport
 from hsplitlora_flwr.transport.messages import converse
+from hsplitlora_flwr.transport.workers import DeadWorkers, reason_of
 
-FORGET_SECONDS = 60.0
+log = logging.getLogger(__name__)
+
+FORGET_SECONDS = 30.0
 """Time that nodes have to remove what they kept of a run."""
 
 Answer = Callable[[Message], Message | None]
@@ -69,6 +74,7 @@ class Clients:
         self._met: set[int] = set()
         self._owners: dict[str, int] = {}  # the node that a name belongs to
         self._capped: set[int] = set()
+        self._dead = DeadWorkers()
 
     def name(self, node: int) -> str:
         """How logs and results call a node's client."""
@@ -200,10 +206,10 @@ class Clients:
         messages = list(messages)
         silent = {message.metadata.dst_node_id for message in messages}
         replies, failures, started = [], [], time.monotonic()
-        for node, reply in converse(grid, messages, answer, self.timeout):
+        for node, reply in converse(grid, messages, answer, self.timeout, self._dead):
             silent.discard(node)
             if reply.has_error():
-                failures.append(self.leave_out(node, _reason(str(reply.error.reason)), server_round))
+                failures.append(self.leave_out(node, reason_of(reply), server_round))
             else:
                 self.seconds[node] = time.monotonic() - started
                 replies.append(reply)
@@ -262,7 +268,7 @@ class Clients:
         needed = self._config.clients.min if needed is None else needed
         if count < needed:
             few = f"{count} clients are left, and clients.min={needed}" if count else "no client is left"
-            raise ClientFailedError(f"{few}: {'; '.join(failures)}" if failures else few)
+            raise ClientFailedError(f"{few}: {_in_few_words(failures)}" if failures else few)
 
     def leave_out(self, node: int, reason: str, server_round: int) -> str:
         """Go on without a client in this round; returns what happened."""
@@ -273,18 +279,34 @@ class Clients:
         return f"client {client} failed: {reason}"
 
     def forget(self, grid: Grid) -> None:
-        """Tell the nodes that the run is over: they remove what they kept of it."""
-        messages = [Message(RecordDict(), node, FORGET) for node in grid.get_node_ids() if node in self._met]
-        for _ in converse(grid, messages, lambda reply: None, min(self.timeout, FORGET_SECONDS)):
-            pass
+        """Tell the nodes that the run is over: they remove what they kept of it.
+
+        A run ends as it ended, whether they answer or not, so nothing is raised.
+        """
+        try:
+            messages = [Message(RecordDict(), node, FORGET) for node in grid.get_node_ids() if node in self._met]
+            told = converse(grid, messages, lambda reply: None, min(self.timeout, FORGET_SECONDS), self._dead)
+            silent = self._met - {node for node, reply in told if not reply.has_error()}
+        except Exception:  # whatever the connection says
+            log.warning("nodes could not be told to remove what they keep of the run", exc_info=True)
+        else:
+            if silent:
+                names = ", ".join(sorted(self.name(node) for node in silent))
+                log.warning("not removed yet, since no answer came: what clients keep of the run (%s)", names)
 
 
-_REASON = 10_000
-"""Characters of an error's text that are looked at, from its end."""
+def _in_few_words(failures: Iterable[str]) -> str:
+    """What happened to clients; a reason that several share is said once."""
+    clients = defaultdict[str, list[str]](list)
+    for failure in failures:
+        client, _, reason = failure.removeprefix("client ").partition(" failed: ")
+        clients[reason].append(client)
+    told = [
+        f"client{'s' * (len(names) > 1)} {', '.join(names)} failed: {reason}"
+        for reason, names in list(clients.items())[:_REASONS]
+    ]
+    more = len(clients) - len(told)
+    return "; ".join(told) + (f"; and {more} other reasons, which the log has" if more else "")
 
 
-def _reason(text: str) -> str:
-    """The message of a client's error, without the traceback of the engine that carried it here."""
-    lines = [line.strip() for line in text[-_REASON:].splitlines() if line.strip()]
-    last = lines[-1] if lines else "no reason given"
-    return last.rpartition("Message: ")[2].rstrip(">'\"")
+_REASONS = 3

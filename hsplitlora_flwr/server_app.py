@@ -13,7 +13,7 @@ from hsplitlora_flwr.checks import check_model_settings, check_text
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.data.sources import load_text
 from hsplitlora_flwr.methods import METHODS
-from hsplitlora_flwr.reporting.events import EventLog
+from hsplitlora_flwr.reporting.report import cause_of, failed_outside
 from hsplitlora_flwr.resume import check_resume
 from hsplitlora_flwr.strategy import HSplitLoRA
 
@@ -25,18 +25,22 @@ def main(grid: Grid, context: Context) -> None:
     """Check every setting before anything is loaded, then run."""
     folder = run_folder(str(context.run_config.get("run.dir", "")), context.run_id)
     try:
-        config = Config.from_run_config(context.run_config)
-        check_resume(config, folder)
-        text = load_text(config.data, config.run.seed)
-        check_text(config, text)
-        check_model_settings(config)
-    except Exception as error:
-        EventLog(folder).emit("failed", error=f"{type(error).__name__}: {error}")
+        strategy = _strategy(context, folder)
+    except BaseException as error:
+        failed_outside(folder, cause_of(error))
         raise
+    strategy.start(grid)
+
+
+def _strategy(context: Context, folder: Path) -> HSplitLoRA:
+    config = Config.from_run_config(context.run_config)
+    check_resume(config, folder)
+    text = load_text(config.data, config.run.seed)
+    check_text(config, text)
+    check_model_settings(config)
     if METHODS[config.method.name].central:
-        CentralTraining(config, text.held_out, folder, text.train).start(grid)
-    else:
-        HSplitLoRA(config, text.held_out, folder).start(grid)
+        return CentralTraining(config, text.held_out, folder, text.train)
+    return HSplitLoRA(config, text.held_out, folder)
 
 
 def run_folder(wanted: str, run_id: int) -> Path:

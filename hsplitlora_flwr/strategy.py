@@ -148,12 +148,12 @@ class HSplitLoRA(Strategy):
                     result.evaluate_metrics_clientapp[server_round] = measured
             self.generate()
             self.export()
-            self.clients.forget(grid)
         except BaseException as error:
             self.report.failed(error)
             raise
         finally:
-            self._close()
+            self._close()  # a client that still trains learns of the end, and is free to hear what follows
+            self.clients.forget(grid)
         return result
 
     def resume(self) -> None:
@@ -270,8 +270,8 @@ class HSplitLoRA(Strategy):
             if starts_along_update(self.config):
                 highest = max(*self.config.ranks, self.config.lora.rank)
                 self.dispatch.adapter = {name: directions(factors, highest) for name, factors in update.items()}
-        norm = update_norm(update)
-        more = {"server_measured_bytes": self._server_peak, **self._dropped()}
+        norm, known = update_norm(update), max(self.config.clients.count, len(clients))
+        more = {"known_clients": known, "server_measured_bytes": self._server_peak, **self._dropped()}
         self.report.round_finished(server_round, time.time() - self._round_started, norm, clients, **more)
         loss = sum(share * client["losses"][-1] for share, client in zip(shares, clients, strict=True))
         return None, MetricRecord({"loss": loss, "update-norm": norm, "clients": len(clients)})

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import psutil
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Message, RecordDict
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -22,7 +22,7 @@ from hsplitlora_flwr.client_app import split_client_app
 from hsplitlora_flwr.clients import ClientFailedError
 from hsplitlora_flwr.config import METHODS as NAMES
 from hsplitlora_flwr.config import Config
-from hsplitlora_flwr.control import Description, take_tensors, to_arrays
+from hsplitlora_flwr.control import FORGET, Description, take_tensors, to_arrays
 from hsplitlora_flwr.data.collate import tokenize, training_batches
 from hsplitlora_flwr.data.partition import partition
 from hsplitlora_flwr.data.sources import load_text
@@ -430,6 +430,43 @@ def test_too_few_clients_end_the_run_with_their_reasons(tiny_folder: Path, tmp_p
     with pytest.raises(ClientFailedError, match=r"2 clients are left, .*client 11 failed: .*memory-gb=-1 of the node"):
         run(config, tmp_path, grid)
     assert json.loads((tmp_path / "summary.json").read_text())["status"] == "failed"
+
+
+def test_a_run_that_fails_leaves_nothing_on_its_nodes(tiny_folder: Path, tmp_path: Path) -> None:
+    class Breaking(LocalGrid):
+        """Loses its connection for good after some messages, or answers with errors from then on."""
+
+        after, lost = 10**9, False
+
+        def push_messages(self, messages: Any) -> Any:
+            if self.lost and len(self.sent) >= self.after:
+                raise ConnectionError("the SuperLink is gone")
+            return super().push_messages(messages)
+
+        def answer(self, message: Message) -> Message:
+            if self.after < len(self.sent) and message.metadata.message_type == "train":
+                raise RuntimeError("no more room here")
+            return super().answer(message)
+
+    sent = {}
+    for lost in (False, True):
+        grid = Breaking(split_client_app(), grid_of().node_configs)
+        grid.after, grid.lost = 3 + 3 + 3, lost  # a round: describe, probe, train
+        folder = tmp_path / str(lost)
+        with pytest.raises((RuntimeError, ConnectionError), match=r"no more room here|the SuperLink is gone"):
+            run(settings(tiny_folder, folder), folder, grid)
+        sent[lost] = [message.metadata.message_type for message in grid.sent]
+        assert json.loads((folder / "summary.json").read_text())["status"] == "failed"
+        if not lost:  # what a node cannot be told of goes with a later run
+            assert sent[lost][-3:] == [FORGET] * 3 and not list(Path(grid.disk).rglob("*.*"))
+
+
+def test_a_reason_that_clients_share_is_said_once(tiny_folder: Path, tmp_path: Path) -> None:
+    nodes = {node: config | {"data-path": str(tmp_path / "nowhere")} for node, config in grid_of().node_configs.items()}
+    with pytest.raises(ClientFailedError) as failed:
+        run(settings(tiny_folder, tmp_path), tmp_path, LocalGrid(split_client_app(), nodes))
+    assert str(failed.value).startswith("no client is left: clients 10, 11, 12 failed: ")
+    assert str(failed.value).count("nowhere") == 1
 
 
 def test_nodes_may_have_files_of_their_own(tiny_folder: Path, tmp_path: Path) -> None:

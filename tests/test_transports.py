@@ -154,11 +154,11 @@ def test_a_run_ends_in_the_same_bits_whoever_trains_beside_whom(
     monkeypatch.setattr("hsplitlora_flwr.methods.all_cores", lambda: 4)
     ends = []
     for order in ("one after another", "at once"):
-        grid, answer = grid_of(), LocalGrid.answer
+        grid = grid_of()
 
         def alone(message: Message, grid: LocalGrid = grid) -> Message:
             torch.set_num_threads(1)  # of this thread: a node has its own process, and shares no threads with others
-            return answer(grid, message)
+            return LocalGrid.answer(grid, message)
 
         monkeypatch.setattr(grid, "answer", alone)
         with monkeypatch.context() as patch:

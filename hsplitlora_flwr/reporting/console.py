@@ -25,6 +25,7 @@ from hsplitlora_flwr.reporting.events import (
     Event,
     client_order,
     event_text,
+    lost_clients,
     plan_rows,
     plan_title,
 )
@@ -126,6 +127,8 @@ class RunConsole:
         self.close()
         change = f"{event['perplexity_before']:.2f} → {event['perplexity_after']:.2f}"
         self._line(f"finished  perplexity {change}", "bold green")
+        if lost := lost_clients(event):
+            self._line(f"only {lost}summary.json says why", "bold yellow")
         self._line(f"results in {event['folder']}")
         kinds = {name.partition("/")[0] for name in event["results"]}
         if "adapter" in kinds:

@@ -11,7 +11,8 @@ it afterwards. Every event has a ``kind`` and a ``time`` (unix seconds) beside i
 - ``client_finished``: round, client, seconds, loss_first, loss_last, measured_bytes, predicted_bytes
 - ``client_failed``: round, client, error
 - ``round_finished``: round, seconds, update_norm
-- ``finished``: folder, results (files relative to it), perplexity_before, perplexity_after
+- ``finished``: folder, results (files relative to it), perplexity_before, perplexity_after, and where clients train
+  clients and known_clients: how many took part in the last round, and how many there are
 - ``failed``: error
 """
 
@@ -125,10 +126,16 @@ def event_text(event: Event) -> str | None:
             return f"{round_} finished in {event['seconds']:.1f} s, update norm {event['update_norm']:.4g}"
         case "finished":
             change = f"{event['perplexity_before']:.2f} → {event['perplexity_after']:.2f}"
-            return f"finished: perplexity {change}, results in {event['folder']}"
+            return f"finished: perplexity {change}, {lost_clients(event)}results in {event['folder']}"
         case "failed":
             return f"failed: {event['error']}"
     return None
+
+
+def lost_clients(event: Event) -> str:
+    """How many clients took part in the last round of a finished run; "" if all did."""
+    took_part, known = event.get("clients", 0), event.get("known_clients", 0)
+    return f"{took_part} of {known} clients in the last round, " if took_part < known else ""
 
 
 def plan_title(event: Event) -> str:

@@ -22,7 +22,7 @@ from hsplitlora_flwr.reporting.template import TEMPLATE
 
 PAGE_FILE = "report.html"
 MAX_CLIENTS = 40
-"""Clients with a row of their own; ``summary.json`` has all of them."""
+"""Clients, and failures of clients, with a row of their own; ``summary.json`` has all of them."""
 MAX_MAPS = 8
 """Clients whose ranks are drawn."""
 COLOURS = ("#2f6fb0", "#d1632a", "#3f8f4f", "#9a4fb0", "#b08a1e", "#2a9aa0", "#b03a5b", "#6b6f76")
@@ -69,6 +69,8 @@ def page(summary: Mapping[str, Any]) -> str:
         rounds=[_round_row(row, plans) for row in rounds],
         clients=[_client_row(client, rounds) for client in _clients(plan, rounds)[:MAX_CLIENTS]],
         more_clients=max(0, len(_clients(plan, rounds)) - MAX_CLIENTS),
+        failures=summary.get("failures", [])[-MAX_CLIENTS:],
+        more_failures=max(0, len(summary.get("failures", [])) - MAX_CLIENTS),
         maps=[(f"client {client['client']}", rank_map(client)) for client in drawn[:MAX_MAPS]],
         more_maps=max(0, len(drawn) - MAX_MAPS),
         importance=importance_map(summary.get("importance", {})),

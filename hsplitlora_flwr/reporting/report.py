@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hsplitlora_flwr.reporting.events import EventLog
 from hsplitlora_flwr.reporting.page import PAGE_FILE, write_page
-from hsplitlora_flwr.reporting.summary import Summary
+from hsplitlora_flwr.reporting.summary import Summary, end_as_failed
+
+log = logging.getLogger(__name__)
+
+_LONGEST_CAUSE = 2_000
+"""Characters of an error that a person is shown; the traceback in Flower's log has all of it."""
 
 
 class RunReport:
@@ -64,6 +70,8 @@ class RunReport:
 
     def client_failed(self, server_round: int, client: str, error: str) -> None:
         """A client that could not do its part."""
+        failure = {"round": server_round, "client": client, "error": error}
+        self._summary.content.setdefault("failures", []).append(failure)
         self._events.emit("client_failed", round=server_round, client=client, error=error)
 
     def round_finished(
@@ -104,23 +112,74 @@ class RunReport:
         self._summary.save(status="finished", results=results, **more)
         self._draw()
         content = self._summary.content
+        last = content["rounds"][-1] if content["rounds"] else {}
+        told = (
+            {"clients": len(last["clients"]), "known_clients": last["known_clients"]} if "known_clients" in last else {}
+        )
         self._events.emit(
             "finished",
             folder=str(self._folder),
             results=results,
             perplexity_before=content["perplexity_before"],
             perplexity_after=content["perplexity_after"],
+            **told,
         )
 
     def failed(self, error: BaseException) -> None:
-        """The run ended early, and why."""
-        cause = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        self._summary.save(status="failed", error=cause)
-        self._draw()
-        self._events.emit("failed", error=cause)
+        """The run ended early, and why.
+
+        Nothing is raised, whatever cannot be written: a full disk must not hide what ended the run.
+        """
+        cause = cause_of(error)
+        if not _try(lambda: self._summary.save(status="failed", error=cause)):
+            _try(lambda: end_as_failed(self._folder, cause))
+        _try(self._draw)
+        _try(lambda: self._events.emit("failed", error=cause))
 
     def _draw(self) -> None:
         write_page(self._summary.content, self._folder)
+
+
+def failed_outside(folder: Path, cause: str) -> None:
+    """A run ended without a word of its own: before it could begin, or since its process was killed.
+
+    Parameters
+    ----------
+    folder : Path
+        The run folder. Its event log tells of the end; its summary and page do if they are there and tell of none.
+    cause : str
+        Why it ended.
+    """
+
+    def close() -> None:
+        if content := end_as_failed(folder, cause):
+            write_page(content, folder)
+
+    _try(close)
+    _try(lambda: EventLog(folder).emit("failed", error=cause))
+
+
+def cause_of(error: BaseException) -> str:
+    """An error in a few lines."""
+    kind = type(error).__name__
+    try:
+        text = str(error).strip()
+    except Exception:  # even that may fail, and then its kind has to do
+        text = ""
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+        return f"the run was told to stop ({kind})"
+    if len(text) > _LONGEST_CAUSE:
+        text = f"{text[:_LONGEST_CAUSE]} ..."
+    return f"{kind}: {text}" if text else kind
+
+
+def _try(tell: Callable[[], Any]) -> bool:
+    try:
+        tell()
+    except Exception:
+        log.warning("the end of the run could not be told everywhere", exc_info=True)
+        return False
+    return True
 
 
 def _spread(ranks: Mapping[str, int]) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,59 @@ class Summary:
     def save(self, **changes: Any) -> None:
         """Take over ``changes`` and write the file; a reader sees the old content or the new, never a half."""
         self.content.update(changes, seconds=time.time() - self.content["started"])
-        draft = self._path.with_suffix(".json.part")
-        draft.write_text(json.dumps(self.content, indent=2) + "\n", encoding="utf-8")
-        draft.replace(self._path)
+        _write(self._path, self.content)
+
+
+def end_as_failed(folder: Path, error: str) -> dict[str, Any] | None:
+    """Let the summary of a run that has ended say so, where it still says that the run goes on.
+
+    Parameters
+    ----------
+    folder : Path
+        The run folder.
+    error : str
+        Why the run ended.
+
+    Returns
+    -------
+    dict or None
+        What the summary says now; None if there is none that can be read, or it told the end already.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written; even then it says ``failed`` where the file itself can be changed.
+    """
+    path = folder / SUMMARY_FILE
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if content["status"] != "running":
+            return None
+        content |= {"status": "failed", "error": error, "seconds": time.time() - content["started"]}
+    except (OSError, ValueError, TypeError, LookupError):
+        return None
+    try:
+        _write(path, content)
+    except OSError:
+        _overwrite_status(path)
+        raise
+    return content
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    draft = path.with_suffix(".json.part")
+    draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    draft.replace(path)
+
+
+def _overwrite_status(path: Path) -> None:
+    """Change the status in place, by as many bytes as it has: that needs no room on a full disk."""
+    running, failed = b'"status": "running"', b'"status": "failed" '
+    with path.open("r+b") as file:
+        place = file.read().find(running)
+        if place >= 0:
+            file.seek(place)
+            file.write(failed)
 
 
 def _version(package: str) -> str:

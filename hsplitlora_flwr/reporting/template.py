@@ -106,11 +106,23 @@ no adapter. Left of the line is the client, right of it the server.</p>
 <th>server</th><th>plan</th></tr>
 {% for row in rounds %}
 <tr><td>{{ row.round }}</td><td>{{ row.perplexity | number(3) }}</td><td>{{ row.update_norm | number }}</td>
-<td>{{ row.clients }}</td><td>{{ row.seconds | number(1) }} s</td><td>{{ row.bytes_up | mb }}</td>
+<td>{{ row.clients }}{% if row.clients < row.known_clients | default(0) %} of {{ row.known_clients }}{% endif %}</td>
+<td>{{ row.seconds | number(1) }} s</td><td>{{ row.bytes_up | mb }}</td>
 <td>{{ row.bytes_down | mb }}</td><td>{{ row.server_measured_bytes | gb }}</td>
 <td class="text">{{ row.planned }}</td></tr>
 {% endfor %}
 </table></div>
+{% endif %}
+
+{% if failures %}
+<h3>Clients that failed</h3>
+<div class="wide"><table>
+<tr><th>round</th><th>client</th><th class="text">why</th></tr>
+{% for failure in failures %}
+<tr><td>{{ failure.round }}</td><td>{{ failure.client }}</td><td class="text">{{ failure.error }}</td></tr>
+{% endfor %}
+</table></div>
+{% if more_failures %}<p class="soft">and {{ more_failures }} more, in summary.json</p>{% endif %}
 {% endif %}
 
 <h2>Made with</h2>

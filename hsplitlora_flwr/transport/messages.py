@@ -7,16 +7,20 @@ up. A client that trains over the stream sends a single reply; both kinds may ta
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from hsplitlora_flwr.transport.frames import Frame, decode, encode
+from hsplitlora_flwr.transport.workers import WAKE, DeadWorkers, is_death
 
 _FRAMES = "frames"
 _SOONEST, _LATEST, _PATIENCE = 0.1, 2.0, 0.05
 """Seconds between two looks for replies, and the share of the time since the last one that they may come late by."""
+_CALLS = 20
+"""Times in an exchange that a living worker is looked for."""
 
 
 def add_frames(records: RecordDict, frames: Sequence[Frame]) -> RecordDict:
@@ -51,7 +55,11 @@ def frame_bytes(records: RecordDict) -> int:
 
 
 def converse(
-    grid: Grid, messages: Iterable[Message], answer: Callable[[Message], Message | None], timeout: float
+    grid: Grid,
+    messages: Iterable[Message],
+    answer: Callable[[Message], Message | None],
+    timeout: float,
+    dead: DeadWorkers | None = None,
 ) -> Iterator[tuple[int, Message]]:
     """Send a message to each of several nodes, and answer their replies until every node has sent its last.
 
@@ -69,29 +77,51 @@ def converse(
         The next message to the node of a reply; None if the reply was its last.
     timeout : float
         Seconds after which nodes that have not sent their last reply are given up.
+    dead : DeadWorkers, optional
+        Those that died before; a message that one of them takes is sent again.
 
     Yields
     ------
     tuple[int, Message]
         The node and its last reply, as they come; it may be an error.
     """
-    waiting: dict[str, int] = {}
-    last = time.monotonic()
+    dead = dead or DeadWorkers()
+    waiting: dict[str, Message] = {}
+    taken: deque[tuple[Message, Message]] = deque()  # what dead workers took, and what they said
+    calls, last = 0, time.monotonic()
 
     def push(message: Message) -> None:
         [message_id] = grid.push_messages([message])
         if message_id is not None:
-            waiting[message_id] = message.metadata.dst_node_id
+            waiting[message_id] = message
 
     for message in messages:
         push(message)
     deadline = time.monotonic() + timeout
-    while waiting and time.monotonic() < deadline:
+    while (waiting or taken) and time.monotonic() < deadline:
         for reply in grid.pull_messages(list(waiting)):
-            node, last = waiting.pop(reply.metadata.reply_to_message_id), time.monotonic()
-            following = None if reply.has_error() else answer(reply)
-            if following is None:
-                yield node, reply
-            else:
+            message, last = waiting.pop(reply.metadata.reply_to_message_id), time.monotonic()
+            called = message.metadata.message_type == WAKE
+            if dead.took(reply) and not called:
+                taken.append((message, reply))
+                continue
+            following = None if reply.has_error() or called else answer(reply)
+            if following is not None:
                 push(following)
+            elif not called:
+                yield message.metadata.dst_node_id, reply
+            if taken and not is_death(reply):
+                push(_again(taken.popleft()[0]))
+        if taken and not waiting:
+            if calls == _CALLS:
+                break
+            calls += 1
+            for node in grid.get_node_ids():
+                push(Message(RecordDict(), node, WAKE))
         time.sleep(min(max(_PATIENCE * (time.monotonic() - last), _SOONEST), _LATEST))
+    for message, reply in taken:
+        yield message.metadata.dst_node_id, reply
+
+
+def _again(message: Message) -> Message:
+    return Message(message.content, message.metadata.dst_node_id, message.metadata.message_type)

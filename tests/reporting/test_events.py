@@ -197,6 +197,18 @@ def test_a_plan_with_nobody_in_it_still_reads():
             },
             "finished: perplexity 15.40 → 3.40, results in /runs/1",
         ),
+        (
+            {
+                "kind": "finished",
+                "folder": "/runs/1",
+                "results": [],
+                "perplexity_before": 15.4,
+                "perplexity_after": 3.4,
+                "clients": 1,
+                "known_clients": 3,
+            },
+            "finished: perplexity 15.40 → 3.40, 1 of 3 clients in the last round, results in /runs/1",
+        ),
         ({"kind": "failed", "error": "no memory"}, "failed: no memory"),
         ({"kind": "of a later version"}, None),
     ],

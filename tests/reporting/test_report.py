@@ -1,0 +1,110 @@
+"""What a run says of its end, whatever stands in the way."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hsplitlora_flwr.config import Config
+from hsplitlora_flwr.reporting import EVENTS_FILE, read_events
+from hsplitlora_flwr.reporting.report import RunReport, cause_of, failed_outside
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> RunReport:
+    return RunReport(tmp_path / "run", Config().to_run_config())
+
+
+def summary(tmp_path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((tmp_path / "run" / "summary.json").read_text())
+    return content
+
+
+def last_event(tmp_path: Path) -> dict[str, Any]:
+    return read_events(tmp_path / "run" / EVENTS_FILE)[0][-1]
+
+
+def full_disk(*arguments: Any, **settings: Any) -> Any:
+    raise OSError(28, "No space left on device")
+
+
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+def test_a_failure_is_told_everywhere(report: RunReport, tmp_path: Path) -> None:
+    report.failed(ValueError("no plan"))
+    assert (summary(tmp_path)["status"], summary(tmp_path)["error"]) == ("failed", "ValueError: no plan")
+    assert last_event(tmp_path)["error"] == "ValueError: no plan"
+    assert "ValueError: no plan" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_full_disk_hides_no_failure(report: RunReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    report.failed(ValueError("no plan"))
+    assert summary(tmp_path)["status"] == "failed"
+    assert last_event(tmp_path)["error"] == "ValueError: no plan"
+
+
+def test_a_folder_that_is_gone_hides_no_failure(report: RunReport, tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "run")
+    report.failed(ValueError("no plan"))
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("spoil", [lambda rounds: rounds.append(object()), lambda rounds: rounds.append({(1, 2): 3})])
+def test_what_cannot_be_written_hides_no_failure(
+    report: RunReport, tmp_path: Path, spoil: Callable[[list[Any]], None]
+) -> None:
+    spoil(report._summary.content["rounds"])
+    report.failed(ValueError("no plan"))
+    assert (summary(tmp_path)["status"], summary(tmp_path)["error"]) == ("failed", "ValueError: no plan")
+    assert last_event(tmp_path)["kind"] == "failed"
+
+
+def test_a_cause_is_a_few_lines_whatever_the_error() -> None:
+    assert cause_of(ValueError("no plan")) == "ValueError: no plan"
+    assert cause_of(ValueError()) == "ValueError"
+    assert cause_of(Mute()) == "Mute"
+    assert cause_of(SystemExit(143)) == "the run was told to stop (SystemExit)"
+    assert len(cause_of(ValueError("x" * 10**6))) < 2_100
+
+
+def test_the_summary_of_a_killed_run_is_closed_from_outside(report: RunReport, tmp_path: Path) -> None:
+    report.evaluated(0, 9.0, 10, 1.0)
+    failed_outside(tmp_path / "run", "its process was killed")
+    assert (summary(tmp_path)["status"], summary(tmp_path)["error"]) == ("failed", "its process was killed")
+    assert summary(tmp_path)["perplexity_before"] == 9.0
+    assert last_event(tmp_path)["error"] == "its process was killed"
+    assert "its process was killed" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("text", ['{"status": "finished"}', "{", "[]", '{"status": "running", "started": "then"}'])
+def test_what_is_no_summary_of_a_running_run_stays_as_it_is(tmp_path: Path, text: str) -> None:
+    (tmp_path / "summary.json").write_text(text)
+    failed_outside(tmp_path, "killed")
+    assert (tmp_path / "summary.json").read_text() == text
+    failed_outside(tmp_path / "nowhere" / "at all", "killed")
+
+
+def row(*names: str) -> list[dict[str, Any]]:
+    figures = {"measured_bytes": 1, "tokens_per_second": 1.0, "bytes_up": 1, "bytes_down": 1, "losses": [1.0]}
+    return [{"client": name, **figures} for name in names]
+
+
+def test_a_run_that_lost_clients_says_so_at_the_end(report: RunReport, tmp_path: Path) -> None:
+    report.evaluated(0, 9.0, 10, 1.0)
+    report.client_failed(1, "2", "its worker process died")
+    report.round_finished(1, 1.0, 0.5, row("0", "1"), known_clients=3)
+    report.evaluated(1, 8.0, 10, 1.0)
+    report.finished([])
+    assert summary(tmp_path)["failures"] == [{"round": 1, "client": "2", "error": "its worker process died"}]
+    assert (last_event(tmp_path)["clients"], last_event(tmp_path)["known_clients"]) == (2, 3)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "2 of 3" in page and "its worker process died" in page
