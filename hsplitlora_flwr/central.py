@@ -15,7 +15,8 @@ from flwr.app import MetricRecord
 from flwr.serverapp import Grid
 
 from hsplitlora_flwr.config import Config
-from hsplitlora_flwr.data.collate import tokenize, training_batches
+from hsplitlora_flwr.data.collate import training_batches
+from hsplitlora_flwr.data.fit import Cut, fit_text
 from hsplitlora_flwr.data.sources import Example
 from hsplitlora_flwr.lora.export import save_merged_model
 from hsplitlora_flwr.lora.layers import AdapterSpec, extract, inject
@@ -53,11 +54,12 @@ class CentralTraining(HSplitLoRA):
     def prepare(self, grid: Grid) -> None:
         """Load the model and make what trains."""
         config, train = self.config, self.config.train
+        self._read_held_out()
+        rows = fit_text(self._examples, config)
+        self._report_text(Cut.of(rows))
         self.report.status(f"loading {config.model.path}")
         model = config.model
         self.base = SharedBase(model.path, model.dtype, pick_devices(model.device), model.quantise)
-        self._read_held_out()
-        rows = tokenize(self._examples, load_tokenizer(config.model.path), config.data.max_length)
         done = self._resumed.server_round * train.steps if self._resumed else 0
         self._batches = training_batches(rows, train.batch_size, config.run.seed, done)
         self._model = self.base.whole()

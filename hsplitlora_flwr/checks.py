@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hsplitlora_flwr.config import Config, ConfigError
+from hsplitlora_flwr.data.fit import check_positions, fit_text
 from hsplitlora_flwr.data.sources import DataError, TextData
 from hsplitlora_flwr.methods import METHODS, cost_model
 from hsplitlora_flwr.models.loading import check_model
@@ -12,15 +13,17 @@ from hsplitlora_flwr.reporting.metrics import check_installed
 
 
 def check_text(config: Config, text: TextData) -> None:
-    """See that the text fits what is to be measured on it.
+    """See that the text fits the model, and what is to be measured on it.
 
     Raises
     ------
     DataError
-        If texts are to be generated and there is nothing to start them from.
+        As of :func:`hsplitlora_flwr.data.fit.fit_text`, or if texts are to be generated and there is nothing to start
+        them from.
     ModuleNotFoundError
         If the packages that score them are not installed.
     """
+    fit_text([*text.train, *text.held_out], config)
     if not config.evaluation.generate:
         return
     check_installed()
@@ -44,6 +47,7 @@ def check_model_settings(config: Config) -> None:
     """
     check_quantiser(config.model.quantise)
     check_model(config.model.path, config.split.min, config.split.max)
+    check_positions(config)
     cost, method = cost_model(config, rows=1, length=2), METHODS[config.method.name]
     if config.lora.init == "update" and (method.carries or method.central):
         raise ConfigError(

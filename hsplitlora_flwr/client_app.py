@@ -32,11 +32,11 @@ from hsplitlora_flwr.control import (
     take_patch,
     take_start,
 )
-from hsplitlora_flwr.data.collate import tokenize
+from hsplitlora_flwr.data.fit import Cut, fit_text
 from hsplitlora_flwr.data.partition import cached_partition
 from hsplitlora_flwr.data.sources import Example, load_text, read_rows
 from hsplitlora_flwr.lora.delta import DeltaError
-from hsplitlora_flwr.models.loading import load_tokenizer, read_config
+from hsplitlora_flwr.models.loading import read_config
 from hsplitlora_flwr.models.quantisation import check_quantiser
 from hsplitlora_flwr.node import NodeStore
 from hsplitlora_flwr.participant import OwnText, Participant
@@ -144,14 +144,14 @@ class _Client:
 
         Raises
         ------
-        ConfigError
-            If there are none to train on.
+        ConfigError, DataError, ModelFilesError
+            If there are none to train on, or they do not fit this node's model.
         """
         examples, apart = self.load_data(context, config), config.evaluation.client_rows
         if len(examples) <= apart:
             kept = f", and evaluation.client_rows={apart} keeps them out of training" if apart else ""
             raise ConfigError(f"client {_name_of(context)} has {len(examples) or 'no'} training examples{kept}")
-        rows = tokenize(examples, load_tokenizer(config.model.path), config.data.max_length)
+        rows = fit_text(examples, config)
         held_out = set(random.Random(_data_seed(config, _name_of(context))).sample(range(len(rows)), apart))
         return OwnText(
             train=[row for index, row in enumerate(rows) if index not in held_out],
@@ -166,6 +166,7 @@ class _Client:
             flops = flops or store.number("flops") or store.steady("flops", measured_flops(config))
             up, down = up or store.number("up"), down or store.number("down")
         version, held = store.held()
+        cut = Cut.of(text.train)
         return Description(
             name=_name_of(context),
             examples=len(text.train),
@@ -177,6 +178,9 @@ class _Client:
             flops=flops,
             up=up,
             down=down,
+            tokens=cut.tokens,
+            cut_rows=cut.cut_rows,
+            cut_tokens=cut.cut_tokens,
         )
 
     def take_part(self, message: Message, context: Context) -> Message:

@@ -18,6 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from hsplitlora_flwr.config import Config
+from hsplitlora_flwr.data.fit import Cut
 from hsplitlora_flwr.lora.aggregation import Factors
 from hsplitlora_flwr.lora.delta import Patch
 from hsplitlora_flwr.lora.layers import AdapterSpec
@@ -97,6 +98,10 @@ class Description:
         Its number of training examples.
     memory_bytes : int
         Its memory budget.
+    tokens : int
+        Of its training examples, before any was cut to ``data.max_length``.
+    cut_rows, cut_tokens : int
+        How many examples were cut, and how many tokens that cost.
     flops, up, down : float
         Its speed in operations/s, and its link to and from the server in bytes/s; 0 where it states none.
     process_bytes : int
@@ -119,6 +124,9 @@ class Description:
     flops: float = 0.0
     up: float = 0.0
     down: float = 0.0
+    tokens: int = 0
+    cut_rows: int = 0
+    cut_tokens: int = 0
 
     @staticmethod
     def is_all_of(records: RecordDict) -> bool:
@@ -129,6 +137,11 @@ class Description:
     def budget(self) -> Budget:
         """What a plan may use."""
         return Budget(self.memory_bytes, self.process_bytes, self.flops or None, self.up or None, self.down or None)
+
+    @property
+    def cut(self) -> Cut:
+        """What of its training text was cut."""
+        return Cut(self.examples, self.tokens, self.cut_rows, self.cut_tokens)
 
     def to_records(self) -> RecordDict:
         """As the content of a reply."""
@@ -152,7 +165,10 @@ class Description:
                         f"must be {allowed}"
                     )
             held = {str(name): str(state) for name, state in dict(json.loads(values["held"])).items()}
-            return cls(**values | {"held": held})
+            made = cls(**values | {"held": held})
+            if not (made.cut_rows <= made.examples and made.cut_rows <= made.cut_tokens <= made.tokens):
+                raise ReplyError(f"its description of itself cannot be used: {made.cut} cannot be cut")
+            return made
 
 
 @dataclass(frozen=True)
@@ -200,6 +216,9 @@ _CLAIMS: Mapping[str, _Number | _Text] = {
     "flops": _Number(float, 1e6, 1e18, or_zero=True),
     "up": _Number(float, 1, 1e15, or_zero=True),
     "down": _Number(float, 1, 1e15, or_zero=True),
+    "tokens": _Number(int, 0, 1e15),
+    "cut_rows": _Number(int, 0, 1e12),
+    "cut_tokens": _Number(int, 0, 1e15),
 }
 """What a client may say of itself. Speeds beyond these bounds are of no machine, and would only upset a plan."""
 

@@ -34,7 +34,8 @@ from hsplitlora_flwr.budget import free_bytes
 from hsplitlora_flwr.clients import Clients
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.control import EVALUATE, PROBE, TRAIN, Outcome
-from hsplitlora_flwr.data.collate import evaluation_batches, tokenize
+from hsplitlora_flwr.data.collate import evaluation_batches
+from hsplitlora_flwr.data.fit import Cut, fit_text
 from hsplitlora_flwr.data.sources import Example
 from hsplitlora_flwr.dispatch import Dispatch
 from hsplitlora_flwr.lora.aggregation import Factors, aggregate, directions
@@ -171,11 +172,13 @@ class HSplitLoRA(Strategy):
     def prepare(self, grid: Grid) -> None:
         """Wait for the clients, see that a plan is possible, and only then load the base."""
         check_quantiser(self.config.model.quantise)  # and load the library, which is part of the process
+        self._read_held_out()
         self._process_bytes = process_bytes(read_config(self.config.model.path))
         self.clients.wait(grid)
         self.describe(grid)
         make_round_plan(self.config, self.clients.budgets, None, {}, self._cost)
         self._open()
+        self._report_text(Cut.total(client.cut for client in self.clients.descriptions.values()))
 
     def train_round(self, grid: Grid, server_round: int) -> MetricRecord:
         """One round: describe, score, plan, train, aggregate."""
@@ -388,11 +391,9 @@ class HSplitLoRA(Strategy):
         self.dispatch = Dispatch(self.config, self.clients, self.shard, self.delta, self._cost.all_layers, self.report)
         if self._resumed:
             self.dispatch.adapter = dict(self._resumed.start)
-        self._read_held_out()
 
     def _read_held_out(self) -> None:
-        tokenizer = load_tokenizer(self.config.model.path)
-        self._held_out_tokens = tokenize(self._held_out, tokenizer, self.config.data.max_length)
+        self._held_out_tokens = fit_text(self._held_out, self.config)
 
     def _close(self) -> None:
         if hasattr(self, "shard"):
@@ -450,6 +451,10 @@ class HSplitLoRA(Strategy):
             flaws[node] = f"its update is {ratio:.3g} times the median, and clients.max_update={limit.multiple:g}"
             del outcomes[node]
         self.clients.refuse(flaws, len(outcomes), server_round)
+
+    def _report_text(self, training: Cut) -> None:
+        """Say what of the text does not fit, while the run can still be stopped."""
+        self.report.text(self.config.data.max_length, training, Cut.of(self._held_out_tokens))
 
     def _report_plan(self, server_round: int, reason: str, plan: Plan) -> None:
         figures = {"objective": plan.objective, "server_predicted_bytes": plan.server_bytes}

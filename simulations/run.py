@@ -297,7 +297,7 @@ def prepare(config: Config, console: Listener) -> None:
     from hsplitlora_flwr.resume import check_resume
 
     check_resume(config, Path(config.run.dir))
-    check_text(config, load_text(config.data, config.run.seed))
+    text = load_text(config.data, config.run.seed)
     if is_demo_model(config.model.path):
         _say(console, f"fetching the model {config.model.path}, unless it is here already")
         try:
@@ -305,6 +305,7 @@ def prepare(config: Config, console: Listener) -> None:
         except DemoModelError as error:
             raise ConfigError(str(error)) from error
     check_model_settings(config)
+    check_text(config, text)
 
 
 def _run(composed: DictConfig) -> int:

@@ -43,6 +43,16 @@ def test_each_mistake_has_an_error_of_its_own(config: Config, tmp_path: Path) ->
         check_model_settings(change(config, model__path=str(tmp_path / "nothing")))
 
 
+def test_text_must_fit_the_model(tiny_folder: Path, tmp_path: Path) -> None:
+    config = Config.from_run_config({"model.path": str(tiny_folder)})
+    check_text(config, TextData((Example("a", "b"),), (Example("a", "c"),)))
+    with pytest.raises(DataError, match=r"example 1 .* no token that can be predicted"):
+        check_text(config, TextData((Example("a", "b"), Example("", "")), ()))
+    tiny_model("gpt2", dtype=torch.float32).save_pretrained(tmp_path / "gpt2")  # of 64 positions
+    with pytest.raises(ConfigError, match=r"data\.max_length=65 is above the 64 positions"):
+        check_model_settings(change(config, model__path=str(tmp_path / "gpt2"), data__max_length=65))
+
+
 @pytest.mark.parametrize("method", ["fedit", "cenlora"])
 def test_adapters_that_are_carried_on_start_nowhere(method: str, config: Config) -> None:
     check_model_settings(change(config, lora__init="update"))
@@ -91,8 +101,8 @@ def test_query_and_value_are_found_by_their_names_or_asked_for(tmp_path: Path) -
     assert {layer.name.rpartition(".")[2] for layer in named.layers} == {"down_proj"}
 
 
-def test_texts_to_generate_need_prompts(config: Config) -> None:
-    config = change(config, evaluation__generate=True)
+def test_texts_to_generate_need_prompts(tiny_folder: Path) -> None:
+    config = Config.from_run_config({"model.path": str(tiny_folder), "evaluation.generate": True})
     text = TextData((Example("a", "b", ""),), (Example("a", "b", ""), Example("", "b", "")))
     pytest.importorskip("sacrebleu")
     pytest.importorskip("pycocoevalcap")

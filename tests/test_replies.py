@@ -35,7 +35,7 @@ CONFIG = Config.from_run_config({"train.steps": 2, "train.lr": 0.01, "evaluation
 # 0.v has no adapter, 1.q is the server's
 TASK = Task(CONFIG, TRAIN, "1", 1, 1, {"0.q": AdapterSpec(2, 4.0), "1.q": AdapterSpec(3, 6.0)}, 0, 2)
 PROBING, MEASURING = replace(TASK, kind=PROBE, specs={}), replace(TASK, kind=EVALUATE, specs={}, steps=0)
-ME = Description("1", 40, 10, 7, 77)
+ME = Description("1", 40, 10, 7, 77, tokens=100, cut_rows=1, cut_tokens=5)
 FIGURES = dict.fromkeys(TRAINING, 1.0)
 GOOD = Outcome({"0.q": (torch.full((4, 2), 0.01), torch.full((2, 8), 0.3))}, {}, [2.0, 1.5], FIGURES, ME)
 SCORED = Outcome({}, {"0.q": 0.5, "0.v": 0.0}, [2.0, 1.5], FIGURES, ME)
@@ -212,6 +212,11 @@ def test_a_record_that_is_none(name: str, content: Any) -> None:
         {"name": " mary"},
         {"name": 7},
         {"x": 1},
+        {"tokens": 10**18},
+        {"cut_rows": -1},
+        {"cut_rows": 41},
+        {"cut_rows": 3, "cut_tokens": 2},
+        {"cut_tokens": 101},
     ],
 )
 def test_flawed_description(flaw: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from hsplitlora_flwr.methods import METHODS
 from hsplitlora_flwr.models import find_family, load_causal_lm
 from hsplitlora_flwr.models.quantisation import QuantisedLinear
 from hsplitlora_flwr.models.split import WholeModel, whole_model
+from hsplitlora_flwr.reporting import EVENTS_FILE, read_events
 from hsplitlora_flwr.strategy import HSplitLoRA
 from hsplitlora_flwr.training import memory
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
@@ -499,3 +501,39 @@ def test_a_node_that_states_nothing_is_measured(tiny_folder: Path, tmp_path: Pat
     assert 1e8 < description.flops < 1e15
     assert all(1e5 < speed < 1e12 for speed in (description.up, description.down))
     assert Description.from_records(grid.described[11]).flops == 0
+
+
+@pytest.mark.parametrize("method", ["hsplitlora", "cenlora"])
+def test_what_is_cut_is_said_before_training_and_stays_in_the_summary(
+    method: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    changes = {"method.name": method, "data.max_length": 24, "train.rounds": 1, "train.steps": 1}
+    config = settings(tiny_folder, tmp_path, **changes)
+    summary, text = run(config, tmp_path), load_text(config.data, config.run.seed)
+    for name, examples in (("training", text.train), ("held_out", text.held_out)):
+        lengths = [len((example.prompt + example.completion).encode()) + 1 for example in examples]  # and EOS
+        lost = [length - 24 for length in lengths if length > 24]
+        found = {"rows": len(lengths), "tokens": sum(lengths), "cut_rows": len(lost), "cut_tokens": sum(lost)}
+        assert summary["text"][name] == found | {"cut_share": sum(lost) / sum(lengths)}
+    events, _ = read_events(tmp_path / EVENTS_FILE, 0)
+    told = [event.get("text", event["kind"]).partition(":")[0] for event in events]
+    training, held_out = (f"{name} text is cut to data.max_length=24" for name in ("training", "held-out"))
+    assert max(told.index(training), told.index(held_out)) < told.index("step")
+    if method == "hsplitlora":
+        rows = summary["plans"][0]["clients"]
+        assert sum(row["cut_rows"] for row in rows) == summary["text"]["training"]["cut_rows"]
+        assert all(0 < row["cut_share"] < 1 for row in rows)
+
+
+def test_a_node_whose_model_lacks_a_token_says_so(tiny_folder: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(shutil.copytree(tiny_folder, tmp_path / "model"))
+    tokenizer.add_tokens(["<|user|>"], special_tokens=True)
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "own.txt").write_text("<|user|> hello\n" * 3)
+    grid = grid_of({0: 20.0})
+    grid.node_configs[10]["data-path"] = str(tmp_path / "own.txt")
+    config = settings(tmp_path / "model", tmp_path, **{"clients.count": 1})
+    with pytest.raises(
+        ClientFailedError, match=r"token \d+ \('<\|user\|>'\) of example 0 is beyond the \d+ embeddings"
+    ):
+        run(config, tmp_path, grid)

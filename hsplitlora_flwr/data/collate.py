@@ -6,6 +6,11 @@
 
 The model predicts position t + 1 at position t, so the label at position 0 is never predicted. Padding is told by the
 mask and never by its id, because many models pad with EOS.
+
+Prompt and completion are tokenized as the one text that they are: tokenizers in the manner of SentencePiece put a space
+before every text, and a completion on its own would have one that the data do not have. Where a token holds the end of
+the prompt and the start of the completion, it counts to the completion, all of which is learnt. A text is written after
+the tokens that its prompt has alone, so prompts had better end where tokens end, as at a line break.
 """
 
 from __future__ import annotations
@@ -20,8 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hsplitlora_flwr.data.sources import Example
+from hsplitlora_flwr.data.sources import DataError, Example
 
+_AT_ONCE = 1024  # examples: where the tokens of a text lie takes many times their memory
 IGNORED = -100
 """The label of a position without loss, as torch's cross entropy and transformers have it."""
 
@@ -36,10 +42,13 @@ class Tokens:
         Token ids.
     masked : int
         How many of the first tokens carry no loss.
+    cut : int
+        How many tokens of the example are not among them, for lack of room.
     """
 
     ids: array[int]
     masked: int
+    cut: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -78,7 +87,8 @@ def tokenize(examples: Sequence[Example], tokenizer: Any, max_length: int) -> li
     """Token ids of prompt, completion and EOS, with loss on the completion and EOS only.
 
     The special tokens that the tokenizer puts at the start of a text stand before the prompt; an EOS that some put
-    at its end does not. With an empty prompt everything is label.
+    at its end does not. What a text brings itself, as after a chat template, is not put there twice: special tokens at
+    its start, and EOS at its end, where white space may follow. With an empty prompt everything is label.
 
     An example longer than ``max_length`` is cut at its end, and loses EOS. Where that would leave no token of the
     completion, the prompt is cut on its left instead, behind the special tokens, because its end is what the
@@ -87,17 +97,23 @@ def tokenize(examples: Sequence[Example], tokenizer: Any, max_length: int) -> li
 
     Raises
     ------
-    ValueError
+    DataError
         If the tokenizer has no EOS, or an example has no token that can be predicted.
     """
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no end-of-sequence token; set tokenizer.eos_token")
-    start = _start_tokens(tokenizer)
-    prompts = _ids(tokenizer, [example.prompt for example in examples])
-    completions = _ids(tokenizer, [example.completion for example in examples])
-    rows = []
-    for index, (example, prompt, completion) in enumerate(zip(examples, prompts, completions, strict=True)):
-        completion = [*completion, tokenizer.eos_token_id]
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise DataError(
+            f"the tokenizer of {tokenizer.name_or_path or 'the model'} has no end-of-sequence token, by which a model "
+            'learns where a text ends; name one as "eos_token" in its tokenizer_config.json'
+        )
+    start, rows = _start_tokens(tokenizer), list[Tokens]()
+    for example, ids, border in _whole_texts(tokenizer, examples):
+        if ids[: len(start)] == start:
+            ids, border = ids[len(start) :], max(border - len(start), 0)
+        prompt, completion = ids[:border], ids[border:]
+        if not (eos in completion and example.completion.rstrip().endswith(tokenizer.eos_token)):
+            completion = [*completion, eos]
+        whole = len(start) + len(prompt) + len(completion)
         if len(start) + len(prompt) >= max_length and prompt:
             completion = completion[: max_length // 2]
             room = max_length - len(completion)
@@ -105,11 +121,11 @@ def tokenize(examples: Sequence[Example], tokenizer: Any, max_length: int) -> li
             prompt = head + prompt[len(prompt) - (room - len(head)) :]
         else:
             prompt = start + prompt
-        ids = (*prompt, *completion)[:max_length]
+        kept = (*prompt, *completion)[:max_length]
         masked = len(prompt) if example.prompt else 0
-        if max(masked, 1) >= len(ids):
-            raise ValueError(f"example {index} ({example.completion[:40]!r}) has no token that can be predicted")
-        rows.append(Tokens(array("i", ids), masked))
+        if max(masked, 1) >= len(kept):
+            raise DataError(f"example {len(rows)} ({example.completion[:40]!r}) has no token that can be predicted")
+        rows.append(Tokens(array("i", kept), masked, whole - len(kept)))
     return rows
 
 
@@ -169,9 +185,30 @@ def evaluation_batches(rows: Sequence[Tokens], batch_size: int, pad_id: int = 0)
     return (collate(ordered[at : at + batch_size], pad_id) for at in range(0, len(ordered), batch_size))
 
 
+def _whole_texts(tokenizer: Any, examples: Sequence[Example]) -> Iterator[tuple[Example, list[int], int]]:
+    """Every example with the token ids of its whole text, and with how many of the first belong to the prompt."""
+    for at in range(0, len(examples), _AT_ONCE):
+        part = examples[at : at + _AT_ONCE]
+        texts = [example.prompt + example.completion for example in part]
+        if getattr(tokenizer, "is_fast", False):
+            found = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            # By where tokens end: a token of spaces may have lost its start, since offsets can leave spaces out.
+            borders = [
+                next((i for i, (_, end) in enumerate(offsets) if end > len(example.prompt)), len(offsets))
+                for example, offsets in zip(part, found["offset_mapping"], strict=True)
+            ]
+            yield from zip(part, map(list, found["input_ids"]), borders, strict=True)
+        else:
+            prompts = _ids(tokenizer, [example.prompt for example in part])
+            for example, ids, prompt in zip(part, _ids(tokenizer, texts), prompts, strict=True):
+                # What the completion does not change is the prompt's.
+                same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ids, prompt, strict=False))
+                yield example, ids, sum(1 for _ in same)
+
+
 def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """Token ids of every text, without special tokens."""
-    return [list(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
+    return [list(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 
 def _start_tokens(tokenizer: Any) -> list[int]:

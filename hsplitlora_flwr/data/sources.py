@@ -143,6 +143,14 @@ _SOURCES: dict[str, Callable[[DataConfig, int], tuple[list[Example], list[Exampl
 }
 
 
+_TEXT_FIELDS = {
+    *("prompt", "completion", "text"),
+    *("messages", "conversations", "conversation", "chosen", "rejected"),
+    *("instruction", "input", "output", "system", "context", "query", "question", "answer", "response"),
+}
+"""Fields that hold text in the data sets that are about."""
+
+
 def _draw(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
     """``count`` examples, at least one fewer than there are, so that every group gives its share to within one row.
 
@@ -210,9 +218,7 @@ def _read_rows(path: Path, group_field: str, grouped_by: str) -> list[Example]:
             raise DataError(
                 f"{where}: not JSON ({error.msg} at column {error.colno}); write one object a line"
             ) from None
-        if not isinstance(row, dict) or not ("completion" in row or "text" in row):
-            raise DataError(f'{where}: a row must be {{"prompt": ..., "completion": ...}} or {{"text": ...}}')
-        has_prompt = "completion" in row
+        has_prompt = _has_prompt(where, row, group_field)
         prompt = _field(where, row, "prompt") if has_prompt else ""
         completion = _field(where, row, "completion" if has_prompt else "text")
         if not completion.strip():
@@ -221,6 +227,22 @@ def _read_rows(path: Path, group_field: str, grouped_by: str) -> list[Example]:
             )
         examples.append(Example(prompt, completion, _group(where, row, group_field, grouped_by)))
     return examples
+
+
+def _has_prompt(where: str, row: Any, group_field: str) -> bool:
+    """Whether a row is a prompt with its completion, rather than one text; other shapes are refused.
+
+    What a row says besides, such as an id or its group, is passed over; but not what others train on, as half of a
+    text would go unnoticed.
+    """
+    accepted = 'a row must be {"prompt": ..., "completion": ...} or {"text": ...}'
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: {accepted}")
+    found = sorted(_TEXT_FIELDS & row.keys() - {group_field})
+    if found not in (["completion", "prompt"], ["text"]):
+        named = ", ".join(f"'{name}'" for name in found or list(row)[:5]) or "nothing"
+        raise DataError(f"{where}: {accepted}, and this one has {named}; write its text into those fields alone")
+    return "prompt" in row
 
 
 def _field(where: str, row: dict[str, Any], name: str) -> str:

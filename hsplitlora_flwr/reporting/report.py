@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hsplitlora_flwr.data.fit import Cut
 from hsplitlora_flwr.reporting.events import EventLog
 from hsplitlora_flwr.reporting.page import PAGE_FILE, write_page
 from hsplitlora_flwr.reporting.summary import Summary, end_as_failed
@@ -42,6 +43,15 @@ class RunReport:
         """The run goes on from a round of another, whose summary up to there becomes part of this one's."""
         self._summary.resume(run_folder, server_round)
         self._events.emit("status", text=f"going on after round {server_round} of {run_folder}")
+
+    def text(self, max_length: int, training: Cut, held_out: Cut) -> None:
+        """What of the text is cut to ``max_length`` tokens."""
+        parts = {"training": training, "held_out": held_out}
+        self._summary.save(text={name: {**vars(part), "cut_share": part.share} for name, part in parts.items()})
+        for name, part in parts.items():
+            if part.cut_rows:
+                text = f"{name.replace('_', '-')} text is cut to data.max_length={max_length}: {part}"
+                self._events.emit("status", text=text)
 
     def importance(self, server_round: int, importance: Mapping[str, float], drift: float) -> None:
         """The importance of every weight, and how far it moved since the plan was made."""

@@ -10,13 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.decoders import Metaspace as MetaspaceDecoder
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel as ByteLevelSplit
+from tokenizers.pre_tokenizers import Metaspace, WhitespaceSplit
+from tokenizers.processors import ByteLevel as ByteLevelProcessor
 from tokenizers.processors import TemplateProcessing
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from hsplitlora_flwr.data.collate import (
     Batch,
@@ -95,8 +99,9 @@ def test_without_a_prompt_everything_is_label() -> None:
     ],
 )
 def test_long_examples_keep_something_to_learn(prompt: int, completion: int, ids: list[int], labels: int) -> None:
-    example = Example(words(10, prompt), words(30, completion), "")
-    [row] = tokenize([example], word_tokenizer("<s> $A"), 8)
+    text = Example(words(10, prompt) + "\n", words(30, completion), "")
+    [row] = tokenize([text], word_tokenizer("<s> $A"), 8)
+    assert row.cut == 1 + prompt + completion + 1 - len(row)
     assert list(row.input_ids) == ids
     assert list(row.labels) == [-100] * (8 - labels) + ids[8 - labels :]
 
@@ -106,12 +111,139 @@ def test_long_examples_keep_something_to_learn(prompt: int, completion: int, ids
 def test_every_example_keeps_a_label_within_max_length(
     prompt: int, completion: int, max_length: int, template: str
 ) -> None:
-    [row] = tokenize([Example(words(10, prompt), words(30, completion), "")], word_tokenizer(template), max_length)
+    text = Example(words(10, prompt) + "\n" if prompt else "", words(30, completion), "")
+    [row] = tokenize([text], word_tokenizer(template), max_length)
     assert len(row.input_ids) == len(row.labels) <= max_length
     assert any(label >= 30 for label in row.labels)
     assert collate([row]).label_tokens > 0
     assert all(label in (-100, token) for label, token in zip(row.labels, row.input_ids, strict=True))
     assert not prompt or all(label == -100 or label >= 30 or label == EOS for label in row.labels)
+
+
+CHARACTERS = " \nabcdxyz"
+MERGES = [("b", "c"), ("Ġ", "a"), ("c", "d"), ("Ġ", "Ġ"), ("Ċ", "x"), ("bc", "d")]
+
+
+def byte_tokenizer(*, trim_offsets: bool) -> Any:
+    """Byte-level BPE in the manner of GPT-2; merges join letters, spaces and line breaks with what follows."""
+    symbols = [{" ": "Ġ", "\n": "Ċ"}.get(character, character) for character in CHARACTERS]
+    tokens = ["<s>", "</s>", *symbols, *("".join(pair) for pair in MERGES)]
+    core = Tokenizer(BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=MERGES))
+    core.pre_tokenizer = ByteLevelSplit(add_prefix_space=False, use_regex=False)
+    core.post_processor = ByteLevelProcessor(trim_offsets=trim_offsets)
+    core.decoder = ByteLevelDecoder()
+    fast: Any = PreTrainedTokenizerFast
+    return fast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+
+
+def metaspace_tokenizer(scheme: Any) -> Any:
+    """In the manner of SentencePiece: a space before the first word, before every piece, or nowhere."""
+    tokens = ["<unk>", "<s>", "</s>", "▁", *CHARACTERS[1:], "▁a", "bc"]
+    merges = [("▁", "a"), ("b", "c")]
+    core = Tokenizer(BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges, unk_token="<unk>"))
+    core.pre_tokenizer = Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
+    core.decoder = MetaspaceDecoder(replacement="▁", prepend_scheme=scheme, split=False)
+    fast: Any = PreTrainedTokenizerFast
+    return fast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+class SlowTokenizer(PreTrainedTokenizer):
+    """In Python, without offsets: the longest known piece first."""
+
+    pieces = ("<unk>", "<s>", "</s>", *CHARACTERS, "bc", "bcd", " a", "  ")
+
+    def __init__(self) -> None:
+        super().__init__(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.pieces)
+
+    def get_vocab(self) -> dict[str, int]:
+        return {piece: index for index, piece in enumerate(self.pieces)}
+
+    def _tokenize(self, text: str, **options: Any) -> list[str]:
+        found = []
+        while text:
+            found.append(next(text[:length] for length in (3, 2, 1) if text[:length] in self.pieces))
+            text = text[len(found[-1]) :]
+        return found
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self.pieces.index(token)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return self.pieces[index]
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return "".join(tokens)
+
+
+TOKENIZERS = {
+    "byte-level": byte_tokenizer(trim_offsets=False),
+    "byte-level, offsets without spaces": byte_tokenizer(trim_offsets=True),
+    **{f"metaspace {scheme}": metaspace_tokenizer(scheme) for scheme in ("first", "never", "always")},
+    "slow": SlowTokenizer(),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(max_examples=60, deadline=None)
+@given(prompt=st.text(CHARACTERS, max_size=6), completion=st.text(CHARACTERS, min_size=1, max_size=6))
+@example(prompt="ab", completion="cd")
+@example(prompt="a  ", completion="ab")
+@example(prompt="a ", completion=" b")
+def test_ids_are_those_of_the_whole_text_and_loss_is_on_all_of_the_completion(
+    name: str, prompt: str, completion: str
+) -> None:
+    tokenizer = TOKENIZERS[name]
+    [row] = tokenize([Example(prompt, completion, "")], tokenizer, 64)
+    whole = tokenizer(prompt + completion, add_special_tokens=False)["input_ids"]
+    assert row.input_ids == [*whole, tokenizer.eos_token_id] and row.cut == 0
+
+    def written(ids: list[int]) -> str:
+        return "".join(tokenizer.convert_ids_to_tokens(ids)).translate(str.maketrans("ĠĊ▁", " \n "))
+
+    # What is read is a start of the prompt, and it goes on for as long as no token holds some of the completion.
+    read, learnt = written(row.input_ids[: row.masked]), written(row.input_ids[row.masked : -1])
+    added = len(read + learnt) - len(prompt + completion)  # the tokenizer's own first space
+    assert added in (0, 1)
+    assert len(read) <= len(prompt) + added and learnt.endswith(completion)
+    if prompt:
+        first = tokenizer.convert_ids_to_tokens(row.input_ids[row.masked])
+        assert len(learnt) - len(completion) < len(first) or row.masked == len(row) - 1
+
+
+@pytest.mark.parametrize("name", ["byte-level", "byte-level, offsets without spaces", "metaspace never", "slow"])
+def test_a_token_over_the_border_is_learnt(name: str) -> None:
+    tokenizer = TOKENIZERS[name]
+    [row] = tokenize([Example("ab", "cx", "")], tokenizer, 64)
+    assert tokenizer.convert_ids_to_tokens(row.input_ids) == ["a", "bc", "x", "</s>"]
+    assert row.masked == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [
+        ("<s>w10 \n", "w12 w13</s>"),
+        ("<s> w10\n", "w12 w13 </s>\n"),
+        ("", "<s>w10 w12 w13</s>"),
+        ("w10\n", "w12 w13"),
+    ],
+)
+@pytest.mark.parametrize("template", ["<s> $A", "<s> $A </s>"])
+def test_special_tokens_that_a_text_brings_are_not_put_there_twice(prompt: str, completion: str, template: str) -> None:
+    [row] = tokenize([Example(prompt, completion, "")], word_tokenizer(template), 16)
+    assert row.input_ids == [BOS, 10, 12, 13, EOS]
+    assert row.masked == (2 if prompt else 0)
+
+
+def test_an_end_that_goes_on_is_not_the_end() -> None:
+    [row] = tokenize([Example("w10</s>\n", "w12</s>w13", "")], word_tokenizer("<s> $A"), 16)
+    assert row.input_ids == [BOS, 10, EOS, 12, EOS, 13, EOS]
+    # a prompt that ends with EOS, for a text to be written after it
+    [row] = tokenize([Example("w10</s>", "", "")], word_tokenizer("<s> $A"), 16)
+    assert row.input_ids == [BOS, 10, EOS, EOS]
 
 
 def test_a_tokenizer_without_eos_or_a_text_without_tokens_is_an_error() -> None:

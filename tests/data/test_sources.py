@@ -168,7 +168,15 @@ def test_text_file_is_one_text_a_line(tmp_path: Path) -> None:
         ('{"text": "a"', "not JSON"),
         ("[1]", "a row must be"),
         ('{"prompt": "a"}', "a row must be"),
-        ('{"completion": "a"}', "'prompt' must be a string, not null"),
+        ('{"completion": "a"}', "a row must be"),
+        ('{"prompt": null, "completion": "a"}', "'prompt' must be a string, not null"),
+        ('{"prompt": "a", "text": "b"}', "a row must be .* has 'prompt', 'text'; write its text into those fields"),
+        ('{"prompt": "a", "completion": "b", "text": "ab"}', "a row must be .* has 'completion', 'prompt', 'text'"),
+        ('{"prompt": "a", "completion": "b", "context": "c"}', "a row must be"),
+        ('{"instruction": "a", "output": "b"}', "a row must be .* has 'instruction', 'output'"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "a row must be .* has 'messages'"),
+        ('{"body": "a"}', "a row must be .* has 'body'"),
+        ("{}", "a row must be .* has nothing"),
         ('{"text": 5}', "'text' must be a string, not 5"),
         ('{"text": " "}', "'text' is empty"),
         ('{"prompt": "a", "completion": ""}', "'completion' is empty"),
@@ -179,7 +187,7 @@ def test_text_file_is_one_text_a_line(tmp_path: Path) -> None:
 def test_malformed_jsonl_names_file_and_line(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "good"}\n\n' + line + "\n", encoding="utf-8")
-    with pytest.raises(DataError, match=re.escape(f"{path}:3: {message}")):
+    with pytest.raises(DataError, match=re.escape(f"{path}:3: ") + message):
         load_text(DataConfig(source="jsonl", path=str(path), partition="iid", eval_rows=1), seed=0)
 
 
