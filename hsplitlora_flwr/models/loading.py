@@ -18,8 +18,9 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
+from hsplitlora_flwr.models.build import build_causal_lm
 from hsplitlora_flwr.models.demo import demo_model, is_demo_model
 from hsplitlora_flwr.models.families import FAMILIES, Family
 from hsplitlora_flwr.models.placement import Place, follow, spread
@@ -235,11 +236,11 @@ def empty_model(config: PretrainedConfig, dtype: str = "float32", quantise: str 
     With ``quantise`` the linear layers of its blocks quantise what they load.
     """
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        model = build_causal_lm(config, getattr(torch, dtype))
     model.tie_weights()
     if quantise != "none":
         family = find_family(config)
-        quantise_linears(model.get_submodule(f"{family.decoder}.{family.blocks}"), quantise)
+        quantise_linears(model.get_submodule(f"{family.decoder}.{family.blocks}"), quantise, family.unadapted)
     model.requires_grad_(False).eval()
     return model
 

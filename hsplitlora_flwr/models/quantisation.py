@@ -13,6 +13,7 @@ it computes what a linear layer with the dequantised weight does, on every devic
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import lru_cache
 from typing import Any
 
@@ -158,10 +159,13 @@ class _Product(torch.autograd.Function):
         return gradients[0] @ ctx.linear.dequantised(), None
 
 
-def quantise_linears(blocks: nn.Module, quantise: str) -> None:
-    """Make the linear layers inside ``blocks``, which are not loaded yet, hold their weights in 8 or 4 bits."""
+def quantise_linears(blocks: nn.Module, quantise: str, without: Collection[str] = ()) -> None:
+    """Make the linear layers inside ``blocks``, which are not loaded yet, hold their weights in 8 or 4 bits.
+
+    Those that are called ``without`` inside their block stay as they are.
+    """
     for name, module in list(blocks.named_modules()):
-        if isinstance(module, nn.Linear | Conv1D):
+        if isinstance(module, nn.Linear | Conv1D) and name.partition(".")[2] not in without:
             blocks.set_submodule(name, QuantisedLinear(module, quantise))
 
 

@@ -96,11 +96,15 @@ class ModelPart(nn.Module):
     def linears(self) -> Iterator[tuple[str, nn.Module]]:
         """The linear layers of the blocks, by absolute name (for instance ``model.layers.7.self_attn.q_proj``).
 
+        Those that take no adapter are left out.
+
         A layer that carries an adapter appears once, under the same name.
         """
         for offset, block in enumerate(self.blocks):
             inside = ""  # an adapted layer wraps another one: do not descend
             for name, module in block.named_modules():
+                if name in self.family.unadapted:
+                    continue
                 if is_linear(module) and not (inside and name.startswith(inside)):
                     inside = f"{name}."
                     yield f"{self.family.block_name(self.first_block + offset)}.{name}", module
@@ -170,6 +174,28 @@ class Entrance:
         return args, kwargs | {"hidden_states": self._hidden}
 
 
+class Shortcut:
+    """Where a forward pass leaves a decoder: hands on a hidden state in place of what came out of it."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        self._hidden: Tensor | None = None
+        decoder.register_forward_hook(self._leave)
+
+    @contextmanager
+    def at(self, hidden: Tensor) -> Iterator[None]:
+        """Forward passes inside go on from ``hidden`` behind the decoder."""
+        self._hidden = hidden
+        try:
+            yield
+        finally:
+            self._hidden = None
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if self._hidden is not None:
+            output.last_hidden_state = self._hidden
+        return output
+
+
 class BodyModel(ModelPart):
     """Blocks and nothing else.
 
@@ -219,7 +245,7 @@ class PredictingPart(ModelPart):
 
     def __init__(self, causal_lm: PreTrainedModel, family: Family, first_block: int) -> None:
         super().__init__(causal_lm, family, first_block)
-        self._before_head = Entrance(causal_lm.get_output_embeddings())
+        self._behind_decoder = Shortcut(self.decoder)
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -257,18 +283,18 @@ class PredictingPart(ModelPart):
         return token_losses(logits, targets.to(logits.device)).to(hidden.device)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """``(positions, vocab)`` as the model computes them, whatever it does behind the head."""
+        """``(positions, vocab)`` as the model computes them, whatever it does before and behind the head."""
         blocks = self.blocks
         self.decoder.set_submodule(self.family.blocks, nn.ModuleList())  # positions are rows of one token here
         try:
-            with self._before_head.at(hidden[:, None]):
+            with self._behind_decoder.at(hidden[:, None]):
                 logits: Tensor = self._model(**self._anything(hidden), use_cache=False).logits
         finally:
             self.decoder.set_submodule(self.family.blocks, blocks)
         return logits[:, 0]
 
     def _anything(self, hidden: Tensor) -> dict[str, Tensor]:
-        """An input of one token a row that suits the model; what becomes of it before the head is thrown away."""
+        """An input of one token a row that suits the model; what the decoder makes of it is thrown away."""
         return {"inputs_embeds": hidden.new_zeros(len(hidden), 1, int(self.decoder.config.hidden_size))}
 
     def _loss(self, hidden: Tensor, labels: Tensor, normalizer: int | None) -> LossOutput:
@@ -461,8 +487,16 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 class _Absent(nn.Module):
     """Stands where the other side's module was; what it returns is computed with and then thrown away."""
 
-    def forward(self, first: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         return first if first.is_floating_point() and first.ndim == 3 else torch.zeros((), device=first.device)
+
+
+class _Through(nn.Module):
+    """Stands where the final norm was, and does nothing."""
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -481,7 +515,7 @@ def _bare_decoder(model: PreTrainedModel, family: Family, first: int, last: int)
     """The decoder of ``model`` with blocks ``first .. last - 1``, which ends before the final norm."""
     decoder = _share(model.get_submodule(family.decoder))
     _keep_blocks(decoder, family, first, last)
-    _replace(decoder, family.final, nn.Identity())
+    _replace(decoder, family.final, _Through())
     assert isinstance(decoder, PreTrainedModel)
     return decoder
 

@@ -19,10 +19,11 @@ from typing import TypeVar
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from hsplitlora_flwr.config import TrainConfig
 from hsplitlora_flwr.lora.layers import AdapterSpec, inject
+from hsplitlora_flwr.models.build import build_causal_lm
 from hsplitlora_flwr.models.families import tiny_config
 from hsplitlora_flwr.models.proof import find_family
 from hsplitlora_flwr.models.split import client_part
@@ -123,7 +124,7 @@ def process_bytes(config: PretrainedConfig) -> int:
     """
     tiny = tiny_config(config, 2)
     with torch.random.fork_rng(devices=[]):
-        model = client_part(AutoModelForCausalLM.from_config(tiny), find_family(tiny), 1)
+        model = client_part(build_causal_lm(tiny), find_family(config), 1)
     names = [name for name, _ in model.linears()]
     optimizer = AdapterOptimizer(inject(model, {name: AdapterSpec(2, 4.0) for name in names}, ""), TrainConfig())
     ids = torch.ones(2, 16, dtype=torch.long)
