@@ -111,7 +111,7 @@ def _tiny_model(config: PretrainedConfig) -> PreTrainedModel:
             tiny = build_causal_lm(tiny_config(config), torch.float64)
             tiny.requires_grad_(False).eval()
             for parameter in tiny.parameters():  # norms start at one and biases at zero, which would hide mistakes
-                parameter += 0.02 * torch.randn_like(parameter)
+                parameter.add_(torch.randn_like(parameter), alpha=0.02)
         tiny(input_ids=torch.arange(8)[None], use_cache=False)
     except Exception as error:
         raise UnsupportedModelError(

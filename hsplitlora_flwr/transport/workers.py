@@ -34,19 +34,19 @@ class DeadWorkers:
         """Whether a worker that was dead already took the message, so that nothing became of it."""
         if not is_death(reply):
             return False
-        known = reply.error.reason in self._deaths
-        self._deaths.add(reply.error.reason)
+        known = _text(reply) in self._deaths
+        self._deaths.add(_text(reply))
         return known
 
 
 def is_death(reply: Message) -> bool:
     """Whether a reply is the error of a worker that died, now or earlier."""
-    return reply.has_error() and bool(_DEATH.match(reply.error.reason))
+    return reply.has_error() and bool(_DEATH.match(_text(reply)))
 
 
 def reason_of(reply: Message) -> str:
     """Why a client failed, in a line: the message of its error, without the engine that carried it here."""
-    text = reply.error.reason
+    text = _text(reply)
     if is_death(reply):
         found = _MEMORY.search(text)
         if found:
@@ -59,3 +59,7 @@ def reason_of(reply: Message) -> str:
     last = lines[-1] if lines else "no reason given"
     reason = last.rpartition("Message: ")[2].rstrip(">'\"")
     return reason if len(reason) <= _LONGEST else f"{reason[:_LONGEST]} ..."
+
+
+def _text(reply: Message) -> str:
+    return reply.error.reason or ""
