@@ -17,6 +17,7 @@ from flwr.app import ArrayRecord, MetricRecord, RecordDict
 from hsplitlora_flwr.control import EVALUATE, PROBE, TRAIN, Outcome, ReplyError, Task, reading, record
 from hsplitlora_flwr.lora.aggregation import Factors, is_finite
 from hsplitlora_flwr.planning.cost import Layer
+from hsplitlora_flwr.training.evaluation import MAX_NLL
 from hsplitlora_flwr.training.schedule import farthest
 
 TRAFFIC = ("bytes-up", "bytes-down")
@@ -192,7 +193,7 @@ def check_scores(outcome: Outcome, names: Collection[str]) -> None:
 def check_evaluation(outcome: Outcome) -> None:
     """Raise :class:`ReplyError` unless the loss that it measured has a perplexity."""
     nll, tokens = outcome.metrics["nll"], outcome.metrics["label-tokens"]
-    if not (tokens >= 1 and nll / tokens < 700):  # beyond that the perplexity is beyond fp64
+    if not (tokens >= 1 and nll / tokens < MAX_NLL):
         raise ReplyError(f"a loss of {nll:g} over {tokens:.0f} tokens has no perplexity")
 
 

@@ -7,34 +7,38 @@
     optimizer.safetensors  training in one place: what trains, and what the optimizer keeps of it
     state.json             importance, plans with the budgets that they are for, and the settings
 
-It appears under its name when it is complete, and only then the one before it goes. Clients keep nothing from round to
-round that it lacks: optimizers start anew, and batches, masks and learning rate follow from the seed and the step.
+It appears under its name when all of it is on the disk, not only on its way there; the one before it stays beside it,
+and those before that go. Every file is known by its checksum, so what is damaged, or of another run, is recognised
+before anything starts. Clients keep nothing from round to round that it lacks: optimizers start anew, and batches,
+masks and learning rate follow from the seed and the step.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hsplitlora_flwr.config import Config, ConfigError
 from hsplitlora_flwr.lora.aggregation import Factors
 from hsplitlora_flwr.lora.delta import Change, Delta, pack, unpack
-from hsplitlora_flwr.lora.export import load_delta, save_delta
+from hsplitlora_flwr.lora.export import DELTA_FILE, load_delta, save_delta
 from hsplitlora_flwr.methods import METHODS
 from hsplitlora_flwr.planning.planner import Budget, ClientPlan
 from hsplitlora_flwr.reporting.summary import SUMMARY_FILE
 
 CHECKPOINTS = "checkpoints"
 _STATE, _START, _OPTIMIZER = "state.json", "start.safetensors", "optimizer.safetensors"
+_TENSORS = (DELTA_FILE, _START, _OPTIMIZER)
 _FREE = ("run.dir", "run.resume", "run.timeout", "run.merged")
 """Settings that no plan depends on."""
 
@@ -84,7 +88,7 @@ class RunState:
 
 
 def save_state(state: RunState, run_folder: Path) -> None:
-    """Write the checkpoint of a round, and then remove the one before."""
+    """Write the checkpoint of a round, and then remove those before the one before it."""
     folder = run_folder / CHECKPOINTS
     draft = folder / "part"
     shutil.rmtree(draft, ignore_errors=True)
@@ -94,30 +98,55 @@ def save_state(state: RunState, run_folder: Path) -> None:
     files[_OPTIMIZER] = dict(state.optimizer)
     for name, tensors in files.items():
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, draft / name)
-    text = {
+    content = {
         "server_round": state.server_round,
         "settings": dict(state.settings),
         "importance": dict(state.importance),
         "planned_importance": dict(state.planned_importance),
         "plans": {client: asdict(plan) for client, plan in state.plans.items()},
         "planned_budgets": {client: asdict(budget) for client, budget in state.planned_budgets.items()},
-        "digests": {name: _digest(draft / name) for name in files},
+        "digests": {name: _digest(draft / name) for name in _TENSORS},
     }
-    (draft / _STATE).write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
-    earlier = list(folder.glob("round-*"))
-    draft.rename(folder / f"round-{state.server_round}")
-    for old in earlier:
-        shutil.rmtree(old)
+    text = json.dumps({"checksum": _checksum(content), **content}, indent=1) + "\n"
+    (draft / _STATE).write_text(text, encoding="utf-8")
+    for path in (*draft.iterdir(), draft):
+        _sync(path)
+    target, rounds = folder / f"round-{state.server_round}", _rounds(run_folder)
+    if target.exists():  # of a run that was in this folder before
+        shutil.rmtree(target)
+    draft.rename(target)
+    _sync(folder)
+    before = max((number for number in rounds if number < state.server_round), default=0)
+    for number in rounds:
+        if number not in (before, state.server_round):
+            shutil.rmtree(folder / f"round-{number}")
 
 
 def last_round(run_folder: Path) -> int:
     """The last finished round that a run can be gone on from; 0 if there is none."""
-    folders = (run_folder / CHECKPOINTS).glob("round-*")
-    return max((int(folder.name.removeprefix("round-")) for folder in folders), default=0)
+    return max(_rounds(run_folder), default=0)
+
+
+def _rounds(run_folder: Path) -> list[int]:
+    numbers = (folder.name.removeprefix("round-") for folder in (run_folder / CHECKPOINTS).glob("round-*"))
+    return [int(number) for number in numbers if number.isdecimal()]
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or what a folder says of its files, is on the disk."""
+    if path.is_dir() and os.name == "nt":  # there folders cannot be opened, and need not
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def check_resume(config: Config, run_folder: Path) -> None:
-    """See that there is a round to go on from, and that the settings fit it; reads no tensor.
+    """See that there is a whole round to go on from, and that the settings fit it.
+
+    Every file is read once for its checksum; no tensor is kept.
 
     Parameters
     ----------
@@ -135,8 +164,14 @@ def check_resume(config: Config, run_folder: Path) -> None:
     earlier = Path(config.run.resume)
     if earlier.resolve() == run_folder.resolve():
         raise ConfigError(f"run.resume={earlier} is the folder of this run too; name another one in run.dir")
-    _check_settings(config, _read_text(_last_checkpoint(config)))
-    _read_json(earlier / SUMMARY_FILE)
+    folder = _last_checkpoint(config)
+    text = _read_text(folder)
+    _check_settings(config, text)
+    for name in _TENSORS:
+        _check_digest(folder / name, text)
+    _plans(folder, text)
+    with _reading(earlier / SUMMARY_FILE) as file:
+        _check_summary(_read_json(file))
 
 
 def load_state(config: Config) -> RunState:
@@ -150,24 +185,27 @@ def load_state(config: Config) -> RunState:
     folder = _last_checkpoint(config)
     text = _read_text(folder)
     _check_settings(config, text)
-    tensors = {}
+    plans, budgets = _plans(folder, text)
+    tensors: dict[str, dict[str, Tensor]] = {}
     for name in (_START, _OPTIMIZER):
-        try:
-            if _digest(folder / name) != text["digests"].get(name):
-                raise _damaged(folder / name, "its checksum does not fit its content")
-            tensors[name] = load_file(folder / name)
-        except (OSError, SafetensorError) as error:
-            raise _damaged(folder / name, error) from error
+        _check_digest(folder / name, text)
+        with _reading(folder / name) as file:
+            tensors[name] = load_file(file)
+    _check_digest(folder / DELTA_FILE, text)
+    with _reading(folder / DELTA_FILE):
+        delta = load_delta(folder, config.lora.rank_cap)
+    with _reading(folder / _START):
+        start = {name: change.factors for name, change in unpack(tensors[_START]) if change.factors}
     return RunState(
         server_round=text["server_round"],
         settings=text["settings"],
-        delta=load_delta(folder, config.lora.rank_cap),
-        start={name: change.factors for name, change in unpack(tensors[_START]) if change.factors},
+        delta=delta,
+        start=start,
         optimizer=tensors[_OPTIMIZER],
         importance=text["importance"],
         planned_importance=text["planned_importance"],
-        plans={client: ClientPlan(**plan) for client, plan in text["plans"].items()},
-        planned_budgets={client: Budget(**budget) for client, budget in text["planned_budgets"].items()},
+        plans=plans,
+        planned_budgets=budgets,
     )
 
 
@@ -188,17 +226,48 @@ def _last_checkpoint(config: Config) -> Path:
 
 
 def _read_text(folder: Path) -> dict[str, Any]:
-    text = _read_json(folder / _STATE)
-    if missing := {"server_round", "settings", "plans", "planned_budgets", "digests"} - text.keys():
-        raise _damaged(folder / _STATE, f"it lacks {', '.join(sorted(missing))}")
-    return text
+    with _reading(folder / _STATE) as file:
+        text = _read_json(file)
+        kinds = {"server_round": int} | dict.fromkeys(_TABLES, dict)
+        if missing := kinds.keys() - text.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        if text.get("checksum") != _checksum({key: value for key, value in text.items() if key != "checksum"}):
+            raise ValueError("its checksum does not fit its content")
+        if wrong := [key for key, kind in kinds.items() if type(text[key]) is not kind]:
+            raise ValueError(f"it says {wrong[0]}={text[wrong[0]]!r}")
+        if folder.name != f"round-{text['server_round']}":
+            raise ValueError(f"it is of round {text['server_round']}")
+        return text
+
+
+_TABLES = ("settings", "importance", "planned_importance", "plans", "planned_budgets", "digests")
+
+
+def _plans(folder: Path, text: Mapping[str, Any]) -> tuple[dict[str, ClientPlan], dict[str, Budget]]:
+    with _reading(folder / _STATE):
+        plans = {client: ClientPlan(**plan) for client, plan in text["plans"].items()}
+        return plans, {client: Budget(**budget) for client, budget in text["planned_budgets"].items()}
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise _damaged(file, error) from error
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError("it is no JSON object")
+    return content
+
+
+def _check_summary(content: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` unless the rows of rounds can be told apart, which a run that goes on takes over."""
+    for name in ("rounds", "plans", "importance_drift"):
+        rows = content.get(name, [])
+        if not isinstance(rows, list) or not all(isinstance(r, dict) and type(r.get("round")) is int for r in rows):
+            raise ValueError(f"its {name} are not those of a run")
+
+
+def _check_digest(file: Path, text: Mapping[str, Any]) -> None:
+    with _reading(file):
+        if _digest(file) != text["digests"].get(file.name):
+            raise ValueError("its checksum does not fit its content")
 
 
 def _check_settings(config: Config, text: Mapping[str, Any]) -> None:
@@ -228,10 +297,35 @@ def _check_settings(config: Config, text: Mapping[str, Any]) -> None:
         )
 
 
-def _damaged(file: Path, cause: object) -> ResumeError:
-    return ResumeError(f"{file} is damaged ({cause}); restore it from a copy, or leave run.resume empty to start anew")
+@contextmanager
+def _reading(file: Path) -> Iterator[Path]:
+    """Whatever goes wrong while a file is read, the file is damaged: its content may be anything.
+
+    Raises
+    ------
+    ResumeError
+        In place of every exception.
+    """
+    try:
+        yield file
+    except (ResumeError, ConfigError):
+        raise
+    except Exception as error:
+        number, before = file.parent.name.removeprefix("round-"), list[int]()
+        if number.isdecimal():
+            before = [each for each in _rounds(file.parents[2]) if each < int(number)]
+        other = f", remove the folder {file.parent.name} to go on after round {max(before)}" if before else ""
+        raise ResumeError(
+            f"{file} is damaged or not of a run ({str(error)[:200] or type(error).__name__}); restore it from a "
+            f"copy{other}, or leave run.resume empty to start anew"
+        ) from error
 
 
 def _digest(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    """Of what JSON says, however it is written."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

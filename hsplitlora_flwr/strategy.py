@@ -51,10 +51,10 @@ from hsplitlora_flwr.models.split import WholeModel
 from hsplitlora_flwr.planning.importance import combine, drift, scoring, smooth
 from hsplitlora_flwr.planning.planner import Budget, ClientPlan, Plan, probe_split
 from hsplitlora_flwr.reporting.report import RunReport
-from hsplitlora_flwr.resume import RunState, check_resume, load_state, save_state
+from hsplitlora_flwr.resume import RunState, check_resume, last_round, load_state, save_state
 from hsplitlora_flwr.rows import client_row, plan_rows
 from hsplitlora_flwr.shard import Shard
-from hsplitlora_flwr.training.evaluation import evaluate
+from hsplitlora_flwr.training.evaluation import MAX_NLL, evaluate
 from hsplitlora_flwr.training.generation import generate_and_score
 from hsplitlora_flwr.training.memory import PeakMemory, may_fragment, process_bytes, return_freed_memory
 
@@ -133,6 +133,7 @@ class HSplitLoRA(Strategy):
             raise ValueError("HSplitLoRA takes its model, settings and evaluation from the config; pass grid alone")
         if num_rounds is not None:  # the learning-rate schedule spans them
             self.config = replace(self.config, train=replace(self.config.train, rounds=num_rounds))
+            self.report.configured(self.config.to_run_config())
         self.clients.timeout = timeout or self.config.run.timeout
         result = Result()
         try:
@@ -143,8 +144,8 @@ class HSplitLoRA(Strategy):
             result.evaluate_metrics_serverapp[done] = self.evaluate(done)
             for server_round in range(done + 1, self.config.train.rounds + 1):
                 result.train_metrics_clientapp[server_round] = self.train_round(grid, server_round)
-                self.checkpoint(server_round)
                 result.evaluate_metrics_serverapp[server_round] = self.evaluate(server_round)
+                self.checkpoint(server_round)
                 if measured := self.evaluate_clients(grid, server_round):
                     result.evaluate_metrics_clientapp[server_round] = measured
             self.generate()
@@ -280,14 +281,18 @@ class HSplitLoRA(Strategy):
         return None, MetricRecord({"loss": loss, "update-norm": norm, "clients": len(clients)})
 
     def evaluate(self, server_round: int) -> MetricRecord:
-        """Perplexity of the held-out text under the global model; round 0 is before training."""
+        """Perplexity of the held-out text under the global model; round 0 is before training.
+
+        Raises
+        ------
+        FloatingPointError
+            If there is none. The round is not kept then: the checkpoint is that of the round before.
+        """
         started = time.time()
         batches = evaluation_batches(self._held_out_tokens, self.config.evaluation.batch_size)
         found = evaluate(self._global_model(), batches)
-        if not math.isfinite(found.nll):
-            raise FloatingPointError(
-                f"the held-out loss after round {server_round} is {found.nll}; lower train.lr or set train.clip"
-            )
+        if not found.nll / found.tokens < MAX_NLL:
+            raise FloatingPointError(self._diverged(server_round, found.nll / found.tokens))
         self.report.evaluated(server_round, found.perplexity, found.tokens, time.time() - started)
         return MetricRecord({"perplexity": found.perplexity, "tokens": found.tokens})
 
@@ -402,6 +407,15 @@ class HSplitLoRA(Strategy):
     def _global_model(self) -> WholeModel:
         self.base.update(self.delta.changes())
         return self.base.whole()
+
+    def _diverged(self, server_round: int, loss: float) -> str:
+        what = f"the held-out loss after round {server_round} is {loss:g} per token, which no perplexity belongs to; "
+        if kept := last_round(self.folder):
+            return (
+                f"{what}its update is not kept, and round {kept} is: go on from there with run.resume={self.folder}, a "
+                "new run.dir, and a lower train.lr or train.clip"
+            )
+        return f"{what}lower train.lr or set train.clip" if server_round else f"{what}see whether the base is whole"
 
     def _dropped(self) -> dict[str, float]:
         return {"dropped_energy": self.delta.dropped} if self.config.lora.rank_cap else {}

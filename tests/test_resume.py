@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from flwr.app import MetricRecord
 from flwr.serverapp import Grid
-from safetensors.torch import load_file, save_file
+from hypothesis import HealthCheck, given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
+from hsplitlora_flwr import strategy
 from hsplitlora_flwr.central import CentralTraining
 from hsplitlora_flwr.client_app import split_client_app
 from hsplitlora_flwr.config import Config, ConfigError
-from hsplitlora_flwr.lora.delta import Delta, DeltaError
+from hsplitlora_flwr.data.sources import load_text
+from hsplitlora_flwr.lora.delta import Delta
 from hsplitlora_flwr.planning import Budget
 from hsplitlora_flwr.planning.planner import ClientPlan
 from hsplitlora_flwr.resume import ResumeError, RunState, check_resume, load_state, save_state
 from hsplitlora_flwr.strategy import HSplitLoRA
+from hsplitlora_flwr.training.evaluation import Evaluation
 from tests.grid import LocalGrid
-from tests.test_strategy import GB, run, settings
+from tests.test_strategy import GB, grid_of, run, settings
 
 
 class Stopped(RuntimeError): ...
@@ -172,14 +181,58 @@ def test_what_is_written_is_read(old: Path, state: RunState, config: Config) -> 
     assert found.plans_hold(config)
 
 
-def test_only_the_last_whole_round_is_there(old: Path, state: RunState, config: Config) -> None:
+def rounds(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def test_the_last_whole_round_and_the_one_before_are_there(old: Path, state: RunState, config: Config) -> None:
     half = old / "checkpoints" / "part"
     half.mkdir()
     (half / "state.json").write_text("{")
     assert load_state(config).server_round == 1
+    config = Config.from_run_config(config.to_run_config() | {"train.rounds": 3})
+    for number, there in ((2, ["round-1", "round-2"]), (3, ["round-2", "round-3"]), (3, ["round-2", "round-3"])):
+        save_state(RunState(number, state.settings, state.delta), old)
+        assert rounds(old) == there
+        assert load_state(config).server_round == number
+
+
+def test_checkpoints_of_a_run_that_was_in_the_folder_before_go(old: Path, state: RunState, config: Config) -> None:
+    for number in (7, 8):
+        save_state(RunState(number, state.settings, state.delta), old)
+    save_state(RunState(1, state.settings, state.delta), old)
+    assert rounds(old) == ["round-1"]
+    (old / "checkpoints" / "round-of-tea").mkdir()
+    assert load_state(config).server_round == 1
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_bears_its_name(
+    state: RunState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[str, bool]] = []
+    fsync, target = os.fsync, tmp_path / "checkpoints" / "round-1"
+
+    def watching(descriptor: int) -> None:
+        synced.append((Path(f"/proc/self/fd/{descriptor}").readlink().name, target.exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watching)
+    save_state(state, tmp_path)
+    files = {"state.json", "start.safetensors", "optimizer.safetensors", "delta.safetensors"}
+    assert {name for name, named in synced if not named} == files | {"part"}
+    assert synced[-1] == ("checkpoints", True)
+
+
+def test_where_the_last_round_is_damaged_the_one_before_is_named_and_can_be_gone_on_from(
+    old: Path, state: RunState, config: Config
+) -> None:
     save_state(RunState(2, state.settings, state.delta), old)
-    assert [path.name for path in (old / "checkpoints").iterdir()] == ["round-2"]
-    assert load_state(config).server_round == 2
+    (old / "checkpoints" / "round-2" / "delta.safetensors").write_bytes(b"")
+    with pytest.raises(ResumeError, match=r"remove the folder round-2 to go on after round 1"):
+        check_resume(config, Path(config.run.dir))
+    shutil.rmtree(old / "checkpoints" / "round-2")
+    check_resume(config, Path(config.run.dir))
+    assert load_state(config).server_round == 1
 
 
 @pytest.mark.parametrize("file", ["state.json", "start.safetensors", "optimizer.safetensors", "delta.safetensors"])
@@ -194,8 +247,83 @@ def test_a_damaged_file_is_recognised(how: str, file: str, old: Path, config: Co
         path.write_text(json.dumps({"server_round": 1}))
     else:
         save_file({"a:B": torch.ones(8, 2), "a:A": torch.ones(2, 8)}, path)
-    with pytest.raises((ResumeError, DeltaError, FileNotFoundError), match=file):
-        load_state(config)
+    for reading in (load_state, lambda config: check_resume(config, Path(config.run.dir))):
+        with pytest.raises(ResumeError, match=file):
+            reading(config)
+
+
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)),
+    max_leaves=8,
+)
+
+
+@hypothesis.settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_whatever_a_file_holds_there_is_a_typed_error(data: st.DataObject, old: Path, config: Config) -> None:
+    """Cut short, with flipped bits, or another file of its kind: the run does not start."""
+    folder = old / "checkpoints" / "round-1"
+    path = data.draw(st.sampled_from(sorted(folder.iterdir())))
+    whole = path.read_bytes()
+    how = data.draw(st.sampled_from(["cut", "flipped", "other", "bytes"]))
+    if how == "cut":
+        content = whole[: data.draw(st.integers(0, len(whole) - 2))]  # the line end of the text says nothing
+    elif how == "flipped":
+        changed = bytearray(whole)
+        changed[data.draw(st.integers(0, len(whole) - 1))] ^= data.draw(st.integers(1, 255))
+        content = bytes(changed)
+    elif how == "bytes":
+        content = data.draw(st.binary(max_size=300))
+    elif path.suffix == ".json":
+        mixed = json.loads(whole) | data.draw(st.dictionaries(st.sampled_from(list(json.loads(whole))), JSON))
+        content = json.dumps(data.draw(st.sampled_from([mixed, data.draw(JSON)]))).encode()
+    else:
+        names = st.sampled_from(["a:B", "a:A", "a:dense", "a", ":B", "0/adapter"])
+        content = save(
+            {name: torch.zeros(2, 3) for name in data.draw(st.sets(names))}, {"states": "{}", "version": "1"}
+        )
+    path.write_bytes(content)
+    try:
+        for reading in (load_state, lambda config: check_resume(config, Path(config.run.dir))):
+            try:
+                reading(config)
+            except (ResumeError, ConfigError):
+                continue
+            assert content == whole or json.loads(content) == json.loads(whole)
+    finally:
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{", '{"rounds": {}}', '{"rounds": [1]}', '{"plans": [{"round": "1"}]}', "[" * 9999]
+)
+def test_a_summary_of_another_kind_is_recognised(text: str, old: Path, config: Config) -> None:
+    (old / "summary.json").write_text(text)
+    with pytest.raises(ResumeError, match=r"summary\.json is damaged or not of a run"):
+        check_resume(config, Path(config.run.dir))
+
+
+@pytest.mark.parametrize("nll", [math.nan, math.inf, 1e9])
+def test_a_round_without_a_perplexity_does_not_replace_the_last_good_one(
+    nll: float, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = strategy.evaluate
+
+    def diverges(*arguments: Any) -> Evaluation:
+        return replace(measured(*arguments), nll=nll) if (tmp_path / "checkpoints").exists() else measured(*arguments)
+
+    monkeypatch.setattr(strategy, "evaluate", diverges)
+    with pytest.raises(FloatingPointError, match=r"after round 2 is .*round 1 is: go on from there with run\.resume="):
+        run(settings(tiny_folder, tmp_path), tmp_path)
+    assert rounds(tmp_path) == ["round-1"]
+
+
+def test_the_number_of_rounds_may_come_with_the_start(tiny_folder: Path, tmp_path: Path) -> None:
+    config = settings(tiny_folder, tmp_path, **{"train.rounds": 1})
+    HSplitLoRA(config, load_text(config.data, 0).held_out, tmp_path).start(grid_of(), num_rounds=2)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["config"]["train.rounds"] == 2 == len(summary["rounds"])
 
 
 @pytest.mark.parametrize(

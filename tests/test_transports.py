@@ -19,7 +19,7 @@ from flwr.app import Message
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from hsplitlora_flwr.control import FORGET, PROBE, TRAIN, TURN
+from hsplitlora_flwr.control import DESCRIBE, EVALUATE, FORGET, PROBE, TRAIN, TURN
 from hsplitlora_flwr.methods import make_round_plan
 from hsplitlora_flwr.models.split import ClientModel, ModelPart
 from hsplitlora_flwr.planning import Plan
@@ -283,6 +283,13 @@ def test_clients_measure_their_own_text(kind: str, labels: str, tiny_folder: Pat
     assert all(math.isfinite(value) and value < summary["perplexity_before"] * 2 for value in each)
     examples = [client["examples"] for client in summary["plans"][0]["clients"]]
     assert sum(examples) == 90 - 5 * len(GB)
+
+
+def test_a_client_that_measures_its_text_gets_every_task_once(tiny_folder: Path, tmp_path: Path) -> None:
+    changes = {"evaluation.client_rows": 5, "train.rounds": 3, "plan.probe_every": 0}
+    _, grid = same_run(tiny_folder, tmp_path, **changes)
+    kinds = [message.metadata.message_type for message in grid.sent]
+    assert [kinds.count(kind) for kind in (DESCRIBE, PROBE, TRAIN, EVALUATE)] == [3, 3, 9, 9]
 
 
 def test_a_method_without_a_cut_measures_clients_too(tiny_folder: Path, tmp_path: Path) -> None:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -147,16 +148,13 @@ def load_delta(folder: Path, rank_cap: int = 0, without: Collection[str] = ()) -
                 kept[key] = tensor.clone()
             yield key, tensor
 
-    try:
-        checksum = _checksum({key: value for key, value in text.items() if key != "checksum"}, tensors())
-    except SafetensorError as error:
-        raise DeltaError(f"{file} is damaged ({error}); {_ADVICE}") from error
-    if text.get("checksum") != checksum:
-        raise DeltaError(f"{file} is damaged (its checksum does not fit its content); {_ADVICE}")
-    states = {name: state for name, state in json.loads(text["states"]).items() if name not in without}
-    delta = Delta(rank_cap)
-    delta.apply(Patch.unpack(kept, {**text, "states": json.dumps(states)}))
-    return delta
+    with _reading(file):
+        if text.get("checksum") != _checksum({key: text[key] for key in text if key != "checksum"}, tensors()):
+            raise DeltaError(f"{file} is damaged (its checksum does not fit its content); {_ADVICE}")
+        states = {name: state for name, state in json.loads(text["states"]).items() if name not in without}
+        delta = Delta(rank_cap)
+        delta.apply(Patch.unpack(kept, {**text, "states": json.dumps(states)}))
+        return delta
 
 
 def load_held(folder: Path) -> tuple[int, dict[str, str]]:
@@ -171,18 +169,24 @@ def load_held(folder: Path) -> tuple[int, dict[str, str]]:
     """
     file = folder / DELTA_FILE
     text = _metadata(file)
-    try:
-        return int(text["version"]), {name: end for name, (_, end, _) in json.loads(text["states"]).items()}
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise DeltaError(f"{file} is damaged (it names no version or no states); {_ADVICE}") from error
+    with _reading(file):
+        return int(text["version"]), {name: str(end) for name, (_, end, _) in json.loads(text["states"]).items()}
 
 
 def _metadata(file: Path) -> dict[str, str]:
+    with _reading(file), safe_open(file, framework="pt") as stored:
+        return dict(stored.metadata() or {})
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Whatever a file makes its readers raise, other than that it is not there, it is damaged."""
     try:
-        with safe_open(file, framework="pt") as stored:
-            return dict(stored.metadata() or {})
-    except SafetensorError as error:
-        raise DeltaError(f"{file} is damaged ({error}); {_ADVICE}") from error
+        yield
+    except (DeltaError, FileNotFoundError):
+        raise
+    except Exception as error:
+        raise DeltaError(f"{file} is damaged ({str(error)[:200] or type(error).__name__}); {_ADVICE}") from error
 
 
 def _checksum(text: Mapping[str, str], tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -35,6 +35,10 @@ class RunReport:
         self._summary = Summary(folder, dict(config))
         self._summary.save()
 
+    def configured(self, config: Mapping[str, Any]) -> None:
+        """The run has other settings than those that it was made with."""
+        self._summary.save(config=dict(config))
+
     def status(self, text: str) -> None:
         """Say what happens next."""
         self._events.emit("status", text=text)

@@ -105,7 +105,8 @@ no adapter. Left of the line is the client, right of it the server.</p>
 <tr><th>round</th><th>perplexity</th><th>update norm</th><th>clients</th><th>time</th><th>up</th><th>down</th>
 <th>server</th><th>plan</th></tr>
 {% for row in rounds %}
-<tr><td>{{ row.round }}</td><td>{{ row.perplexity | number(3) }}</td><td>{{ row.update_norm | number }}</td>
+<tr><td>{{ row.round }}</td><td>{{ row.perplexity | default(none) | number(3) }}</td>
+<td>{{ row.update_norm | number }}</td>
 <td>{{ row.clients }}{% if row.clients < row.known_clients | default(0) %} of {{ row.known_clients }}{% endif %}</td>
 <td>{{ row.seconds | number(1) }} s</td><td>{{ row.bytes_up | mb }}</td>
 <td>{{ row.bytes_down | mb }}</td><td>{{ row.server_measured_bytes | gb }}</td>

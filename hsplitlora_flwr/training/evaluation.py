@@ -15,6 +15,9 @@ from hsplitlora_flwr.training.client import Link
 from hsplitlora_flwr.transport.frames import Activation, Frame, Hidden, Loss
 from hsplitlora_flwr.transport.wire import pack, unpack
 
+MAX_NLL = 700.0
+"""Nats per token, beyond which a perplexity is beyond fp64."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
