@@ -46,7 +46,7 @@ class NodeStore:
 
     def __init__(self, context: Context) -> None:
         wanted = context.node_config.get("state-dir")
-        self._root = Path(str(wanted)) if wanted else platformdirs.user_cache_path("hsplitlora_flwr") / "nodes"
+        self._root = Path(str(wanted)) if wanted else _usual_root()
         self.folder = self._root / str(context.run_id) / str(context.node_id)
         self._context = context
 
@@ -167,3 +167,12 @@ class NodeStore:
                     shutil.rmtree(node, ignore_errors=True)
             if run.is_dir() and not any(run.iterdir()):
                 run.rmdir()
+
+
+def forget_run(run_id: int) -> None:
+    """Remove what all nodes of a run kept on this machine, where they lie at the usual place; they must have ended."""
+    shutil.rmtree(_usual_root() / str(run_id), ignore_errors=True)
+
+
+def _usual_root() -> Path:
+    return platformdirs.user_cache_path("hsplitlora_flwr") / "nodes"

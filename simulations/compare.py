@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -31,6 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from hsplitlora_flwr.config import Config
+from simulations.interrupts import Interrupted, interruptible
 from simulations.run import PROJECT, Launcher, Listener, launch, prepare, with_absolute_paths
 from simulations.study import EACH, Line, Options, Study, tuning_changes, vary
 from simulations.superlink import SuperLink, open_superlink
@@ -173,10 +173,9 @@ def _prepared(options: Options, console: Console) -> tuple[dict[str, Config], La
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    signal.signal(signal.SIGHUP, lambda number, frame: sys.exit(128 + number))
+    interruptible()
     try:
         sys.exit(main())
-    except KeyboardInterrupt:
-        print("interrupted; the same call goes on from here", file=sys.stderr)
-        sys.exit(130)
+    except Interrupted as error:
+        print(f"interrupted by {error.signal.name}; the same call goes on from here", file=sys.stderr)
+        raise

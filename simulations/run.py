@@ -17,7 +17,6 @@ import dataclasses
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -36,15 +35,19 @@ from omegaconf.errors import OmegaConfBaseException
 from hsplitlora_flwr.config import Config, ConfigError
 from hsplitlora_flwr.reporting import EVENTS_FILE, RunConsole, read_events
 from hsplitlora_flwr.reporting.events import Event
-from simulations.superlink import RunStatus, SuperLink, SuperLinkError, open_superlink, started_run
+from simulations.interrupts import Interrupted, held, interruptible, obey
+from simulations.superlink import Question, RunStatus, SuperLink, SuperLinkError, open_superlink, started_run
 
 PROJECT = Path(__file__).resolve().parent.parent
 
 _LOG = "flwr.log"
 _SUPERLINK_LOG = "superlink.log"
 _SILENCE_SECONDS = 20.0  # then ask Flower whether the run still lives; asking costs 1.5 s of CPU
+_AGAIN_SECONDS = 2.0  # to the next question about a run whose log has ended
+_REFUSALS, _PATIENCE = 3, 300.0  # questions without a sign of life between them, and seconds: then the run is lost
+_SLOW_SECONDS = 180.0  # then a question is asked anew
+_LINES, _WIDEST = 6, 400  # of an exception's text
 _NOT_STARTED = RunStatus("not started", "")
-_UNANSWERED = 3  # questions in a row, before the SuperLink counts as gone
 _statuses: list[int] = []
 _AGAINST_RAY = {"superlink": "it starts Ray by itself", "cpus": "the cluster says how many it has"}
 
@@ -139,59 +142,87 @@ def launch(config: Config, app: Path, launcher: Launcher, console: Listener, sup
         0 if Flower and the app both say that the run finished and every result is there, else 1. What the console
         shows last is where the results are, or why there are none.
     """
+    try:
+        with held():
+            return _launch(config, app, launcher, console, superlink)
+    except Interrupted as error:
+        error.told = True
+        raise
+
+
+def _launch(config: Config, app: Path, launcher: Launcher, console: Listener, superlink: SuperLink | None) -> int:
+    from hsplitlora_flwr.node import forget_run
+
     folder = Path(config.run.dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    run_config = folder / "run_config.toml"
-    run_config.write_text(run_config_toml(config), encoding="utf-8")
     federation = launcher.federation(config.clients.count)
     final: dict[str, Any] | None = None
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        run_config = folder / "run_config.toml"
+        run_config.write_text(run_config_toml(config), encoding="utf-8")
         _say(console, "starting Flower")
         opened = nullcontext(superlink) if superlink else None
-        with opened or open_superlink(launcher.superlink, app, folder / _SUPERLINK_LOG, launcher.ray_address) as link:
+        log = folder / _SUPERLINK_LOG
+        with opened or open_superlink(launcher.superlink, app, log, launcher.ray_address) as link:
             with link.stream(app, run_config, federation, folder / _LOG) as stream:
-                status, final = _follow(link, stream, folder, console)
+                status, final = _follow(link, stream, folder, console, stays=superlink is not None)
             if link.own and not opened:
                 _say(console, "stopping Flower")
         cause = failure_cause(folder, status, final)
-    except SuperLinkError as error:
+    except (SuperLinkError, OSError) as error:
         cause = str(error)
+    except Interrupted as error:
+        _end(config, console, f"interrupted by {error.signal.name}; everything that was started is stopped")
+        raise
+    finally:
+        if superlink is None and not launcher.superlink and (run_id := started_run(folder / _LOG)):
+            forget_run(int(run_id))  # its nodes were here, and may have been killed before they could
     if cause or final is None:
-        from hsplitlora_flwr.resume import last_round
-
-        logs = [str(folder / name) for name in (_LOG, _SUPERLINK_LOG) if (folder / name).exists()]
-        _say(console, f"logs: {', '.join(logs)}")
-        if done := last_round(folder):
-            _say(console, f"round {done} is kept; the same command with run.resume={folder} and a new run.dir goes on")
-        console.handle({"kind": "failed", "error": cause})
+        _end(config, console, cause)
         return 1
     console.handle(final)
     return 0
 
 
+def _end(config: Config, console: Listener, cause: str) -> None:
+    """Tell the end of a run that has no results: what is kept, how to go on, and last of all the cause."""
+    from hsplitlora_flwr.reporting.report import failed_outside
+    from hsplitlora_flwr.resume import last_round
+
+    folder = Path(config.run.dir)
+    if folder.is_dir():
+        failed_outside(folder, cause)
+    if logs := [str(folder / name) for name in (_LOG, _SUPERLINK_LOG) if (folder / name).exists()]:
+        _say(console, f"logs: {', '.join(logs)}")
+    if done := last_round(folder):
+        _say(console, f"round {done} is kept; the same command with run.resume={folder} and a new run.dir goes on")
+    else:
+        _say(console, "no round was finished; the same command starts anew, with a new run.dir where it names one")
+    console.handle({"kind": "failed", "error": cause})
+
+
 def _follow(
-    superlink: SuperLink, stream: subprocess.Popen[bytes], folder: Path, console: Listener
+    superlink: SuperLink, stream: subprocess.Popen[bytes], folder: Path, console: Listener, *, stays: bool = False
 ) -> tuple[RunStatus, dict[str, Any] | None]:
-    """Show events until the run is over; returns Flower's verdict and the app's own last word."""
+    """Show events until the run is over; returns Flower's verdict and the app's own last word.
+
+    A run that is given up is stopped where its SuperLink ``stays``.
+    """
     log, events_file = folder / _LOG, folder / EVENTS_FILE
     final: dict[str, Any] | None = None
-    status = _NOT_STARTED
-    offset, size, unanswered, heard = 0, 0, 0, time.monotonic()
+    offset, size = 0, 0
     run_id: str | None = None
+    watch = _Watch(superlink)
     try:
-        while not status.over:
+        while not watch.status.over:
+            obey()
             ended = stream.poll() is not None
             run_id = run_id or started_run(log)
             if ended and run_id is None:
                 break
-            if run_id and (ended or time.monotonic() - heard > _SILENCE_SECONDS):
-                heard = time.monotonic()
-                try:
-                    status, unanswered = superlink.status(run_id), 0
-                except SuperLinkError:
-                    unanswered += 1
-                    if unanswered == _UNANSWERED:
-                        raise
+            superlink.check()
+            if run_id:
+                watch.look(run_id, ended)
             events, offset = read_events(events_file, offset)
             for event in events:
                 if event["kind"] in ("finished", "failed"):
@@ -199,14 +230,76 @@ def _follow(
                 else:
                     console.handle(event)
             if events or log.stat().st_size != size:
-                size, heard = log.stat().st_size, time.monotonic()
-            time.sleep(2.0 if ended and not status.over else 0.2)
+                size = log.stat().st_size
+                watch.heard()
+            time.sleep(0.2)
     except BaseException:
         _say(console, "stopping")
-        if run_id and not superlink.own:
+        if run_id and (stays or not superlink.own):
             superlink.stop(run_id)
         raise
-    return status, final
+    finally:
+        watch.close()
+    return watch.status, final
+
+
+class _Watch:
+    """Asks Flower about a run of which nothing is heard.
+
+    On a machine that computes, Flower may take minutes to answer, and a network may be away for a while. Neither ends a
+    run: it is lost when its SuperLink refuses again and again, and no sign of life comes in between.
+
+    Attributes
+    ----------
+    status : RunStatus
+        What Flower said last.
+    """
+
+    def __init__(self, superlink: SuperLink) -> None:
+        self.status = _NOT_STARTED
+        self._superlink = superlink
+        self._question: Question | None = None
+        self._refusals = 0
+        self._heard = self._asked = time.monotonic()
+
+    def heard(self) -> None:
+        """The run gave a sign of life."""
+        self._heard, self._refusals = time.monotonic(), 0
+
+    def look(self, run_id: str, ended: bool) -> None:
+        """Take an answer, if there is one; ask, if it is time to. ``ended``: the run's log has ended.
+
+        Raises
+        ------
+        SuperLinkError
+            If the run is lost.
+        """
+        now = time.monotonic()
+        if self._question is None:
+            silent = now - max(self._heard, self._asked) > _SILENCE_SECONDS
+            if silent or (ended and now - self._asked > _AGAIN_SECONDS):
+                self._question, self._asked = self._superlink.ask(run_id), now
+            return
+        try:
+            answer = self._question.answer()
+        except SuperLinkError:
+            self._question, self._asked = None, now
+            self._refusals += 1
+            if self._refusals >= _REFUSALS and now - self._heard > _PATIENCE:
+                raise
+            return
+        if answer:
+            self._question, self._asked, self.status = None, now, answer
+            self.heard()
+        elif now - self._asked > _SLOW_SECONDS:
+            self.close()
+            self._asked = now
+
+    def close(self) -> None:
+        """Ask no more."""
+        if self._question:
+            self._question.drop()
+            self._question = None
 
 
 def failure_cause(folder: Path, status: RunStatus, final: Mapping[str, Any] | None) -> str:
@@ -232,20 +325,25 @@ def failure_cause(folder: Path, status: RunStatus, final: Mapping[str, Any] | No
 
 
 def _last_words(log: Path) -> str:
-    """The end of the last traceback in a log of Flower, else its last lines."""
+    """What began the last failure in a log of Flower, in a few lines; the log's last lines if it has no traceback."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(encoding="utf-8", errors="replace"))
     lines = [line.strip("│╭╮╰╯─").rstrip() for line in text.splitlines()]  # `flwr` frames its own errors
-    lines = [line for line in lines if line.strip(" ^")]
+    lines = [line for line in lines if line.strip(" ^~")]
     starts = [i for i, line in enumerate(lines) if "Traceback (most recent call last)" in line]
     if not starts:
-        return "\n".join(lines[-10:])
+        return "\n".join(line[:_WIDEST] for line in lines[-10:])
+    # Python tells an exception that led to another one first, with a sentence between them.
+    while len(starts) > 1 and re.match("(The above|During handling of the above) exception", lines[starts[-1] - 1]):
+        lines = lines[: starts.pop() - 1]
     block = lines[starts[-1] + 1 :]
     # Frames are indented, the exception is not, and the next record of the log ends its text.
     first = next((i for i, line in enumerate(block) if not line.startswith(" ")), 0)
     after = (
         i for i, line in enumerate(block) if i > first and re.match(r"(DEBUG|INFO|WARNING|ERROR) *:|\(\w+ pid=", line)
     )
-    return "\n".join(block[max(0, first - 2) : min(next(after, len(block)), first + 10)])
+    end = next(after, len(block))
+    told = [line[:_WIDEST] for line in block[max(0, first - 2) : min(end, first + _LINES)]]
+    return "\n".join([*told, *(["..."] if end > first + _LINES else [])])
 
 
 def run_config_toml(config: Config) -> str:
@@ -325,15 +423,21 @@ def _run(composed: DictConfig) -> int:
 @hydra.main(version_base="1.3", config_path=str(PROJECT / "conf"), config_name="config")
 def main(composed: DictConfig) -> None:
     """Hydra's entry point: one job. A sweep goes on after a job that failed."""
+    _statuses.append(_run(composed))
+
+
+def command() -> None:
+    """The command line: the exit status of the worst job, or of the signal that ended it."""
+    interruptible()
     try:
-        _statuses.append(_run(composed))
-    except KeyboardInterrupt:
-        print("interrupted; everything that was started is stopped", file=sys.stderr)
-        sys.exit(130)
+        main()
+    except Interrupted as error:
+        if not error.told:
+            when = "before Flower was started; the same command starts the run"
+            print(f"interrupted by {error.signal.name} {when}", file=sys.stderr)
+        raise
+    sys.exit(max(_statuses, default=0))
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    signal.signal(signal.SIGHUP, lambda number, frame: sys.exit(128 + number))
-    main()
-    sys.exit(max(_statuses, default=0))
+    command()

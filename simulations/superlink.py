@@ -11,24 +11,25 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sysconfig
 import tempfile
-import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from simulations.interrupts import held, obey
+
 START_SECONDS = 60.0
-_CONNECTION = "hsplitlora"
+ANSWER_SECONDS = 60.0
+_CONNECTION, _HOME = "hsplitlora", "FLWR_HOME"
 
 # Ray's longest socket path below its folder is 68 bytes, mkdtemp adds 13, and macOS allows 103 in all.
 _LONGEST_TEMP_DIR = 22
@@ -50,6 +51,46 @@ class RunStatus:
         return self.text.startswith("finished")
 
 
+class Question:
+    """``flwr ls`` at work, which on a busy machine takes a minute."""
+
+    def __init__(self, connection: str, run_id: str, env: Mapping[str, str], cwd: Path) -> None:
+        self._connection = connection
+        self._process = subprocess.Popen(
+            ["flwr", "ls", connection, "--run-id", run_id, "--format", "json"],
+            env=env,
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def answer(self) -> RunStatus | None:
+        """The state of the run; None while there is no answer.
+
+        Raises
+        ------
+        SuperLinkError
+            If there will be none.
+        """
+        if self._process.poll() is None:
+            return None
+        text, errors = self._process.communicate()
+        try:
+            run = json.loads(text)["runs"][0]
+            return RunStatus(run["status"], run["status-details"])
+        except (ValueError, LookupError, TypeError):
+            said = " ".join(re.sub(r"[│╭╮╰╯─]", " ", f"{text}\n{errors}").split())
+            raise SuperLinkError(f"the SuperLink '{self._connection}' does not answer 'flwr ls': {said}") from None
+
+    def drop(self) -> None:
+        """Ask no more."""
+        self._process.kill()
+        self._process.communicate()
+
+
 @dataclass(frozen=True)
 class SuperLink:
     """A SuperLink as ``flwr`` sees it: a connection of the Flower configuration, and the environment that holds it."""
@@ -57,7 +98,17 @@ class SuperLink:
     connection: str
     env: Mapping[str, str]
     cwd: Path
-    own: bool  # ends with us, and all its runs with it
+    process: subprocess.Popen[bytes] | None = None  # of our own one, which ends with us, and all its runs with it
+    log: Path | None = None
+
+    @property
+    def own(self) -> bool:
+        return self.process is not None
+
+    def check(self) -> None:
+        """Raise :class:`SuperLinkError` if the process of our own has ended."""
+        if self.process and self.process.poll() is not None:
+            raise SuperLinkError(f"the SuperLink ended with status {self.process.poll()}; its whole log is {self.log}")
 
     @contextmanager
     def stream(self, app: Path, run_config: Path, federation: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
@@ -81,36 +132,42 @@ class SuperLink:
             process.kill()  # it only shows logs: the run itself lives in the SuperLink
             process.wait()
 
+    def ask(self, run_id: str) -> Question:
+        """Ask for the state of a run."""
+        return Question(self.connection, run_id, self.env, self.cwd)
+
     def status(self, run_id: str) -> RunStatus:
-        """Ask for the state of a run.
+        """The state of a run, waited for.
 
         Raises
         ------
         SuperLinkError
-            If there is no answer.
+            If there is no answer within :data:`ANSWER_SECONDS`.
         """
+        question, deadline = self.ask(run_id), time.monotonic() + ANSWER_SECONDS
         try:
-            answer = self._flwr("ls", self.connection, "--run-id", run_id, "--format", "json")
-            run = json.loads(answer)["runs"][0]
-        except (subprocess.SubprocessError, ValueError, LookupError) as error:
-            raise SuperLinkError(f"the SuperLink '{self.connection}' does not answer 'flwr ls': {error}") from error
-        return RunStatus(run["status"], run["status-details"])
+            while time.monotonic() < deadline:
+                if answer := question.answer():
+                    return answer
+                time.sleep(0.1)
+        finally:
+            question.drop()
+        raise SuperLinkError(f"the SuperLink '{self.connection}' took more than {ANSWER_SECONDS:.0f} s to answer")
 
     def stop(self, run_id: str) -> None:
         """Stop a run, as far as the SuperLink still can."""
         with suppress(subprocess.SubprocessError):  # it is over already, or the SuperLink is gone
-            self._flwr("stop", run_id, self.connection)
-
-    def _flwr(self, *arguments: str) -> str:
-        done = subprocess.run(
-            ["flwr", *arguments], env=self.env, cwd=self.cwd, capture_output=True, text=True, timeout=60, check=True
-        )
-        return done.stdout
+            command = ["flwr", "stop", run_id, self.connection]
+            subprocess.run(command, env=self.env, cwd=self.cwd, capture_output=True, timeout=60, check=True)
 
 
 def started_run(log: Path) -> str | None:
     """The id of the run whose ``flwr run`` writes ``log``; None while it has not started."""
-    found = re.search(r"Successfully started run (\d+)", log.read_text(encoding="utf-8", errors="replace"))
+    try:
+        text = log.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return None
+    found = re.search(r"Successfully started run (\d+)", text)
     return found[1] if found else None
 
 
@@ -135,28 +192,30 @@ def open_superlink(connection: str, cwd: Path, log: Path, ray_address: str = "")
         If our own SuperLink does not start.
     """
     if connection:
-        yield SuperLink(connection, _environment(), cwd, own=False)
+        yield SuperLink(connection, _environment(), cwd)
         return
-    home = Path(tempfile.mkdtemp(prefix="hsl-", dir=_short_temp_dir()))
-    try:
-        port = _free_port()
-        (home / "config.toml").write_text(
-            f'[superlink]\ndefault = "{_CONNECTION}"\n\n'
-            f'[superlink.{_CONNECTION}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
-        )
-        # Ray keeps its sockets and logs, and looks for running clusters, below RAY_TMPDIR.
-        env = {**_environment(), "FLWR_HOME": str(home), "RAY_TMPDIR": str(home)}
-        env.pop("RAY_ADDRESS", None)
-        if ray_address:
-            env["RAY_ADDRESS"] = ray_address
-        with _process(port, env, cwd, log):
-            yield SuperLink(_CONNECTION, env, cwd, own=True)
-    finally:
-        shutil.rmtree(home, ignore_errors=True)
+    if ray_address:
+        _check_ray(ray_address)
+    with ExitStack() as stack:
+        with held():  # whatever is started is noted as started
+            home = Path(tempfile.mkdtemp(prefix="hsl-", dir=_short_temp_dir()))
+            stack.callback(shutil.rmtree, home, ignore_errors=True)
+            port = _free_port()
+            (home / "config.toml").write_text(
+                f'[superlink]\ndefault = "{_CONNECTION}"\n\n'
+                f'[superlink.{_CONNECTION}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+            )
+            # Ray keeps its sockets and logs, and looks for running clusters, below RAY_TMPDIR.
+            env = {**_environment(), _HOME: str(home), "RAY_TMPDIR": str(home)}
+            env.pop("RAY_ADDRESS", None)
+            if ray_address:
+                env["RAY_ADDRESS"] = ray_address
+            process = stack.enter_context(_process(port, env, cwd, log))
+        yield SuperLink(_CONNECTION, env, cwd, process, log)
 
 
 @contextmanager
-def _process(port: int, env: Mapping[str, str], cwd: Path, log: Path) -> Iterator[None]:
+def _process(port: int, env: Mapping[str, str], cwd: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     with log.open("wb") as output:
@@ -171,10 +230,21 @@ def _process(port: int, env: Mapping[str, str], cwd: Path, log: Path) -> Iterato
         )
     try:
         _wait_until_healthy(process, port, log)
-        yield
+        yield process
     finally:
-        with _undisturbed():
-            _stop_all(process)
+        with held():
+            _stop_all(process, env[_HOME])
+
+
+def _check_ray(address: str) -> None:
+    """Ray itself looks for a cluster for minutes, and then says so in a hundred lines."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise SuperLinkError(
+            f"no Ray cluster answers at launcher.ray_address={address} ({error}); `ray start --head` begins one"
+        ) from None
 
 
 def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
@@ -182,6 +252,7 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path) 
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
+        obey()
         try:
             opener.open(f"http://127.0.0.1:{port}/health", timeout=1).close()
             return
@@ -192,31 +263,36 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path) 
     raise SuperLinkError(f"{tail}\nthe SuperLink did not start ({why}); its whole log is {log}")
 
 
-def _stop_all(process: subprocess.Popen[bytes]) -> None:
+def _stop_all(process: subprocess.Popen[bytes], home: str) -> None:
     """End the SuperLink and whatever it has started: first by asking it, then by asking all, then by force."""
-    # Flower and Ray start sessions of their own, and a process whose parent died still belongs to its session.
-    sessions = _sessions(process.pid)
+    sessions = _sessions(process.pid, home)
     process.terminate()
     psutil.wait_procs(_members(sessions), timeout=3)
+    sessions |= _sessions(process.pid, home)
     for member in _members(sessions):
-        member.terminate()
+        with suppress(psutil.NoSuchProcess):
+            member.terminate()
     psutil.wait_procs(_members(sessions), timeout=3)
     while members := _members(sessions):
         for member in members:
-            member.kill()
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
         psutil.wait_procs(members, timeout=1)
     process.wait()
 
 
-def _sessions(pid: int) -> set[int]:
-    """The sessions of a session leader and of its descendants."""
+def _sessions(pid: int, home: str) -> set[int]:
+    """The sessions of a SuperLink and of what it has started, even if the SuperLink itself is dead.
+
+    Flower and Ray start sessions of their own, and a process whose parent died still belongs to its session. Who leads
+    a session has the SuperLink's private home in its environment; others may overwrite theirs with their title.
+    """
     sessions = {pid}
-    try:
-        for child in psutil.Process(pid).children(recursive=True):
-            sessions.add(os.getsid(child.pid))
-    except (psutil.NoSuchProcess, ProcessLookupError):
-        pass  # ended meanwhile
-    return sessions
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if process.environ().get(_HOME) == home:
+                sessions.add(os.getsid(process.pid))
+    return sessions - {os.getsid(0)}
 
 
 def _members(sessions: set[int]) -> list[psutil.Process]:
@@ -229,20 +305,6 @@ def _members(sessions: set[int]) -> list[psutil.Process]:
         except (psutil.NoSuchProcess, ProcessLookupError, PermissionError):
             continue
     return members
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Hold Ctrl-C and SIGTERM off while processes are being stopped; it takes seconds, not more."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def _environment() -> dict[str, str]:

@@ -52,24 +52,29 @@ class EventLog:
         self._step_logged = float("-inf")
 
     def emit(self, kind: str, **fields: Any) -> None:
-        """Append one event; it is on disk for readers when this returns.
+        """Append one event and say it; it is on disk for readers when this returns.
 
         Raises
         ------
         TypeError
             If a field is not plain JSON: a tensor or a path in an event is a mistake of the caller.
         """
-        event = {"kind": kind, "time": time.time(), **fields}
-        line = json.dumps(event) + "\n"
+        event = self.append(kind, **fields)
         with self._lock:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(line)
             if kind == "step":  # many a second: a log wants to know that it goes on, not every step
                 if time.monotonic() - self._step_logged < STEP_LOG_SECONDS:
                     return
                 self._step_logged = time.monotonic()
         for text in (event_text(event) or "").splitlines():
             self._logger.log(_LEVELS.get(kind, logging.INFO), "%s", text)
+
+    def append(self, kind: str, **fields: Any) -> Event:
+        """Append one event without a word to the logger; returns it. Raises as :meth:`emit`."""
+        event = {"kind": kind, "time": time.time(), **fields}
+        line = json.dumps(event) + "\n"
+        with self._lock, self._path.open("a", encoding="utf-8") as file:
+            file.write(line)
+        return event
 
 
 _LEVELS = {"failed": logging.ERROR, "client_failed": logging.WARNING}

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from hsplitlora_flwr.data.fit import Cut
-from hsplitlora_flwr.reporting.events import EventLog
+from hsplitlora_flwr.reporting.events import EVENTS_FILE, EventLog, read_events
 from hsplitlora_flwr.reporting.page import PAGE_FILE, write_page
-from hsplitlora_flwr.reporting.summary import Summary, end_as_failed
+from hsplitlora_flwr.reporting.summary import SUMMARY_FILE, Summary, end_as_failed
 
 log = logging.getLogger(__name__)
 
@@ -155,22 +155,28 @@ class RunReport:
 
 
 def failed_outside(folder: Path, cause: str) -> None:
-    """A run ended without a word of its own: before it could begin, or since its process was killed.
+    """Write that a run ended without a word of its own: before it could begin, or since its process was killed.
+
+    Nothing is written where its summary tells of its end, and nothing is raised.
 
     Parameters
     ----------
     folder : Path
-        The run folder. Its event log tells of the end; its summary and page do if they are there and tell of none.
+        The run folder.
     cause : str
         Why it ended.
     """
+    _try(lambda: _close(folder, cause))
 
-    def close() -> None:
-        if content := end_as_failed(folder, cause):
-            write_page(content, folder)
 
-    _try(close)
-    _try(lambda: EventLog(folder).emit("failed", error=cause))
+def _close(folder: Path, cause: str) -> None:
+    if content := end_as_failed(folder, cause):
+        _try(lambda: write_page(content, folder))
+    elif (folder / SUMMARY_FILE).exists():
+        return
+    events, _ = read_events(folder / EVENTS_FILE)
+    if not events or events[-1]["kind"] != "failed":
+        EventLog(folder).append("failed", error=cause)
 
 
 def cause_of(error: BaseException) -> str:

@@ -11,9 +11,10 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -21,7 +22,7 @@ from rich.console import Console
 
 from hsplitlora_flwr.config import Config, render_pyproject_block
 from hsplitlora_flwr.reporting import RunConsole
-from simulations.run import PROJECT, Launcher, failure_cause, launch, run_config_toml
+from simulations.run import PROJECT, Launcher, _Watch, failure_cause, launch, run_config_toml
 from simulations.superlink import RunStatus, SuperLinkError, open_superlink
 
 PYPROJECT = """
@@ -257,6 +258,24 @@ def test_the_cause_is_the_end_of_the_last_traceback(finished):
     assert cause[-2:] == ["RuntimeError: boom", "and why"]
 
 
+def test_the_cause_is_the_exception_that_led_to_the_last_one(finished):
+    (finished / "flwr.log").write_text(
+        LOG + "ERROR :     Simulation raised an exception\n"
+        "Traceback (most recent call last):\n"
+        '  File "ray.py", line 5, in init_ray\n    ray.init()\n    ^^^^^^^^^^\n'
+        "ValueError: the raylet is too tired\n" + "".join(f"  and detail {i}\n" for i in range(100)) + "\n"
+        "The above exception was the direct cause of the following exception:\n\n"
+        'Traceback (most recent call last):\n  File "vce.py", line 7, in run\n    raise RuntimeError\n'
+        "RuntimeError: Simulation Runtime crashed.\n\n"
+        "During handling of the above exception, another exception occurred:\n\n"
+        'Traceback (most recent call last):\n  File "sim.py", line 9, in loop\n    raise RuntimeError\n'
+        "RuntimeError: An error was encountered. Ending simulation.\n"
+    )
+    cause = failure_cause(finished, RunStatus("finished:failed", "N/A"), None).splitlines()
+    assert "ValueError: the raylet is too tired" in cause
+    assert not any("RuntimeError" in line for line in cause) and len(cause) < 12
+
+
 def test_the_cause_is_the_end_of_the_log_where_no_traceback_is(finished):
     (finished / "flwr.log").write_text("one\n╭─ Error ───╮\n│ no such app │\n╰───────────╯\n")
     assert failure_cause(finished, RunStatus("not started", ""), None).splitlines()[-1].strip() == "no such app"
@@ -273,6 +292,71 @@ def test_a_run_that_was_killed_says_so(finished):
     assert "killed it for lack of memory" in failure_cause(finished, status, None)
 
 
+class Flower:
+    """Answers questions about a run, or takes its time, or refuses."""
+
+    def __init__(self) -> None:
+        self.said: RunStatus | SuperLinkError | None = None
+        self.asked = self.dropped = 0
+
+    def ask(self, run_id: str) -> "Flower":
+        self.asked += 1
+        return self
+
+    def answer(self) -> RunStatus | None:
+        if isinstance(self.said, SuperLinkError):
+            raise self.said
+        return self.said
+
+    def drop(self) -> None:
+        self.dropped += 1
+
+
+@pytest.fixture
+def watched(monkeypatch) -> tuple[Flower, _Watch, Callable[[float], None]]:
+    """A run on a Flower of ours, and a function that lets seconds pass."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("simulations.run.time", SimpleNamespace(monotonic=lambda: clock.now))
+    flower = Flower()
+    watch = _Watch(flower)
+
+    def passes(seconds: float, ended: bool = False) -> None:
+        for _ in range(round(seconds)):
+            clock.now += 1.0
+            watch.look("1", ended)
+
+    return flower, watch, passes
+
+
+def test_slow_answers_are_no_death(watched):
+    flower, watch, passes = watched
+    passes(3600.0)
+    assert not watch.status.over and 1 < flower.asked < 30 and flower.dropped == flower.asked - 1
+    flower.said = COMPLETED
+    passes(2.0)
+    assert watch.status == COMPLETED
+
+
+def test_a_run_that_is_heard_of_is_not_asked_about(watched):
+    flower, watch, passes = watched
+    for _ in range(100):
+        passes(10.0)
+        watch.heard()
+    assert flower.asked == 0
+    passes(3.0, ended=True)
+    assert flower.asked == 1, "a log that has ended tells nothing any more"
+
+
+def test_refusals_are_no_death_while_the_run_is_heard_of(watched):
+    flower, watch, passes = watched
+    flower.said = SuperLinkError("connection refused")
+    for _ in range(20):
+        passes(120.0)
+        watch.heard()
+    with pytest.raises(SuperLinkError, match="connection refused"):
+        passes(600.0)
+
+
 def test_the_run_config_survives_toml(tmp_path):
     config = settings(tmp_path / 'a "quoted" - folder', "back\\slash")
     assert Config.from_run_config(flatten(tomllib.loads(run_config_toml(config)))) == config
@@ -282,24 +366,97 @@ def flatten(tables: dict[str, dict[str, object]]) -> dict[str, object]:
     return {f"{section}.{name}": value for section, table in tables.items() for name, value in table.items()}
 
 
-def test_sigterm_stops_everything(app, tmp_path):
-    script = tmp_path / "launcher.py"
-    script.write_text(
-        "import signal, sys\nfrom pathlib import Path\n"
-        "from hsplitlora_flwr.reporting import RunConsole\n"
-        "from simulations.run import Launcher, launch\nfrom tests.simulations.test_run import settings\n"
-        "signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))\n"
-        f"launch(settings(Path({str(tmp_path / 'run')!r}), 'hang'), Path({str(app)!r}), Launcher(), RunConsole())\n"
-    )
+LAUNCHER = """
+import sys
+from pathlib import Path
+from hsplitlora_flwr.reporting import RunConsole
+from simulations import run
+from simulations.interrupts import interruptible
+from tests.simulations.test_run import settings
+
+interruptible()
+run.launch(settings(Path(sys.argv[1]), "hang"), Path(sys.argv[2]), run.Launcher(), RunConsole())
+"""
+
+
+@contextmanager
+def launching(app: Path, folder: Path) -> Iterator["subprocess.Popen[str]"]:
+    """The launcher on a run that hangs; it prints what it shows."""
     env = {**os.environ, "PYTHONPATH": str(PROJECT)}
-    with subprocess.Popen([sys.executable, str(script)], env=env, stdout=subprocess.PIPE, text=True) as launcher:
-        assert launcher.stdout is not None
-        while "nodes are here" not in (line := launcher.stdout.readline()):
-            assert line, "the launcher ended early"
+    command = [sys.executable, "-c", LAUNCHER, str(folder), str(app)]
+    with subprocess.Popen(command, env=env, cwd=PROJECT, stdout=subprocess.PIPE, text=True) as process:
+        yield process
+
+
+def until(process: "subprocess.Popen[str]", text: str) -> None:
+    """Read what a process prints until it says ``text``."""
+    assert process.stdout is not None
+    while text not in (line := process.stdout.readline()):
+        assert line, "the launcher ended early"
+
+
+def test_a_run_that_is_interrupted_says_how_to_go_on_and_leaves_no_process(app, tmp_path):
+    folder = tmp_path / "run"
+    with launching(app, folder) as launcher:
+        until(launcher, "nodes are here")
+        (folder / "summary.json").write_text(json.dumps({"status": "running", "started": time.time()}))
+        (folder / "checkpoints" / "round-2").mkdir(parents=True)
         assert len(processes_of(app)) > 3  # or the search at the end would prove nothing
         launcher.send_signal(signal.SIGTERM)
-        assert launcher.wait(timeout=30) == 143
+        until(launcher, "stopping")
+        launcher.send_signal(signal.SIGINT)  # an impatient user does not get in the way
+        launcher.send_signal(signal.SIGTERM)
+        output, _ = launcher.communicate(timeout=30)
+        assert launcher.returncode == 143
     assert processes_of(tmp_path) == []
+    assert f"round 2 is kept; the same command with run.resume={folder} and a new run.dir goes on" in output
+    cause = "interrupted by SIGTERM; everything that was started is stopped"
+    assert output.splitlines()[-1] == f"failed: {cause}"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["status"], summary["error"]) == ("failed", cause)
+
+
+def test_a_start_that_is_interrupted_leaves_no_process(app, tmp_path):
+    with launching(app, tmp_path / "run") as launcher:
+        until(launcher, "starting Flower")
+        launcher.send_signal(signal.SIGINT)
+        output, _ = launcher.communicate(timeout=30)
+        assert launcher.returncode == 130
+    assert processes_of(tmp_path) == []
+    assert "the same command starts anew" in output and "interrupted by SIGINT" in output
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_before_flower_starts_an_interrupted_run_says_so(number, tmp_path):
+    code = (
+        "import sys; from simulations import run\n"
+        "run.prepare = lambda config, console: (print('preparing', flush=True), sys.stdin.read())\n"
+        f"sys.argv = ['run', 'run.dir={tmp_path / 'run'}']\nrun.command()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT, text=True, **pipes) as launcher:
+        until(launcher, "preparing")
+        launcher.send_signal(number)
+        _, errors = launcher.communicate(timeout=60)
+    assert launcher.returncode == 128 + number
+    assert errors.strip() == (
+        f"interrupted by {number.name} before Flower was started; the same command starts the run"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_superlink_that_is_killed_ends_the_run_and_leaves_no_process(app, tmp_path):
+    folder = tmp_path / "run"
+    with launching(app, folder) as launcher:
+        until(launcher, "nodes are here")
+        below = psutil.Process(launcher.pid).children()
+        [superlink] = [child for child in below if any("flower-superlink" in part for part in child.cmdline())]
+        superlink.kill()
+        output, _ = launcher.communicate(timeout=60)
+        assert launcher.returncode == 0  # of the script, which passes no status on
+    assert processes_of(tmp_path) == []
+    log = folder / "superlink.log"
+    assert output.splitlines()[-1] == f"failed: the SuperLink ended with status -9; its whole log is {log}"
 
 
 def test_a_superlink_that_cannot_start_says_why(tmp_path, monkeypatch):
