@@ -43,6 +43,8 @@ class Family:
     unadapted: tuple[str, ...] = ()
     """Linear layers that take no adapter and are not quantised, by their name inside a block: code looks into them, or
     they return more than a product."""
+    alike: bool = True
+    """Whether all blocks are known to have parameters of the same names and shapes."""
 
     def block_name(self, index: int) -> str:
         """Absolute name of a block, for instance ``model.layers.7``."""
@@ -198,6 +200,13 @@ def _short_rope(rope: dict[str, Any], head: int, short: int) -> dict[str, Any]:
 def shorten(config: PretrainedConfig, first: int, last: int) -> None:
     """Make a configuration describe blocks ``first .. last - 1``, in place: the count and the per-block lists."""
     _keep_blocks(config, range(first, last))
+
+
+def block_config(config: PretrainedConfig, index: int) -> PretrainedConfig:
+    """The configuration of one block, which may have other sizes than others."""
+    block = config.per_layer_config[index] if getattr(config, "is_heterogeneous", False) else config
+    assert isinstance(block, PretrainedConfig)
+    return block
 
 
 def _keep_blocks(config: PretrainedConfig, kept: Sequence[int]) -> None:

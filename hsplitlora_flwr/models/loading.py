@@ -230,13 +230,16 @@ def check_model(path: str, split_min: int = 1, split_max: int = 0) -> Family:
     return find_family(checkpoint.config)
 
 
-def empty_model(config: PretrainedConfig, dtype: str = "float32", quantise: str = "none") -> PreTrainedModel:
+def empty_model(
+    config: PretrainedConfig, dtype: str = "float32", quantise: str = "none", experts: str | None = None
+) -> PreTrainedModel:
     """A causal LM whose parameters have shapes but no memory; its computed buffers (rotary tables) are real.
 
-    With ``quantise`` the linear layers of its blocks quantise what they load.
+    With ``quantise`` the linear layers of its blocks quantise what they load; ``experts`` is that of
+    :func:`~hsplitlora_flwr.models.build.build_causal_lm`.
     """
     with init_empty_weights(include_buffers=False):
-        model = build_causal_lm(config, getattr(torch, dtype))
+        model = build_causal_lm(config, getattr(torch, dtype), experts)
     model.tie_weights()
     if quantise != "none":
         family = find_family(config)

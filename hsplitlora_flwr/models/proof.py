@@ -19,7 +19,14 @@ from transformers.pytorch_utils import Conv1D
 
 from hsplitlora_flwr.models.build import build_causal_lm
 from hsplitlora_flwr.models.families import FAMILIES, Family, UnsupportedModelError, list_families, tiny_config
-from hsplitlora_flwr.models.split import ModelPart, body_part, client_part, head_part, server_part, whole_model
+from hsplitlora_flwr.models.split import (
+    ModelPart,
+    body_part,
+    client_part,
+    head_part,
+    server_part,
+    whole_model,
+)
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +82,7 @@ def _prove_unregistered(config: PretrainedConfig) -> Family:
         raise UnsupportedModelError("a token changes what the model says of earlier ones, as in an encoder like BERT")
     family = _read_layout(tiny, config.model_type)
     try:
-        family = dataclasses.replace(family, unadapted=_unadapted(tiny, family))
+        family = dataclasses.replace(family, unadapted=_unadapted(tiny, family), alike=False)
         prove(tiny, family)
     except UnsupportedModelError:
         raise

@@ -446,6 +446,20 @@ def client_part(model: PreTrainedModel, family: Family, split: int) -> ClientMod
     return ClientModel(_bare_decoder(model, family, 0, split), family, split)
 
 
+def one_block(model: PreTrainedModel, family: Family, index: int) -> ClientModel:
+    """Block ``index`` of ``model`` alone, right behind the embeddings, sharing their tensors."""
+    decoder = _share(model.get_submodule(family.decoder))
+    _keep_blocks(decoder, family, index, index + 1, embeddings=True)
+    _replace(decoder, family.final, _Through())
+    assert isinstance(decoder, PreTrainedModel)
+    return ClientModel(decoder, family, 1)
+
+
+def outline(block: nn.Module) -> tuple[tuple[str, torch.Size], ...]:
+    """The names and shapes of a block's parameters."""
+    return tuple((name, parameter.shape) for name, parameter in block.named_parameters())
+
+
 def body_part(model: PreTrainedModel, family: Family, split: int) -> BodyModel:
     """The server's part of ``model`` where the labels stay with the client, sharing its tensors."""
     check_split(model.config, split)
@@ -520,15 +534,18 @@ def _bare_decoder(model: PreTrainedModel, family: Family, first: int, last: int)
     return decoder
 
 
-def _keep_blocks(decoder: nn.Module, family: Family, first: int, last: int) -> None:
-    """Drop all blocks but ``first .. last - 1``, and the embeddings where they lead to another block than the first."""
+def _keep_blocks(decoder: nn.Module, family: Family, first: int, last: int, *, embeddings: bool = False) -> None:
+    """Drop all blocks but ``first .. last - 1``, and the embeddings where they lead to another block than the first.
+
+    With ``embeddings`` they stay.
+    """
     blocks = decoder.get_submodule(family.blocks)
     assert isinstance(blocks, nn.ModuleList)
     decoder.set_submodule(family.blocks, nn.ModuleList(list(blocks)[first:last]))
     config = decoder.config
     assert isinstance(config, PretrainedConfig)
     shorten(config, first, last)
-    if first > 0:
+    if first > 0 and not embeddings:
         _replace(decoder, family.embeddings, _Absent())
 
 

@@ -23,17 +23,20 @@ import copy
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
-from transformers import PretrainedConfig
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from hsplitlora_flwr.config import WIRES
 from hsplitlora_flwr.lora.layers import takes_changes
-from hsplitlora_flwr.models.families import Family, shorten
+from hsplitlora_flwr.models.families import Family, block_config, shorten
 from hsplitlora_flwr.models.loading import empty_model
+from hsplitlora_flwr.models.proof import brief
 from hsplitlora_flwr.models.quantisation import dequantised_bytes, weight_bytes
-from hsplitlora_flwr.models.split import client_part, head_part
-from hsplitlora_flwr.planning.trace import trace_block, trace_head
+from hsplitlora_flwr.models.split import head_part, one_block, outline
+from hsplitlora_flwr.planning.trace import EXPERTS, BlockTrace, trace_block, trace_head
 
 OPTIMIZERS = ("adamw", "sgd")
 """Optimizers whose states are known."""
@@ -168,61 +171,62 @@ class CostModel:
         self.num_blocks = int(config.num_hidden_layers)
         self.workload = workload
         self.rows = workload.batch_size * workload.sequence_length
-        # Blocks of a family are alike, and two are the fewest that can be cut.
-        two_blocks = copy.deepcopy(config)
-        shorten(two_blocks, 0, 2)
-        model = empty_model(two_blocks, workload.dtype)
+        model, kinds = self._outlines(config, family)
+        parameters = {index: _numel(model.get_submodule(family.block_name(index))) for index in kinds}
+        beside_blocks = _numel(model) - sum(map(_numel, model.get_submodule(_blocks_of(family)).children()))
         decoder = model.get_submodule(family.decoder)
-        embeddings = [getattr(decoder, name, None) for name in family.embeddings]
-        self.block_parameters: int = sum(p.numel() for p in model.get_submodule(family.block_name(0)).parameters())
-        self.embedding_parameters: int = sum(
-            p.numel() for part in embeddings if part is not None for p in part.parameters()
-        )
-        self.total_parameters = (
-            sum(p.numel() for p in model.parameters()) + (self.num_blocks - 2) * self.block_parameters
-        )
+        self.embedding_parameters: int = sum(_numel(getattr(decoder, name, None)) for name in family.embeddings)
         # What is neither embedding nor block: final norm and head, or the norm alone where the head is tied.
-        self.head_parameters = (
-            self.total_parameters - self.embedding_parameters - self.num_blocks * self.block_parameters
-        )
+        self.head_parameters = beside_blocks - self.embedding_parameters
         self._client_has_labels = workload.labels == "client"
         in_flight, shape = workload.in_flight, (workload.batch_size, workload.sequence_length)
-        trace = trace_block(client_part(model, family, 1), *shape, adapter_rank)
-        if missing := [target for target in targets or () if target not in _last_names(trace.layers)]:
-            raise PlanError(
-                f"lora.targets names {missing}; the blocks of this model have {sorted(_last_names(trace.layers))}"
-            )
-        traced = {n: dataclasses.replace(la, input_bytes=in_flight * la.input_bytes) for n, la in trace.layers.items()}
+        traces = {index: self._trace(model, family, index, adapter_rank) for index in dict.fromkeys(kinds)}
+        names = {name for trace in traces.values() for name in _last_names(trace.layers)}
+        if missing := [target for target in targets or () if target not in names]:
+            raise PlanError(f"lora.targets names {missing}; the blocks of this model have {sorted(names)}")
         self.all_layers = [
-            Layer(f"{family.block_name(index)}.{name}", index, *dataclasses.astuple(layer))
-            for index in range(self.num_blocks)
-            for name, layer in traced.items()
+            Layer(
+                f"{family.block_name(block)}.{name}",
+                block,
+                *dataclasses.astuple(dataclasses.replace(layer, input_bytes=in_flight * layer.input_bytes)),
+            )
+            for block, kind in enumerate(kinds)
+            for name, layer in traces[kind].layers.items()
         ]
         self.layers = [
             layer for layer in self.all_layers if targets is None or layer.name.rpartition(".")[2] in targets
         ]
-        matrices = [layer.in_features * layer.out_features for layer in trace.layers.values()]
-        self.linear_parameters, self._largest_matrix = sum(matrices), max(matrices)
-        # What quantising takes off a block.
-        self._saved = self.linear_parameters * workload.item - sum(
-            weight_bytes(layer.out_features, layer.in_features, workload.item, workload.quantise)
-            for layer in trace.layers.values()
+        matrices = [layer.in_features * layer.out_features for layer in self.all_layers]
+        # Operations are those of the average block: time is an estimate anyway.
+        self.linear_parameters, self._largest_matrix = sum(matrices) / self.num_blocks, max(matrices)
+        # What quantising takes off the blocks, and the largest update of each.
+        saved, update = [0] * self.num_blocks, [0] * self.num_blocks
+        for layer, matrix in zip(self.all_layers, matrices, strict=True):
+            held = weight_bytes(layer.out_features, layer.in_features, workload.item, workload.quantise)
+            saved[layer.block] += matrix * workload.item - held
+        for layer in self.layers:
+            matrix = layer.in_features * layer.out_features
+            factors = matrix if update_rank is None else layer.adapter_parameters(update_rank)
+            update[layer.block] += 4 * min(matrix, factors)
+        self._block_parameters, self._saved, self._update = (
+            [0, *accumulate(each)] for each in ([parameters[kind] for kind in kinds], saved, update)
         )
-        self._block_update = 4 * sum(
-            min(layer.in_features * layer.out_features, layer.adapter_parameters(update_rank))
-            if update_rank is not None
-            else layer.in_features * layer.out_features
-            for layer in self.layers
-            if layer.block == 0
-        )
+        self.total_parameters = beside_blocks + self._block_parameters[-1]
         self.cut_bytes = self.rows * int(config.hidden_size) * workload.item
-        self._block_bytes = in_flight * trace.kept, in_flight * self.cut_bytes  # kept, computed again
+        # kept, computed again; of the block that keeps most
+        self._block_bytes = in_flight * max(trace.kept for trace in traces.values()), in_flight * self.cut_bytes
         # A micro-batch on the wire: one frame as sent, one as received, and a copy of each inside the stream.
         frames = 4 * self.cut_bytes // workload.item * workload.adapter_item
         every = {layer.name: adapter_rank for layer in self.all_layers}
         # one block, all of it
-        again = dequantised_bytes(self._largest_matrix, workload.item, workload.quantise) + trace.peak
-        step = again - self._kept(every, self.all_layers, 0, 1) // in_flight
+        dequantised = dequantised_bytes(self._largest_matrix, workload.item, workload.quantise)
+        again = dequantised + max(trace.peak for trace in traces.values())
+        step = dequantised + max(
+            trace.peak
+            - trace.kept
+            - (self._kept(every, self.all_layers, kind, kind + 1) - self.block_bytes()) // in_flight
+            for kind, trace in traces.items()
+        )
         # All but one may be on the wire while that one is computed on; or all are, and nothing is computed.
         waiting, all_waiting = (in_flight - 1) * frames, self.cut_bytes + in_flight * frames
         self.temporary_bytes = max(step + waiting, all_waiting)
@@ -233,26 +237,52 @@ class CostModel:
         self._frames, on_top = in_flight * frames, max(self.cut_bytes, 0 if self._client_has_labels else head)
         self._pass_temporary = max(step, on_top), max(again, on_top)
         self._head_flops = 2.0 * self.rows * int(config.vocab_size) * int(config.hidden_size)
-        heads = int(config.num_attention_heads)
-        head_size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+        first = block_config(config, 0)
+        heads = int(first.num_attention_heads)
+        head_size = int(getattr(first, "head_dim", None) or config.hidden_size // heads)
         self._attention_flops = 4.0 * self.rows * workload.sequence_length * heads * head_size
+
+    def _outlines(self, config: PretrainedConfig, family: Family) -> tuple[PreTrainedModel, list[int]]:
+        """The model without memory, and for every block the first one that is like it.
+
+        Where all are alike the model has two, the fewest that can be cut.
+        """
+        config = copy.deepcopy(config)
+        if family.alike:
+            shorten(config, 0, 2)
+        model = empty_model(config, self.workload.dtype, experts=EXPERTS)
+        if family.alike:
+            return model, [0] * self.num_blocks
+        outlines = [outline(block) for block in model.get_submodule(_blocks_of(family)).children()]
+        return model, [outlines.index(each) for each in outlines]
+
+    def _trace(self, model: PreTrainedModel, family: Family, index: int, adapter_rank: int) -> BlockTrace:
+        workload = self.workload
+        part = one_block(model, family, index)
+        try:
+            return trace_block(part, workload.batch_size, workload.sequence_length, adapter_rank)
+        except Exception as error:  # whatever the code of a model does with tensors that hold no values
+            raise PlanError(
+                f"what a '{model.config.model_type}' keeps in memory cannot be predicted: its blocks cannot be traced "
+                f"without values ({brief(error)}); choose another model"
+            ) from error
 
     def client_parameters(self, split: int) -> int:
         """Base parameters of a client: embeddings, its blocks and, with the labels, the final norm and the head.
 
         A head that is tied to the embeddings counts once.
         """
-        above = (self.num_blocks - split) * self.block_parameters
+        above = self._block_parameters[-1] - self._block_parameters[split]
         return self.total_parameters - above - (0 if self._client_has_labels else self.head_parameters)
 
     def client_weight_bytes(self, split: int) -> int:
         """Bytes of :meth:`client_parameters`, as they are held."""
-        return self.client_parameters(split) * self.workload.item - split * self._saved
+        return self.client_parameters(split) * self.workload.item - self._saved[split]
 
     @property
     def total_weight_bytes(self) -> int:
         """Bytes of the whole base, as it is held."""
-        return self.total_parameters * self.workload.item - self.num_blocks * self._saved
+        return self.total_parameters * self.workload.item - self._saved[-1]
 
     def client_bytes(
         self,
@@ -513,7 +543,15 @@ class CostModel:
 
     def update_bytes(self, split: int) -> int:
         """The accumulated update of the client's blocks at its largest, fp32, in a message: dense or factors."""
-        return split * self._block_update
+        return self._update[split]
+
+
+def _blocks_of(family: Family) -> str:
+    return f"{family.decoder}.{family.blocks}"
+
+
+def _numel(module: nn.Module | None) -> int:
+    return sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
 
 
 def _last_names(names: Iterable[str]) -> set[str]:

@@ -237,13 +237,12 @@ class Problem:
     def _adapter_costs(self, recompute: bool) -> AdapterCosts:
         cost, layers, ranks = self.cost, self.cost.layers, self.ranks.tolist()
         # On the server the backward pass runs anyway, so what an adapter adds is its own; layers of a size cost alike.
-        alone = cost.server_flops(1, {}, recompute=recompute)
+        # A server that had all blocks, the first one too, has layers of every size.
+        alone = cost.server_flops(0, {}, recompute=recompute)
+        of_size = {(layer.in_features, layer.out_features): layer.name for layer in layers}
         by_size = {
-            (layer.in_features, layer.out_features): [
-                cost.server_flops(1, {layer.name: rank}, recompute=recompute) - alone for rank in ranks
-            ]
-            for layer in layers
-            if layer.block == cost.num_blocks - 1
+            size: [cost.server_flops(0, {name: rank}, recompute=recompute) - alone for rank in ranks]
+            for size, name in of_size.items()
         }
         flops = np.array([by_size[layer.in_features, layer.out_features] for layer in layers], float)
         # A client's peak is either `floor`, the accumulated update, or `base` and what training adds to it. At a rank
@@ -253,7 +252,7 @@ class Problem:
         for split in self.splits:
             added = cost.adapter_bytes(huge, 0, split) + cost.kept_bytes(huge, 0, split, recompute=recompute)
             base[split] = cost.client_bytes(split, huge, recompute=recompute) - added
-        split = self.splits[0]
+        split = max(self.splits[0], first.block + 1)
         trained = cost.client_flops(split, {first.name: ranks[0]}, recompute=recompute)
         return AdapterCosts(
             recompute,
@@ -262,7 +261,7 @@ class Problem:
             np.zeros_like(self._input_bytes) if recompute else self._input_bytes,
             base,
             cost.block_bytes(recompute),
-            (trained - self.forward[split] - flops[0, 0]) / (split - first.block),
+            (trained - cost.client_flops(split, {}) - flops[0, 0]) / (split - first.block),
         )
 
     def _prices(self, micro_batches: int) -> Array:

@@ -18,9 +18,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.integrations.moe import ExpertsInterface
 
 from hsplitlora_flwr.lora.layers import AdapterSpec, inject, shape_of, takes_changes
 from hsplitlora_flwr.models.split import ClientModel, HeadModel
+
+EXPERTS = "hsplitlora-traced"
+"""How experts of a mixture are to be computed in models that are traced: which tokens each gets is in no fake tensor,
+and products of groups exist in few dtypes there. Sizes are those of the products of groups."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,26 @@ def trace_head(head: HeadModel, rows: int, length: int) -> int:
             head.losses(head.norm(hidden).flatten(0, 1), targets).sum().backward()
     peak: int = live.peak
     return peak
+
+
+def _all_by_the_first(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """What experts ``(experts, out, in)`` make of ``hidden`` ``(tokens, hidden)``, had the first all of it to do."""
+
+    def product(x: Tensor, name: str) -> Tensor:
+        weight = getattr(experts, name)[0]
+        y: Tensor = x @ (weight if experts.is_transposed else weight.T)
+        return y.add_(getattr(experts, f"{name}_bias")[0]) if experts.has_bias else y
+
+    rows = hidden[torch.arange(chosen.numel()) // chosen.shape[-1]]  # a copy for every expert of a token
+    inner = experts._apply_gate(product(rows, "gate_up_proj")) if experts.has_gate else None
+    outer = product(experts.act_fn(product(rows, "up_proj")) if inner is None else inner, "down_proj")
+    if getattr(experts, "has_post_expert_norm", False):
+        outer = experts.post_expert_norm(outer)
+    weighted: Tensor = outer * weights.reshape(-1, 1)
+    return weighted.view(*chosen.shape, -1).sum(dim=1).to(hidden.dtype)
+
+
+ExpertsInterface.register(EXPERTS, _all_by_the_first)
 
 
 class LiveBytes(TorchDispatchMode):

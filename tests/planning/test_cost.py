@@ -10,14 +10,23 @@ from pathlib import Path
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig
+from transformers import (
+    DeepseekV3Config,
+    JetMoeConfig,
+    LlamaConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from hsplitlora_flwr.config import WIRES, Config, TrainConfig
 from hsplitlora_flwr.lora import AdapterSpec, inject
 from hsplitlora_flwr.methods import cost_model, make_round_plan
 from hsplitlora_flwr.models import find_family, load_causal_lm, load_client_model, split_model
+from hsplitlora_flwr.models.build import build_causal_lm
+from hsplitlora_flwr.models.families import tiny_config
 from hsplitlora_flwr.models.split import ModelPart, client_part, head_part, whole_model
-from hsplitlora_flwr.planning import Budget, CostModel, PlanError, Workload
+from hsplitlora_flwr.planning import Budget, CostModel, PlanError, Workload, make_plan
 from hsplitlora_flwr.training.recompute import recompute_blocks
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.transport.frames import Activation, Frame, Gradient, Hidden, HiddenGradient, encode
@@ -513,3 +522,57 @@ def test_the_update_is_as_large_as_its_rank_allows() -> None:
     assert cost.update_bytes(3) == cost_of("llama").update_bytes(3)
     narrow = CostModel(config, family, Workload(4, 16), targets=("q_proj",), update_rank=1)
     assert narrow.update_bytes(2) == 2 * 4 * (32 + 32)
+
+
+UNLIKE = DeepseekV3Config(n_routed_experts=16, num_experts_per_tok=4, first_k_dense_replace=2)
+"""Two dense blocks, and others with experts."""
+
+
+def build(config: PretrainedConfig, dtype: str = "float32") -> PreTrainedModel:
+    return build_causal_lm(tiny_config(config, 5), getattr(torch, dtype))
+
+
+@pytest.mark.parametrize("config", [UNLIKE, MixtralConfig(num_local_experts=4)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_experts_and_unlike_blocks_are_counted(config: PretrainedConfig, dtype: str) -> None:
+    """Parameters and layers are those of the parts; a client's step stays within what is predicted, and near it."""
+    model, family = build(config, dtype), find_family(config)
+    cost = CostModel(model.config, family, Workload(ROWS, LENGTH, dtype), adapter_rank=4)
+    assert cost.total_parameters == sum(p.numel() for p in model.parameters())
+    for split in range(1, 5):
+        client, server = split_model(model, split)
+        assert cost.client_parameters(split) == client.resident_parameters()
+        for part, blocks in ((client, range(split)), (server, range(split, 5))):
+            held = [layer for layer in cost.layers if layer.block in blocks]
+            layers = {layer.name: (layer.out_features, layer.in_features) for layer in held}
+            assert layers == {name: tuple(linear.weight.shape) for name, linear in part.linears()}
+        ranks = {layer.name: 4 for layer in cost.layers}
+        adapt(client, ranks)
+
+        def step(client: ModelPart = client) -> None:
+            cut = client(IDS, MASK)
+            cut.backward(torch.ones_like(cut))
+
+        parts = cost.memory_parts(split, ranks, updated=False)
+        predicted, taken = parts["activations"] + parts["temporary"], allocated_peak(step)
+        assert 0.4 * predicted < taken < 1.1 * predicted, "a block that keeps less than others counts as one of them"
+
+
+def test_plans_of_unlike_blocks_keep_to_budgets() -> None:
+    cost = CostModel(build(UNLIKE).config, find_family(UNLIKE), Workload(ROWS, LENGTH), update_rank=8, adapter_rank=4)
+    scores = {layer.name: 1.0 for layer in cost.layers}
+    least, most = cost.client_bytes(1, {}), cost.client_bytes(4, dict.fromkeys(scores, 4))
+    budgets = {f"c{share}": Budget(least + (most - least) * share // 4) for share in range(5)}
+    plan = make_plan(budgets, scores, cost, ranks=(0, 2, 4))
+    for name, client in plan.clients.items():
+        assert cost.client_bytes(client.split, client.ranks) <= budgets[name].memory_bytes
+    adapted = [{layer for layer, rank in plan.clients[f"c{share}"].ranks.items() if rank} for share in (0, 4)]
+    assert len(adapted[0]) < len(adapted[1])
+
+
+def test_blocks_that_look_into_values_are_refused() -> None:
+    config = JetMoeConfig()
+    with pytest.raises(
+        PlanError, match="what a 'jetmoe' keeps in memory cannot be predicted: its blocks cannot be traced"
+    ):
+        CostModel(tiny_config(config, 4), find_family(config), Workload(ROWS, LENGTH))
