@@ -8,10 +8,11 @@ int, float, bool and str exist, and no type is checked), and every value is chec
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +40,15 @@ METHODS = (
 
 class ConfigError(ValueError):
     """A configuration value is unknown, of the wrong type or out of range. The text names key, value and remedy."""
+
+
+def unknown_key(key: str, known: Iterable[str]) -> ConfigError:
+    """The error for a key that there is not, with the one that may be meant, else with all."""
+    known = sorted(known)
+    alike = [each for each in known if each.endswith(f".{key}")] or difflib.get_close_matches(key, known, n=1)
+    return ConfigError(
+        f"unknown key '{key}'; " + (f"did you mean {alike[0]}?" if alike else f"known keys: {', '.join(known)}")
+    )
 
 
 def _setting(default: Any, help: str, *, choices: tuple[str, ...] = (), low: float | None = None) -> Any:
@@ -293,7 +303,7 @@ class Config:
         known = {key for key, _, _ in _walk(cls())}
         for key, value in flat.items():
             if key not in known:
-                raise ConfigError(f"unknown key '{key}'; known keys: {', '.join(sorted(known))}")
+                raise unknown_key(key, known)
             section, name = key.split(".")
             values[section][name] = value
         return cls(**{name: factory(**_coerce(name, factory, values[name])) for name, factory in sections.items()})

@@ -31,6 +31,7 @@ from rich.console import Console
 
 from hsplitlora_flwr.config import Config
 from simulations.interrupts import Interrupted, interruptible
+from simulations.overrides import check_keys, keys_of, literal, one_line
 from simulations.run import PROJECT, Launcher, Listener, launch, prepare, with_absolute_paths
 from simulations.study import EACH, Line, Options, Study, tuning_changes, vary
 from simulations.superlink import SuperLink, open_superlink
@@ -133,7 +134,9 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument("--keep", action="store_true", help="keep the folders of all runs")
     parser.add_argument("overrides", nargs="*", help="settings of every run, such as data.path=FOLDER train.rounds=2")
     values = vars(parser.parse_intermixed_args(arguments))
-    return Options(**values | {"overrides": tuple(values["overrides"])})
+    overrides = literal(values["overrides"])
+    check_keys(overrides, keys_of("launcher", Launcher))
+    return Options(**values | {"overrides": tuple(overrides)})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -149,7 +152,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bases, launcher = _prepared(options, console)
         runs = FlowerRuns(launcher, options.work / "superlink.log")
         study = Study(options, bases, runs, console)
-    except (ValueError, HydraException, OmegaConfBaseException) as error:  # all errors of settings, data and models
+    except HydraException as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except (ValueError, OmegaConfBaseException) as error:  # all errors of settings, data and models
         print(f"error: {error}", file=sys.stderr)
         return 2
     options.work.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,8 @@ from hsplitlora_flwr.models.quantisation import check_quantiser
 from hsplitlora_flwr.planning import Budget, CostModel, Plan
 from hsplitlora_flwr.reporting.events import format_bytes
 from hsplitlora_flwr.training.memory import process_bytes, resting_bytes
-from simulations.run import PROJECT
+from simulations.overrides import keys_of, start
+from simulations.run import PROJECT, Launcher
 
 PARTS = ("weights", "adapters", "activations", "update", "temporary", "process")
 """Of :meth:`hsplitlora_flwr.planning.CostModel.memory_parts`."""
@@ -206,4 +207,4 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(start(main, keys_of("launcher", Launcher)))

@@ -32,10 +32,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hsplitlora_flwr.config import Config, ConfigError
+from hsplitlora_flwr.config import Config, ConfigError, unknown_key
 from hsplitlora_flwr.reporting import EVENTS_FILE, RunConsole, read_events
 from hsplitlora_flwr.reporting.events import Event
 from simulations.interrupts import Interrupted, held, interruptible, obey
+from simulations.overrides import keys_of, start
 from simulations.superlink import Question, RunStatus, SuperLink, SuperLinkError, open_superlink, started_run
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -82,10 +83,10 @@ class Launcher:
         ConfigError
             If a key is unknown or a value has the wrong type or is out of range.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
+        known = keys_of("launcher", cls)
         for key in values:
-            if key not in known:
-                raise ConfigError(f"unknown key 'launcher.{key}'; known keys: {', '.join(known)}")
+            if f"launcher.{key}" not in known:
+                raise unknown_key(f"launcher.{key}", known)
         launcher = cls(**values)
         if not isinstance(launcher.superlink, str):
             raise ConfigError(f"launcher.superlink={launcher.superlink!r} must be a name, or '' for one of our own")
@@ -430,13 +431,13 @@ def command() -> None:
     """The command line: the exit status of the worst job, or of the signal that ended it."""
     interruptible()
     try:
-        main()
+        wrong = start(main, keys_of("launcher", Launcher))
     except Interrupted as error:
         if not error.told:
             when = "before Flower was started; the same command starts the run"
             print(f"interrupted by {error.signal.name} {when}", file=sys.stderr)
         raise
-    sys.exit(max(_statuses, default=0))
+    sys.exit(max([wrong, *_statuses]))
 
 
 if __name__ == "__main__":

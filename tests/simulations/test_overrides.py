@@ -1,0 +1,108 @@
+"""What is typed arrives as it is typed, or the error says what to type."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from hsplitlora_flwr.config import ConfigError
+from simulations.overrides import PATHS, check_keys, keys_of, literal
+from simulations.run import PROJECT, Launcher
+
+LAUNCHER = keys_of("launcher", Launcher)
+
+
+def composed(*arguments: str) -> Any:
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        return OmegaConf.to_container(compose("config", literal(arguments)), resolve=True)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(
+            "/home/müller/m",
+            "o'brien",
+            'a "b"',
+            "a(1)",
+            "models [old]",
+            "[x]",
+            "{x}",
+            "数据/语料",
+            "a, b",
+            "a#b;c&d",
+            "a=b",
+        ),
+        *("~/x", "2024", "1e3", "true", "C:\\x\\", "it's \\'quoted", "- x", "@$%", "a:b"),
+    ],
+)
+def test_paths_are_taken_as_they_are(value: str) -> None:
+    values = composed(*(f"{key}={value}" for key in PATHS))
+    for section, name in (key.split(".") for key in PATHS):
+        assert values[section][name] == value
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=12))
+def test_any_name_of_a_folder_is_taken_or_was_in_quotes(name: str) -> None:
+    if "$" in name or name[0] in "\"'" or name == "null":
+        return
+    assert composed(f"data.path=runs/{name}")["data"]["path"] == f"runs/{name}"
+
+
+def test_what_hydra_reads_stays_as_it_is() -> None:
+    arguments = ["-m", "train.lr=1e-3,3e-4", "clients.memory_gb=[1,2]", "run.dir=runs/${now:%Y}", "data=e2e"]
+    arguments += ["model.path='a, b'", "data.path=a,b", "+experiment=e2e", "hydra/launcher=basic", "run.resume="]
+    assert literal(arguments) == arguments
+    assert literal(["data.path=a,b"]) == ["data.path='a,b'"], "without a sweep it is one path"
+    assert literal(["--multirun", "data.path=a,ü"])[1] == "data.path='a','ü'"
+
+
+def test_other_values_that_hydra_cannot_read_are_text() -> None:
+    assert composed("data.group_field=Straße (alt)")["data"]["group_field"] == "Straße (alt)"
+    with_year = composed("run.dir=runs/ü-${now:%Y}")["run"]["dir"]
+    assert with_year.startswith("runs/ü-20") and len(with_year) == len("runs/ü-2000")
+
+
+@pytest.mark.parametrize(
+    ("argument", "says"),
+    [
+        ("train.round=4", r"unknown key 'train\.round'; did you mean train\.rounds\?"),
+        ("+train.round=4", "did you mean train.rounds"),
+        ("lr=1", "did you mean train.lr"),
+        ("launcher.cpu=1", "did you mean launcher.cpus"),
+        ("nothing=1", "unknown key 'nothing'; known keys: .*launcher.client_cpus"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_one_that_is_meant(argument: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        check_keys([argument], LAUNCHER)
+    known = ["train.rounds=4", "data=e2e", "experiment=e2e", "launcher.cpus=1", "--cfg", "job", "hydra.verbose=1"]
+    check_keys(known, LAUNCHER)
+
+
+@pytest.mark.parametrize(
+    ("program", "argument", "says"),
+    [
+        ("plan", "train.round=4", "error: unknown key 'train.round'; did you mean train.rounds?"),
+        ("compare", "data=nothing", "error: In 'config': Could not find 'data/nothing' Available options"),
+        ("run", "train.round=4", "error: unknown key 'train.round'; did you mean train.rounds?"),
+        (
+            "run",
+            "data=nothing",
+            "error: In 'config': Could not find 'data/nothing' Available options in 'data': dialogues",
+        ),
+        ("run", "train.rounds", "error: 'train.rounds' cannot be read; write KEY=VALUE, such as train.rounds=4"),
+    ],
+)
+def test_a_wrong_command_line_has_status_2_and_one_line(program: str, argument: str, says: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", f"simulations.{program}", argument]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(says) and len(done.stderr.splitlines()) == 1, done.stderr
