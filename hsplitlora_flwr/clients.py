@@ -63,9 +63,12 @@ class Clients:
         From the last message to each node until its last reply.
     timeout : float
         Seconds that they have for an exchange.
+    on_failure : Callable[[str], None]
+        Is told the name of a client that is left out.
     """
 
     def __init__(self, config: Config, report: RunReport) -> None:
+        self.on_failure: Callable[[str], None] = lambda client: None
         self.descriptions: dict[int, Description] = {}
         self.seconds: dict[int, float] = {}
         self.timeout: float = config.run.timeout
@@ -181,6 +184,7 @@ class Clients:
         server_round: int,
         answer: Answer = lambda reply: None,
         needed: int | None = None,
+        may_answer: Callable[[Message], bool] = lambda reply: True,
     ) -> list[Message]:
         """Send messages and answer the replies, until every client sent its last; those that fail are left out.
 
@@ -192,6 +196,8 @@ class Clients:
             See there.
         needed : int, optional
             Last replies that there must be; ``clients.min`` by default.
+        may_answer : Callable[[Message], bool], optional
+            Whether a reply can be answered now.
 
         Returns
         -------
@@ -206,7 +212,7 @@ class Clients:
         messages = list(messages)
         silent = {message.metadata.dst_node_id for message in messages}
         replies, failures, started = [], [], time.monotonic()
-        for node, reply in converse(grid, messages, answer, self.timeout, self._dead):
+        for node, reply in converse(grid, messages, answer, self.timeout, self._dead, may_answer):
             silent.discard(node)
             if reply.has_error():
                 failures.append(self.leave_out(node, reason_of(reply), server_round))
@@ -273,6 +279,7 @@ class Clients:
     def leave_out(self, node: int, reason: str, server_round: int) -> str:
         """Go on without a client in this round; returns what happened."""
         client, reason = self.name(node), printable(reason)
+        self.on_failure(client)
         self.descriptions.pop(node, None)
         self._fresh.pop(node, None)
         self._report.client_failed(server_round, client, reason)

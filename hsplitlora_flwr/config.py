@@ -24,6 +24,7 @@ WIRES = ("float32", "bfloat16", "float16", "int8", "float64")
 METHODS = (
     "hsplitlora",
     "splitlora",
+    "splitlora-v1",
     "fedit",
     "hetlora",
     "flexlora",
@@ -195,13 +196,32 @@ class TrainConfig:
     )
     joint: str = _setting(
         "auto",
-        "whether the server takes clients that wait through its blocks in one pass; auto = on a GPU",
+        "server.half=per_client: whether clients that wait go through the server's blocks in one pass; auto = on a GPU",
         choices=("auto", "on", "off"),
     )
     passes: int = _setting(
         0, "clients that the server computes for at once, each in a pass of its own; 0 = as many as it has cores", low=0
     )
     clip: float = _setting(1.0, "largest norm of the gradient of both sides' adapters together; 0 = none", low=0.0)
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """The server's half of the model."""
+
+    half: str = _setting(
+        "shared",
+        "one adapter a block, which every client's step trains in turn; or one for each client, whose mean is taken",
+        choices=("shared", "per_client"),
+    )
+    order: str = _setting(
+        "fixed",
+        "shared: whose step comes next; fixed = by step and client, the same bits in every run; arrival = who is there",
+        choices=("fixed", "arrival"),
+    )
+    patience: float = _setting(
+        60.0, "fixed: seconds to wait for the client whose step is next before the others go on", low=0.0
+    )
 
 
 @dataclass(frozen=True)
@@ -268,6 +288,7 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     transport: TransportConfig = field(default_factory=TransportConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -452,6 +473,7 @@ def _check_pairs(config: Config) -> None:
                 "with PEFT into a base that is not quantised"
             )
     alone = {
+        "server.half=shared": config.server.half == "shared",
         "split.labels=client": config.split.labels == "client",
         "transport.kind=messages": config.transport.kind == "messages",
     }

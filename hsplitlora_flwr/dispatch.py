@@ -8,7 +8,7 @@ what the server took it for; then the task goes out again.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from flwr.app import Message, RecordDict
@@ -16,7 +16,7 @@ from flwr.app import Message, RecordDict
 from hsplitlora_flwr.clients import Clients
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.control import TRAIN, TURN, Description, Outcome, ReplyError, Task, reading
-from hsplitlora_flwr.lora.aggregation import Factors, truncate
+from hsplitlora_flwr.lora.aggregation import Factors, SharedUpdate, truncate
 from hsplitlora_flwr.lora.delta import Delta
 from hsplitlora_flwr.lora.layers import AdapterSpec, start_along
 from hsplitlora_flwr.methods import METHODS
@@ -29,7 +29,7 @@ from hsplitlora_flwr.shard import Shard
 from hsplitlora_flwr.training.memory import may_fragment
 from hsplitlora_flwr.training.server import StepReport
 from hsplitlora_flwr.transport.frames import Failure
-from hsplitlora_flwr.transport.messages import add_frames, read_frames
+from hsplitlora_flwr.transport.messages import add_frames, has_frames, read_frames
 
 
 class Dispatch:
@@ -72,6 +72,7 @@ class Dispatch:
         self._config, self._method = config, METHODS[config.method.name]
         self._clients, self._shard, self._delta, self._report = clients, shard, delta, report
         self._layers = list(layers)
+        self._blocks = {layer.name: layer.block for layer in self._layers}
         self._tasks: dict[int, Task] = {}  # under way, without their tensors
         self._sent_again: set[int] = set()
         self._failed: set[int] = set()  # told so
@@ -80,6 +81,25 @@ class Dispatch:
         """Count bytes from zero."""
         self.up.clear()
         self.down.clear()
+
+    def share_half(self, server_round: int, plans: Mapping[str, ClientPlan]) -> None:
+        """Set up the half that the clients of a round train together, by name in the order of their steps."""
+        alpha, dropout = self._config.alpha, self._config.lora.dropout
+        ranks: dict[str, int] = {}
+        for plan in plans.values():
+            above = {name: rank for name, rank in plan.ranks.items() if self._blocks[name] >= plan.split}
+            ranks |= {name: max(rank, ranks.get(name, 0)) for name, rank in above.items()}
+        specs = {name: AdapterSpec(rank, alpha(rank), dropout) for name, rank in ranks.items()}
+        owner = "all" if self._method.carries else f"{server_round}/server"
+        self._shard.share_half(
+            {client: plan.split for client, plan in plans.items()},
+            specs,
+            f"{self._config.run.seed}/{owner}",
+            self._start(specs),
+            lambda client: self._report.status(
+                f"client {client} did not come in time for its step (server.patience); the others go on"
+            ),
+        )
 
     def task(self, node: int, kind: str, server_round: int, plan: ClientPlan, steps: int) -> Message:
         """Set the server's half of one client's task up, if there is one, and write the message that starts the
@@ -107,6 +127,15 @@ class Dispatch:
         self._sent_again.discard(node)
         self._failed.discard(node)
         return self._message(node, task, start)
+
+    def may_answer(self, reply: Message) -> bool:
+        """Whether a client's frames can be answered now, or its step has to wait for its turn."""
+        client = self._clients.name(reply.metadata.src_node_id)
+        try:
+            with reading("its reply"):
+                return not has_frames(reply.content) or self._shard.may_answer(client, read_frames(reply.content))
+        except ReplyError:
+            return True  # with what is wrong
 
     def answer(self, reply: Message) -> Message | None:
         """The next message to a client: answers to its frames, or its task again; None to its last reply.
@@ -148,7 +177,7 @@ class Dispatch:
 
     def layers_below(self, split: int) -> set[str]:
         """Names of the layers that a client with this split point holds."""
-        return {layer.name for layer in self._layers if layer.block < split}
+        return {name for name, block in self._blocks.items() if block < split}
 
     def _again(self, node: int) -> Message:
         if node in self._sent_again:
@@ -156,6 +185,12 @@ class Dispatch:
         self._sent_again.add(node)
         task = self._tasks[node]
         return self._message(node, task, self._start(task.specs))
+
+    def shared_update(self, half: Mapping[str, Factors], splits: Sequence[int]) -> SharedUpdate:
+        """The adapters of the half that clients of these split points, in their order, trained together."""
+        return SharedUpdate(
+            half, {name: [i for i, split in enumerate(splits) if split <= self._blocks[name]] for name in half}
+        )
 
     def _message(self, node: int, task: Task, start: Mapping[str, Factors]) -> Message:
         held = self.layers_below(task.split)

@@ -32,6 +32,8 @@ class Method:
         Where it comes from.
     split : bool
         The model is cut, and the server trains its part. Else a client holds all of it.
+    half : {"", "shared", "per_client"}
+        Whose adapters a client's steps train on the server, whatever ``server.half`` says; "" leaves it to that.
     central : bool
         All data lie in one place and are trained on there.
     ranks : str
@@ -57,6 +59,7 @@ class Method:
 
     source: str
     split: bool = True
+    half: str = ""
     central: bool = False
     ranks: Literal["plan", "budget", "equal"] = "plan"
     importance: bool = True
@@ -78,6 +81,17 @@ METHODS: dict[str, Method] = {
     "splitlora": replace(
         _HSPLITLORA,
         source="arXiv 2407.00952",
+        half="shared",
+        ranks="equal",
+        importance=False,
+        rule="mean",
+        carries=True,
+        targets=QUERY_AND_VALUE,
+    ),
+    "splitlora-v1": replace(
+        _HSPLITLORA,
+        source="arXiv 2407.00952, version 1",
+        half="per_client",
         ranks="equal",
         importance=False,
         rule="mean",
@@ -95,7 +109,7 @@ METHODS: dict[str, Method] = {
     "hsplitlora-no-armsc": replace(
         _HSPLITLORA, source="ablation: one split, one rank", ranks="equal", importance=False
     ),
-    "hsplitlora-no-naa": replace(_HSPLITLORA, source="ablation: zero padding", rule="zero_pad", carries=True),
+    "hsplitlora-no-naa": replace(_HSPLITLORA, source="ablation: zero padding", rule="zero_pad"),
 }
 assert tuple(METHODS) == NAMES  # the schema names them without importing anything
 
@@ -150,17 +164,24 @@ def starts_along_update(config: Config) -> bool:
     return chosen == "update"
 
 
+def shares_half(config: Config) -> bool:
+    """Whether one half of the server serves all clients of a round; each has one of its own else."""
+    method = METHODS[config.method.name]
+    return method.split and (method.half or config.server.half) == "shared"
+
+
 def takes_all(config: Config) -> bool:
     """Whether the server takes all clients that wait through its blocks in one pass."""
-    if config.transport.kind == "messages" or config.split.labels == "client":  # they come one by one
+    # they come one by one
+    if shares_half(config) or config.transport.kind == "messages" or config.split.labels == "client":
         return False
     joint = config.train.joint
     return joint == "on" or (joint == "auto" and pick_devices(config.model.device) != ["cpu"])
 
 
 def passes_at_once(config: Config) -> int:
-    """Clients that the server computes for at once, each in a pass of its own."""
-    return config.train.passes or all_cores()
+    """Clients that the server computes for at once, each in a pass of its own; steps of a shared half take turns."""
+    return 1 if shares_half(config) else config.train.passes or all_cores()
 
 
 def all_cores() -> int:

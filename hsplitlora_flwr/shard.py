@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from hsplitlora_flwr.config import Config, TransportConfig
 from hsplitlora_flwr.control import EVALUATE, PROBE, TRAIN, Task
 from hsplitlora_flwr.lora.aggregation import Factors
-from hsplitlora_flwr.lora.layers import inject
-from hsplitlora_flwr.methods import all_cores, passes_at_once, takes_all
+from hsplitlora_flwr.lora.layers import AdapterSpec, extract, inject
+from hsplitlora_flwr.methods import METHODS, all_cores, passes_at_once, takes_all
 from hsplitlora_flwr.models.placement import pick_devices
 from hsplitlora_flwr.models.split import BodyModel, ServerModel
 from hsplitlora_flwr.training.allowance import Allowance
+from hsplitlora_flwr.training.half import OwnHalf, Seat, SharedHalf
 from hsplitlora_flwr.training.joint import JointPass
 from hsplitlora_flwr.training.memory import trim_heap
 from hsplitlora_flwr.training.recompute import recompute_blocks
@@ -26,6 +27,7 @@ from hsplitlora_flwr.training.server import (
     StepReport,
     differentiate,
 )
+from hsplitlora_flwr.training.turns import Turns
 from hsplitlora_flwr.transport.certificates import Identity, make_identity, read_identity
 from hsplitlora_flwr.transport.frames import Failure, Frame
 from hsplitlora_flwr.transport.stream import StreamServer
@@ -56,7 +58,32 @@ class Shard:
         self.base = SharedBase(config.model.path, config.model.dtype, devices, config.model.quantise)
         self._takes_all, self._passes = takes_all(config), passes_at_once(config)
         self._together = JointPass(self.base)
+        self._half: SharedHalf | None = None
         self._cores = CorePool(self._passes)
+
+    def share_half(
+        self,
+        splits: Mapping[str, int],
+        specs: Mapping[str, AdapterSpec],
+        seed: str,
+        start: Mapping[str, Factors],
+        passed_over: Callable[[str], None],
+    ) -> None:
+        """Make the half that the clients of this round train together.
+
+        Parameters
+        ----------
+        splits : Mapping[str, int]
+            Split points by client, in the order of their steps.
+        specs, seed, start
+            Of its adapters, as for :func:`hsplitlora_flwr.lora.layers.inject`.
+        passed_over : Callable[[str], None]
+            Is told about a client that did not come in time for its step.
+        """
+        server, method = self._config.server, METHODS[self._config.method.name]
+        turns = Turns(list(splits), server.order, server.patience, passed_over)
+        part = self._part(min(splits.values()))
+        self._half = SharedHalf(part, specs, seed, start, self._config.train, turns, freeze_a=method.freeze_a)
 
     def admit(
         self, task: Task, start: Mapping[str, Factors], report: Callable[[StepReport], None], longest: int
@@ -79,29 +106,43 @@ class Shard:
         Task
             The same task, with the stream's address and a fresh token where there is a stream.
         """
-        model, joint = self._part(task), False
+        model = self._part(task.split)
         allowance, down = allowance_of(task, longest), self._config.transport.down
         worker: Worker
         if task.kind == EVALUATE:
             worker = ServerEvaluator(model, down, allowance)
         else:
-            adapters = inject(model, task.specs, task.seed, start, freeze_a=task.method.freeze_a)
-            optimizer = AdapterOptimizer(adapters, self._config.train)
             if task.server_recompute:
                 recompute_blocks(model)
-            through, threads = differentiate, self._threads
-            if self._takes_all and task.kind == TRAIN:
+            seat, through = self._seat(task, model, start), differentiate
+            if self._joins(task):
                 assert isinstance(model, ServerModel)
-                joint = True
                 self._together.enter(model, recompute=task.server_recompute)
-                through, threads = self._together, all_cores
-            worker = ServerTrainer(model.train(), optimizer, report, threads, down, through, allowance)
+                through = self._together
+            threads = all_cores if self._waits_by_itself(task) else self._threads
+            worker = ServerTrainer(model.train(), seat, report, threads, down, through, allowance)
         self._workers[task.client] = worker
         if self._stream is None:
             return task
-        handler = worker if joint else self._cores.share(worker)  # in a joint pass clients wait for each other
+        handler = worker if self._waits_by_itself(task) else self._cores.share(worker)
         limit = allowance.frame_bytes(int(model.decoder.config.hidden_size))
-        return task.over_stream(self._stream.endpoint, self._stream.admit(handler, limit))
+        return task.over_stream(self._stream.endpoint, self._stream.admit(handler, limit, worker.close))
+
+    def _seat(self, task: Task, model: ServerModel | BodyModel, start: Mapping[str, Factors]) -> Seat:
+        """The client's place at the half of all, or at one of its own."""
+        if self._half and task.kind == TRAIN:
+            self._half.attach(model)
+            return self._half.seat(task.client)
+        adapters = inject(model, task.specs, task.seed, start, freeze_a=task.method.freeze_a)
+        return OwnHalf(AdapterOptimizer(adapters, self._config.train))
+
+    def _joins(self, task: Task) -> bool:
+        """Whether the client's passes are those of all clients that wait."""
+        return self._takes_all and task.kind == TRAIN
+
+    def _waits_by_itself(self, task: Task) -> bool:
+        """Clients wait for each other in a joint pass, and for their turn at a shared half."""
+        return task.kind == TRAIN and (self._takes_all or self._half is not None)
 
     def trainer(self, client: str) -> ServerTrainer:
         """The server's half of a client's training."""
@@ -109,16 +150,42 @@ class Shard:
         assert isinstance(worker, ServerTrainer)
         return worker
 
+    def adapters(self) -> dict[str, Factors]:
+        """``(B, A)`` of the half that all train, by absolute layer name; empty where each client has one of its own."""
+        return self._half.adapters() if self._half else {}
+
+    def adapters_of(self, client: str) -> dict[str, Factors]:
+        """The same of a client's own half; empty where it has none."""
+        return {} if self._half or client not in self._workers else extract(self.trainer(client).model)
+
+    def steps_of_others(self, clients: Collection[str]) -> dict[str, int]:
+        """Steps by which others than these have moved the half that all train."""
+        taken = self._half.steps if self._half else {}
+        return {client: steps for client, steps in taken.items() if client not in clients}
+
+    def may_answer(self, client: str, frames: Sequence[Frame]) -> bool:
+        """Whether frames that came in a message can be answered now, without waiting for another client's step."""
+        return self._workers[client].may_answer(frames)
+
+    def leave(self, client: str) -> None:
+        """A client failed: nobody is to wait for it."""
+        if client in self._workers:
+            self._workers[client].close()
+
     def answer(self, client: str, frames: list[Frame]) -> list[Frame]:
         """The answers to frames that came in a message; a failure instead when they cannot be answered."""
         try:
             return [self._workers[client](frame) for frame in frames]
         except Exception as error:  # the client must learn why, whatever it is
+            self.leave(client)
             return [Failure(f"{type(error).__name__}: {error}")]
 
     def dismiss_all(self) -> None:
         """End the round: forget adapters and optimizers, and the tokens with the streams that they opened."""
+        for client in self._workers:  # who waits for its turn waits in vain
+            self.leave(client)
         self._workers.clear()
+        self._half = None
         self._together = JointPass(self.base)
         trim_heap()  # every client's thread has left freed activations behind
         if self._stream:
@@ -130,8 +197,8 @@ class Shard:
             self._stream.stop()
         self._cores.close()
 
-    def _part(self, task: Task) -> ServerModel | BodyModel:
-        return self.base.body_part(task.split) if task.labels_stay else self.base.server_part(task.split)
+    def _part(self, split: int) -> ServerModel | BodyModel:
+        return self.base.body_part(split) if self._config.split.labels == "client" else self.base.server_part(split)
 
     def _threads(self) -> int:
         """Threads for each client of the round.

@@ -4,14 +4,14 @@
     score     -> which weights matter, on a few batches of every client                     (planning/importance.py)
     plan      -> importance + budgets give every client a split point and ranks             (planning/)
     train     -> clients and server run K steps, adapters only, over streams or messages    (training/, transport/)
-    aggregate -> both sides' adapters of all clients, one noise-free sum, a new version     (lora/)
+    aggregate -> the clients' adapters and the server's, one noise-free sum, a new version  (lora/)
     evaluate  -> perplexity of held-out text under the global model, and on request of the clients' own
 
 A client that fails at any point is left out of the round, and asked again in the next.
 
-The strategy hosts the server shard: the frozen base, and for every client of a round its adapters above the split
-point. The methods that HSplitLoRA is compared with take the same round; :mod:`hsplitlora_flwr.methods` says what each
-does otherwise.
+The strategy hosts the server shard: the frozen base, and the adapters above the split points, which every client's step
+trains in turn. The methods that HSplitLoRA is compared with take the same round; :mod:`hsplitlora_flwr.methods` says
+what each does otherwise.
 
 Source: HSplitLoRA, arXiv 2505.02795.
 """
@@ -41,9 +41,8 @@ from hsplitlora_flwr.dispatch import Dispatch
 from hsplitlora_flwr.lora.aggregation import Factors, aggregate, directions
 from hsplitlora_flwr.lora.delta import Delta
 from hsplitlora_flwr.lora.export import TOLERANCE, save_merged_model, save_peft_adapter
-from hsplitlora_flwr.lora.layers import extract
 from hsplitlora_flwr.lora.limits import SizeLimit, capped_weights, update_norm, update_size
-from hsplitlora_flwr.methods import METHODS, cost_model, make_round_plan, starts_along_update
+from hsplitlora_flwr.methods import METHODS, cost_model, make_round_plan, shares_half, starts_along_update
 from hsplitlora_flwr.models.loading import load_tokenizer, read_config
 from hsplitlora_flwr.models.placement import pick_devices
 from hsplitlora_flwr.models.quantisation import check_quantiser
@@ -191,7 +190,9 @@ class HSplitLoRA(Strategy):
         self.make_plans(server_round)
         messages = self.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid)
         with PeakMemory() as memory:
-            replies = self.clients.exchange(grid, messages, server_round, self.dispatch.answer)
+            replies = self.clients.exchange(
+                grid, messages, server_round, self.dispatch.answer, may_answer=self.dispatch.may_answer
+            )
         self._server_peak = memory.bytes
         _, metrics = self.aggregate_train(server_round, replies)
         return metrics or MetricRecord()
@@ -247,25 +248,31 @@ class HSplitLoRA(Strategy):
         """One train message per planned client, and the server's half of its training behind a fresh token."""
         if self.method.carries:  # what training goes on from is the global adapter, not an update in the weights
             self.base.update({})
+        if shares_half(self.config):
+            plans = {self.clients.name(node): plan for node, plan in self._participants()}
+            self.dispatch.share_half(server_round, plans)
         steps = self.config.train.steps
         return [self.dispatch.task(node, TRAIN, server_round, plan, steps) for node, plan in self._participants()]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Join both sides' adapters of every client, and add the clients up: noise-free, or by the method's rule."""
+        """Add the clients' adapters and the server's half up: noise-free, or by the method's rule."""
         outcomes = dict(self.clients.outcomes(replies, server_round, self.dispatch.read))
         self._refuse_outliers(server_round, outcomes)
-        shares = self.clients.shares(outcomes)
+        shares, half = self.clients.shares(outcomes), self.shard.adapters()
         updates: list[Mapping[str, Factors]] = []
         clients: list[dict[str, Any]] = []
         for node, outcome in outcomes.items():
-            upper = extract(self.shard.trainer(self.clients.name(node)).model) if self.method.split else {}
-            updates.append({**outcome.adapters, **upper})
-            clients.append(self._report_client(server_round, node, outcome, updates[-1]))
+            client = self.clients.name(node)
+            updates.append({**outcome.adapters, **self.shard.adapters_of(client)})
+            above = {name: half[name] for name in half.keys() - self.dispatch.layers_below(self.plans[client].split)}
+            clients.append(self._report_client(server_round, node, outcome, {**updates[-1], **above}))
             self.clients.remember(node)
+        failed = self.shard.steps_of_others([row["client"] for row in clients])
         self.shard.dismiss_all()
-        update = aggregate(updates, shares, rule=self.method.rule)
+        shared = self.dispatch.shared_update(half, [row["split"] for row in clients])
+        update = aggregate(updates, shares, self.method.rule, shared)
         if self.method.carries:
             self.dispatch.adapter = update
             self.delta.replace(update)
@@ -275,7 +282,8 @@ class HSplitLoRA(Strategy):
                 highest = max(*self.config.ranks, self.config.lora.rank)
                 self.dispatch.adapter = {name: directions(factors, highest) for name, factors in update.items()}
         norm, known = update_norm(update), max(self.config.clients.count, len(clients))
-        more = {"known_clients": known, "server_measured_bytes": self._server_peak, **self._dropped()}
+        more = {"known_clients": known, "server_measured_bytes": self._server_peak, "steps_of_failed": failed}
+        more |= self._dropped()
         self.report.round_finished(server_round, time.time() - self._round_started, norm, clients, **more)
         loss = sum(share * client["losses"][-1] for share, client in zip(shares, clients, strict=True))
         return None, MetricRecord({"loss": loss, "update-norm": norm, "clients": len(clients)})
@@ -393,6 +401,7 @@ class HSplitLoRA(Strategy):
         self.report.status(f"loading {self.config.model.path}")
         self.shard = Shard(self.config)
         self.base = self.shard.base
+        self.clients.on_failure = self.shard.leave
         self.dispatch = Dispatch(self.config, self.clients, self.shard, self.delta, self._cost.all_layers, self.report)
         if self._resumed:
             self.dispatch.adapter = dict(self._resumed.start)

@@ -14,6 +14,7 @@ is 0 if it did, 1 if the run failed, 2 if the settings or the data are wrong.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import hydra
+import psutil
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -50,6 +52,8 @@ _SLOW_SECONDS = 180.0  # then a question is asked anew
 _LINES, _WIDEST = 6, 400  # of an exception's text
 _NOT_STARTED = RunStatus("not started", "")
 _statuses: list[int] = []
+_UNSTATED_BYTES, _SHARE_OF_MEMORY = 2e9, 0.8
+"""What a simulated client without a stated budget is taken for, and how much of the free memory all may take."""
 _AGAINST_RAY = {"superlink": "it starts Ray by itself", "cpus": "the cluster says how many it has"}
 
 
@@ -64,7 +68,8 @@ class Launcher:
     client_cpus : int
         CPUs of one simulated client.
     cpus : int
-        CPUs that simulated clients may take together; 0 for those of the machine.
+        CPUs that simulated clients may take together; 0 for those of the machine, or for as many as let all clients
+        train at the same time where their steps take turns.
     ray_address : str
         A running Ray cluster, ``HOST:PORT``, whose machines simulate the clients; "" starts Ray on this one.
     """
@@ -105,12 +110,36 @@ class Launcher:
             )
         return launcher
 
-    def federation(self, clients: int) -> str:
+    def federation(self, config: Config) -> str:
         """The settings of a simulation, as ``flwr run --federation-config`` takes them."""
+        clients = config.clients.count
         settings = {"num-supernodes": clients, "client-resources-num-cpus": self.client_cpus}
-        if self.cpus:
-            settings["init-args-num-cpus"] = self.cpus
+        if cpus := self.cpus or (clients * self.client_cpus if self._all_at_once(config) else 0):
+            settings["init-args-num-cpus"] = cpus
         return " ".join(f"{key}={value}" for key, value in settings.items())
+
+    def in_order(self, config: Config) -> Config:
+        """The settings with an order of steps that can be kept: where not all clients can train at the same time, one
+        would wait for another that only starts when it has finished."""
+        if self.ray_address or not takes_turns(config) or self._all_at_once(config):
+            return config
+        return dataclasses.replace(config, server=dataclasses.replace(config.server, order="arrival"))
+
+    def _all_at_once(self, config: Config) -> bool:
+        """Whether all clients can be simulated at the same time, on more CPUs than there are if need be."""
+        wanted = config.clients.count * self.client_cpus
+        if self.cpus or not takes_turns(config):
+            return wanted <= (self.cpus or os.cpu_count() or 1)
+        budgets = itertools.cycle(config.memory_bytes or (_UNSTATED_BYTES,))
+        taken = sum(itertools.islice(budgets, config.clients.count))
+        return taken <= _SHARE_OF_MEMORY * psutil.virtual_memory().available
+
+
+def takes_turns(config: Config) -> bool:
+    """Whether clients' steps come in a fixed order at a half of the server that all train."""
+    from hsplitlora_flwr.methods import shares_half
+
+    return shares_half(config) and config.server.order == "fixed" and config.transport.kind != "messages"
 
 
 class Listener(Protocol):
@@ -155,7 +184,10 @@ def _launch(config: Config, app: Path, launcher: Launcher, console: Listener, su
     from hsplitlora_flwr.node import forget_run
 
     folder = Path(config.run.dir)
-    federation = launcher.federation(config.clients.count)
+    settled = launcher.in_order(config)
+    if settled != config:
+        _say(console, "not all clients can train at the same time here, so server.order=arrival: steps come as they do")
+    config, federation = settled, launcher.federation(settled)
     final: dict[str, Any] | None = None
     try:
         folder.mkdir(parents=True, exist_ok=True)

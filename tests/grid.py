@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -28,7 +29,11 @@ class LocalGrid(Grid):
         self.sent: list[Message] = []
         self.contexts: dict[int, Context] = {}
         self.described: dict[int, RecordDict] = {}
+        self.beside: Callable[[Message], Message] | None = None
+        """Where it is set, what answers a message that nodes work on at the same time."""
         self._waiting: dict[str, Message] = {}
+        self._working: dict[str, Future[Message]] = {}
+        self._threads = ThreadPoolExecutor()
         self._folder = tempfile.TemporaryDirectory()
         self.disk = self._folder.name
         self._app = app
@@ -47,15 +52,21 @@ class LocalGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        waiting = {one: self._waiting.pop(one) for one in message_ids if one in self._waiting}
-        replies = self.answer_all(list(waiting.values()))
-        for message_id, reply in zip(waiting, replies, strict=True):
-            reply.metadata.__dict__["_reply_to_message_id"] = message_id
+        replies = []
+        for message_id in message_ids:
+            message = self._waiting.pop(message_id, None)
+            if message and self.beside and message.metadata.message_type in ("train.probe", "train"):
+                self._working[message_id] = self._threads.submit(self.beside, message)
+            elif message:
+                replies.append(self._named(self.answer(message), message_id))
+            elif message_id in self._working and self._working[message_id].done():
+                replies.append(self._named(self._working.pop(message_id).result(), message_id))
         return replies
 
-    def answer_all(self, messages: Sequence[Message]) -> Sequence[Message]:
-        """The replies to messages that were pushed together."""
-        return [self.answer(message) for message in messages]
+    @staticmethod
+    def _named(reply: Message, message_id: str) -> Message:
+        reply.metadata.__dict__["_reply_to_message_id"] = message_id
+        return reply
 
     def answer(self, message: Message) -> Message:
         """One node's reply."""

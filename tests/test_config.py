@@ -27,12 +27,13 @@ def test_run_config_round_trip() -> None:
     assert config.memory_bytes == (1_000_000_000, 2_500_000_000)
 
 
-@pytest.mark.parametrize("other", ["split.labels=client", "transport.kind=messages"])
+@pytest.mark.parametrize("other", ["server.half=shared", "split.labels=client", "transport.kind=messages"])
 def test_one_pass_for_all_needs_clients_that_come_together(other: str) -> None:
     key, value = other.split("=")
-    Config.from_run_config({key: value})
+    settings = {"server.half": "per_client", key: value}
+    Config.from_run_config(settings)
     with pytest.raises(ConfigError, match=rf"train\.joint=on cannot be had with {other}, .* set it to auto"):
-        Config.from_run_config({key: value, "train.joint": "on"})
+        Config.from_run_config(settings | {"train.joint": "on"})
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hsplitlora_flwr import strategy
 from hsplitlora_flwr.central import CentralTraining
@@ -28,7 +28,7 @@ from hsplitlora_flwr.data.collate import tokenize, training_batches
 from hsplitlora_flwr.data.partition import partition
 from hsplitlora_flwr.data.sources import load_text
 from hsplitlora_flwr.lora.layers import AdapterSpec, extract, inject
-from hsplitlora_flwr.methods import METHODS
+from hsplitlora_flwr.methods import METHODS, shares_half
 from hsplitlora_flwr.models import find_family, load_causal_lm
 from hsplitlora_flwr.models.quantisation import QuantisedLinear
 from hsplitlora_flwr.models.split import WholeModel, whole_model
@@ -38,12 +38,16 @@ from hsplitlora_flwr.training import memory
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.training.whole import train_whole
 from tests.grid import LocalGrid
+from tests.plain import SERVER, PlainRound, block_of
 
 Matrix = npt.NDArray[np.float64]
 Pair = tuple[Matrix, Matrix]
 
 GB = {0: 20.0, 1: 30.0, 2: 40.0}
 """Plenty: the process of the tests holds everything else too."""
+
+DOUBLE = {"model.dtype": "float64", "transport.up": "float64", "transport.down": "float64"}
+"""AdamW turns the rounding of a gradient near zero into a step: two calculations are to have little of it."""
 
 
 def settings(folder: Path, tmp_path: Path, **changes: Any) -> Config:
@@ -60,6 +64,7 @@ def settings(folder: Path, tmp_path: Path, **changes: Any) -> Config:
         "train.batch_size": 4,
         "train.lr": 0.02,
         "run.dir": str(tmp_path),
+        "server.order": "arrival",  # the nodes of a local grid work one after another
     }
     return Config.from_run_config(values | changes)
 
@@ -82,15 +87,39 @@ def run(config: Config, folder: Path, grid: LocalGrid | None = None) -> dict[str
     return summary
 
 
-def fresh_model(config: Config, update: dict[str, Matrix]) -> WholeModel:
-    model = AutoModelForCausalLM.from_pretrained(config.model.path)
+def fresh_model(config: Config, update: dict[str, Matrix]) -> PreTrainedModel:
+    dtype = getattr(torch, config.model.dtype)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=dtype)
     for name, change in update.items():
-        model.get_submodule(name).weight.data += torch.from_numpy(change).float()
+        model.get_submodule(name).weight.data += torch.from_numpy(change).to(dtype)
+    return model.requires_grad_(False)
+
+
+def whole(model: PreTrainedModel) -> WholeModel:
     return whole_model(model, find_family(model.config))
 
 
+def started(
+    config: Config, owner: str, ranks: dict[str, int], adapter: dict[str, Pair]
+) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], dict[str, float]]:
+    """Adapters of these ranks as a round starts them, without their scale, and the scales."""
+    method = METHODS[config.method.name]
+    specs = {name: AdapterSpec(rank, 2.0 * rank) for name, rank in ranks.items()}
+    start = {
+        name: (torch.from_numpy(b[:, : specs[name].rank]), torch.from_numpy(a[: specs[name].rank]))
+        for name, (b, a) in adapter.items()
+        if name in specs
+    }
+    if not method.carries:  # as long as a fresh row, and divided by the scale when it is put in
+        start = {name: (b, a * specs[name].scale / 3**0.5) for name, (b, a) in start.items()}
+    model = whole(fresh_model(config, {}))
+    inject(model, specs, f"{config.run.seed}/{'all' if method.carries else owner}", start)
+    scales = {name: spec.scale for name, spec in specs.items()}
+    return {name: (b, a / scales[name]) for name, (b, a) in extract(model).items()}, scales
+
+
 def expected_update(config: Config, summary: dict[str, Any]) -> dict[str, Matrix]:
-    """The update after the last round: every client trains the whole model by itself, and NumPy adds them up."""
+    """The update after the last round: every round written out on unsplit models, and NumPy adds the clients up."""
     method = METHODS[config.method.name]
     examples = load_text(config.data, config.run.seed).train
     parts = partition(examples, config.data, len(GB), config.run.seed)
@@ -101,33 +130,54 @@ def expected_update(config: Config, summary: dict[str, Any]) -> dict[str, Matrix
     adapter: dict[str, Pair] = {}
     for server_round in range(config.train.rounds):
         plan = [p for p in summary["plans"] if p["round"] <= server_round + 1][-1]
-        updates: list[dict[str, Pair]] = []
-        for client, row in enumerate(plan["clients"]):
-            model = fresh_model(config, {} if method.carries else update)
-            specs = {name: AdapterSpec(rank, 2.0 * rank) for name, rank in row["ranks"].items()}
-            owner = "all" if method.carries else f"{server_round + 1}/{client}"
-            start = {
-                name: (torch.from_numpy(b[:, : specs[name].rank]), torch.from_numpy(a[: specs[name].rank]))
-                for name, (b, a) in adapter.items()
-                if name in specs
+        clients = {str(number): row for number, row in enumerate(plan["clients"])}
+        shared = shares_half(config)
+        splits = {client: row["split"] if shared else 10**6 for client, row in clients.items()}
+        starts, scales = {}, {}
+        for client, row in clients.items():
+            own = {name: rank for name, rank in row["ranks"].items() if block_of(name) < splits[client]}
+            owner = f"{server_round + 1}/{client}"
+            starts[client], scales[client] = started(config, owner, own, adapter)
+        above = {
+            name: max(row["ranks"].get(name, 0) for client, row in clients.items() if splits[client] <= block_of(name))
+            for name in {name for row in clients.values() for name in row["ranks"]}
+            if min(splits.values()) <= block_of(name)
+        }
+        starts[SERVER], scales[SERVER] = started(config, f"{server_round + 1}/server", above, adapter)
+        first = server_round * config.train.steps
+        written_out = PlainRound(
+            fresh_model(config, {} if method.carries else update),
+            starts,
+            splits,
+            scales,
+            config.train,
+            first,
+            by_step=False,
+            freeze_a=method.freeze_a,
+        )
+        batches = {
+            client: training_batches(rows[int(client)], config.train.batch_size, int(client), first)
+            for client in clients
+        }
+        written_out.run(batches, config.train.steps)
+        trained = {
+            owner: {
+                name: (b.double().numpy(), a.double().numpy()) for name, (b, a) in written_out.adapters(owner).items()
             }
-            if not method.carries:  # as long as a fresh row, and divided by the scale when it is put in
-                start = {name: (b, a * specs[name].scale / 3**0.5) for name, (b, a) in start.items()}
-            optimizer = AdapterOptimizer(
-                inject(model, specs, f"{config.run.seed}/{owner}", start, freeze_a=method.freeze_a), config.train
-            )
-            first = server_round * config.train.steps
-            batches = training_batches(rows[client], config.train.batch_size, client, first)
-            train_whole(model.train(), optimizer, batches, first_step=first, steps=config.train.steps)
-            updates.append({n: (b.double().numpy(), a.double().numpy()) for n, (b, a) in extract(model).items()})
+            for owner in starts
+        }
+        joined: dict[str, Pair] = {}
+        for name in dict.fromkeys(name for own in trained.values() for name in own):
+            held = [(shares[int(c)], trained[c][name]) for c in clients if name in trained[c]]
+            if name in trained[SERVER]:
+                together = sum(shares[int(c)] for c in clients if splits[c] <= block_of(name))
+                held.append((together, trained[SERVER][name]))
+            joined[name] = RULES[method.rule]([pair for _, pair in held], np.array([p for p, _ in held]))
+        products = {name: b @ a for name, (b, a) in joined.items()}
         if method.carries:
-            adapter = {name: RULES[method.rule](name, updates, shares) for name in updates[0]}
-            update = {name: b @ a for name, (b, a) in adapter.items()}
+            adapter, update = joined, products
         else:
-            for name in {name for each in updates for name in each}:
-                total = sum(
-                    p * each[name][0] @ each[name][1] for p, each in zip(shares, updates, strict=True) if name in each
-                )
+            for name, total in products.items():
                 update[name] = update.get(name, np.zeros(1)) + total
                 if (method.init if config.lora.init == "auto" else config.lora.init) == "update":
                     _, s, vh = np.linalg.svd(total)
@@ -135,38 +185,38 @@ def expected_update(config: Config, summary: dict[str, Any]) -> dict[str, Matrix
     return update
 
 
-def mean(name: str, updates: list[dict[str, Pair]], shares: Matrix) -> Pair:
+def stacked(pairs: list[Pair], shares: Matrix) -> Pair:
+    dense = np.sum([p * b @ a for p, (b, a) in zip(shares, pairs, strict=True)], axis=0)
+    return dense, np.eye(dense.shape[1])
+
+
+def mean(pairs: list[Pair], shares: Matrix) -> Pair:
     return (
-        np.sum([p * u[name][0] for p, u in zip(shares, updates, strict=True)], axis=0),
-        np.sum([p * u[name][1] for p, u in zip(shares, updates, strict=True)], axis=0),
+        np.sum([p * b for p, (b, _) in zip(shares, pairs, strict=True)], axis=0),
+        np.sum([p * a for p, (_, a) in zip(shares, pairs, strict=True)], axis=0),
     )
 
 
-def padded(name: str, updates: list[dict[str, Pair]]) -> list[dict[str, Pair]]:
-    width = max(u[name][1].shape[0] for u in updates)
-    pads = [width - u[name][1].shape[0] for u in updates]
-    return [
-        {name: (np.pad(u[name][0], ((0, 0), (0, pad))), np.pad(u[name][1], ((0, pad), (0, 0))))}
-        for u, pad in zip(updates, pads, strict=True)
-    ]
+def padded(pairs: list[Pair]) -> list[Pair]:
+    width = max(len(a) for _, a in pairs)
+    return [(np.pad(b, ((0, 0), (0, width - len(a)))), np.pad(a, ((0, width - len(a)), (0, 0)))) for b, a in pairs]
 
 
-def by_norm(name: str, updates: list[dict[str, Pair]], shares: Matrix) -> Pair:
-    norms = np.array([np.linalg.norm(u[name][0] @ u[name][1]) for u in updates])
-    return mean(name, padded(name, updates), norms / norms.sum())
+def by_norm(pairs: list[Pair], shares: Matrix) -> Pair:
+    norms = np.array([np.linalg.norm(b @ a) for b, a in pairs])
+    return mean(padded(pairs), norms / norms.sum())
 
 
-def by_svd(name: str, updates: list[dict[str, Pair]], shares: Matrix) -> Pair:
-    dense = np.sum([p * u[name][0] @ u[name][1] for p, u in zip(shares, updates, strict=True)], axis=0)
-    u, s, vh = np.linalg.svd(dense)
-    rank = min(dense.shape)
-    return u[:, :rank] * np.sqrt(s), np.sqrt(s)[:, None] * vh[:rank]
+def by_svd(pairs: list[Pair], shares: Matrix) -> Pair:
+    u, s, vh = np.linalg.svd(stacked(pairs, shares)[0], full_matrices=False)
+    return u * np.sqrt(s), np.sqrt(s)[:, None] * vh
 
 
 RULES = {
+    "noise_free": stacked,
     "mean": mean,
     "mean_b": mean,
-    "zero_pad": lambda name, updates, shares: mean(name, padded(name, updates), shares),
+    "zero_pad": lambda pairs, shares: mean(padded(pairs), shares),
     "zero_pad_by_norm": by_norm,
     "svd": by_svd,
 }
@@ -178,7 +228,7 @@ FEDERATED = [name for name in NAMES if not METHODS[name].central]
     ("name", "init"), [*((name, "auto") for name in FEDERATED), ("hsplitlora", "kaiming"), ("flora", "update")]
 )
 def test_a_run_is_its_rounds_calculated_plainly(name: str, init: str, tiny_folder: Path, tmp_path: Path) -> None:
-    config = settings(tiny_folder, tmp_path, **{"method.name": name, "lora.init": init})
+    config = settings(tiny_folder, tmp_path, **DOUBLE | {"method.name": name, "lora.init": init})
     summary = run(config, tmp_path)
     assert summary["status"] == "finished"
     assert summary["perplexity_after"] < summary["perplexity_before"]
@@ -203,7 +253,7 @@ def test_a_quantised_base_with_an_exact_update_beside_it(tiny_folder: Path, tmp_
     dequantised = tmp_path / "dequantised"
     twin.save_pretrained(dequantised)
     AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(dequantised)
-    config = settings(tiny_folder, tmp_path, **{"model.quantise": "4bit"})
+    config = settings(tiny_folder, tmp_path, **DOUBLE | {"model.quantise": "4bit"})
     summary = run(config, tmp_path)
     assert summary["perplexity_after"] < summary["perplexity_before"]
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
@@ -212,7 +262,7 @@ def test_a_quantised_base_with_an_exact_update_beside_it(tiny_folder: Path, tmp_
     tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_folder), tmp_path / "adapter")
     merged, base = tuned.merge_and_unload(), AutoModelForCausalLM.from_pretrained(tiny_folder)
     moved = 0.0
-    for layer, expected in expected_update(settings(dequantised, tmp_path), summary).items():
+    for layer, expected in expected_update(settings(dequantised, tmp_path, **DOUBLE), summary).items():
         found = (merged.get_submodule(layer).weight - base.get_submodule(layer).weight).detach().double().numpy()
         assert np.abs(found - expected).max() < 2e-3 * np.abs(expected).max() + 1e-6, layer
         moved += float(np.abs(expected).sum())
@@ -242,7 +292,7 @@ def test_central_lora_is_one_long_training_run(tiny_folder: Path, tmp_path: Path
     summary = run(config, tmp_path)
     examples = load_text(config.data, 0).train
     rows = tokenize(examples, AutoTokenizer.from_pretrained(tiny_folder), config.data.max_length)
-    model = fresh_model(config, {})
+    model = whole(fresh_model(config, {}))
     specs = {name: AdapterSpec(3, 6.0) for name, _ in model.linears()}
     optimizer = AdapterOptimizer(inject(model, specs, "0/all"), config.train)
     steps = 2 * 3 * config.clients.count

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import shutil
 import socket
+import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from threading import Barrier, Lock
@@ -23,13 +24,14 @@ from hsplitlora_flwr.control import DESCRIBE, EVALUATE, FORGET, PROBE, TRAIN, TU
 from hsplitlora_flwr.methods import make_round_plan
 from hsplitlora_flwr.models.split import ClientModel, ModelPart
 from hsplitlora_flwr.planning import Plan
-from hsplitlora_flwr.training.client import TrainingRecord, train_client
+from hsplitlora_flwr.training.client import ClientTrainer, TrainingRecord, train_client
 from hsplitlora_flwr.training.joint import JointPass
 from hsplitlora_flwr.training.server import MicroBatch
 from tests.grid import LocalGrid
 from tests.test_strategy import GB, grid_of, run, settings
 
 STEPS, ROUNDS = 3, 2
+SAME = {"lora.dropout": 0.1, "server.order": "fixed"}
 
 
 def adapter(folder: Path) -> dict[str, torch.Tensor]:
@@ -48,16 +50,17 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 @pytest.fixture(scope="module")
 def over_stream(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("stream")
-    config = settings(tiny_folder, folder, **{"lora.dropout": 0.1})
-    grid = grid_of()
-    summary = run(config, folder, grid)
+    summary, grid = same_run(tiny_folder, folder)
     assert not [m for m in grid.sent if m.metadata.message_type == TURN]
     return {"adapter": adapter(folder), "summary": summary}
 
 
 def same_run(tiny_folder: Path, tmp_path: Path, **changes: Any) -> tuple[dict[str, Any], LocalGrid]:
+    """Three clients at the same time, whose steps take turns."""
     grid = grid_of()
-    summary = run(settings(tiny_folder, tmp_path, **{"lora.dropout": 0.1} | changes), tmp_path, grid)
+    with pytest.MonkeyPatch.context() as patch:
+        train_at_once(grid, patch)
+        summary = run(settings(tiny_folder, tmp_path, **SAME | changes), tmp_path, grid)
     return summary, grid
 
 
@@ -96,12 +99,6 @@ def train_at_once(grid: LocalGrid, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the nodes train at the same time, each in a thread; whatever else they do is one after another."""
     turn = Lock()  # loading a model changes torch for all threads
 
-    def answer_all(messages: Sequence[Message]) -> Sequence[Message]:
-        if not {message.metadata.message_type for message in messages} <= {PROBE, TRAIN}:
-            return [grid.answer(message) for message in messages]
-        with ThreadPoolExecutor(len(messages)) as threads:
-            return list(threads.map(in_turn, messages))
-
     def in_turn(message: Message) -> Message:
         with turn:
             return grid.answer(message)
@@ -113,13 +110,15 @@ def train_at_once(grid: LocalGrid, monkeypatch: pytest.MonkeyPatch) -> None:
         finally:
             turn.acquire()
 
-    monkeypatch.setattr(grid, "answer_all", answer_all)
+    monkeypatch.setattr(grid, "beside", in_turn)
     monkeypatch.setattr("hsplitlora_flwr.participant.train_client", train)
 
 
 def test_clients_that_share_passes_end_where_single_ones_do(
-    tiny_folder: Path, tmp_path: Path, over_stream: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    own = {"server.half": "per_client"}
+    single, _ = same_run(tiny_folder, tmp_path / "single", **own)
     sizes: list[int] = []
     enter, together, gate = JointPass.__call__, JointPass.differentiate, Barrier(len(GB))
 
@@ -133,12 +132,54 @@ def test_clients_that_share_passes_end_where_single_ones_do(
 
     monkeypatch.setattr(JointPass, "__call__", all_at_once)
     monkeypatch.setattr(JointPass, "differentiate", counted)
-    grid = grid_of()
-    train_at_once(grid, monkeypatch)
-    summary = run(settings(tiny_folder, tmp_path, **{"lora.dropout": 0.1, "train.joint": "on"}), tmp_path, grid)
+    summary, _ = same_run(tiny_folder, tmp_path / "joint", **own | {"train.joint": "on"})
     assert max(sizes, default=0) > 1
-    assert_same(adapter(tmp_path), over_stream["adapter"])
-    assert summary["perplexity_after"] == pytest.approx(over_stream["summary"]["perplexity_after"], rel=1e-5)
+    assert_same(adapter(tmp_path / "joint"), adapter(tmp_path / "single"))
+    assert summary["perplexity_after"] == pytest.approx(single["perplexity_after"], rel=1e-5)
+
+
+def test_steps_take_turns_in_the_same_order_whoever_is_slow(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, over_stream: dict[str, Any]
+) -> None:
+    begin, chance = ClientTrainer.begin, random.Random(0)
+
+    def slowly(self: ClientTrainer) -> int:
+        time.sleep(0.05 * chance.random())
+        return begin(self)
+
+    monkeypatch.setattr(ClientTrainer, "begin", slowly)
+    summary, _ = same_run(tiny_folder, tmp_path)
+    found, expected = adapter(tmp_path), over_stream["adapter"]
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert [row["steps_of_failed"] for row in summary["rounds"]] == [{}] * ROUNDS
+
+
+def test_a_client_that_fails_leaves_its_steps_and_the_summary_says_so(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = ClientTrainer.begin
+
+    def fails(self: ClientTrainer) -> int:
+        if self.global_step == STEPS - 1 and self.batches in doomed:
+            raise RuntimeError("out of memory")
+        return begin(self)
+
+    doomed: list[Any] = []
+    make = ClientTrainer.__init__
+
+    def noted(self: ClientTrainer, *arguments: Any, **more: Any) -> None:
+        make(self, *arguments, **more)
+        if len(doomed) < 1 and self.optimizer.tensors():  # of the first client that trains
+            doomed.append(self.batches)
+
+    monkeypatch.setattr(ClientTrainer, "__init__", noted)
+    monkeypatch.setattr(ClientTrainer, "begin", fails)
+    summary, _ = same_run(tiny_folder, tmp_path, **{"train.rounds": 1})
+    [row] = summary["rounds"]
+    assert len(row["clients"]) == len(GB) - 1
+    [(client, steps)] = row["steps_of_failed"].items()
+    assert steps == STEPS - 1 and client not in {one["client"] for one in row["clients"]}
+    assert summary["perplexity_after"] < summary["perplexity_before"]
 
 
 def test_a_run_ends_in_the_same_bits_whoever_trains_beside_whom(
@@ -150,6 +191,7 @@ def test_a_run_ends_in_the_same_bits_whoever_trains_beside_whom(
     LlamaForCausalLM(config).save_pretrained(wide)
     # torch shares a sum of more than 2**15 numbers among its threads
     same_plan = {"method.name": "hsplitlora-no-armsc", "split.point": 1, "lora.rank": 40, "train.rounds": 1}
+    same_plan["server.half"] = "per_client"
     monkeypatch.setattr("hsplitlora_flwr.shard.all_cores", lambda: 4)
     monkeypatch.setattr("hsplitlora_flwr.methods.all_cores", lambda: 4)
     ends = []
@@ -230,7 +272,7 @@ def test_without_auto_a_client_that_cannot_connect_says_what_it_tried(
         closed = taken.getsockname()[1]
         monkeypatch.setattr("hsplitlora_flwr.transport.stream.CONNECT_SECONDS", 0.5)
         changes = {"transport.address": "127.0.0.1", "transport.public_port": closed}
-        with pytest.raises(Exception, match=f"no client is left: client 0 failed: .*127.0.0.1:{closed}"):
+        with pytest.raises(Exception, match=f"no client is left: clients 0, 1, 2 failed: .*127.0.0.1:{closed}"):
             same_run(tiny_folder, tmp_path, **changes)
 
 
@@ -313,9 +355,11 @@ def test_narrow_wires_cost_fewer_bytes_and_little_else(
     assert mine < 0.9 * theirs
 
 
-def test_a_node_gets_only_what_it_lacks_and_a_damaged_store_is_replaced(tiny_folder: Path, tmp_path: Path) -> None:
-    config = settings(tiny_folder, tmp_path, **{"train.rounds": 3, "plan.probe_every": 0})
-    grid = grid_of()
+def test_a_node_gets_only_what_it_lacks_and_a_damaged_store_is_replaced(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"train.rounds": 3, "plan.probe_every": 0, "server.order": "fixed"}
+    config, grid = settings(tiny_folder, tmp_path, **changes), grid_of()
     original = grid.push_messages
     sent: list[tuple[str, int, int]] = []
 
@@ -332,6 +376,7 @@ def test_a_node_gets_only_what_it_lacks_and_a_damaged_store_is_replaced(tiny_fol
         return original(messages)
 
     grid.push_messages = watching  # type: ignore[method-assign]
+    train_at_once(grid, monkeypatch)
     summary = run(config, tmp_path, grid)
     assert [p["round"] for p in summary["plans"]] == [1]  # so nobody needs layers that are new to it
     first, second, third = sent[:3], sent[3:6], sent[6:]
@@ -345,5 +390,7 @@ def test_a_node_gets_only_what_it_lacks_and_a_damaged_store_is_replaced(tiny_fol
         ("1", True),
     ]
     assert len(summary["rounds"][2]["clients"]) == 3
-    exact = run(config, tmp_path / "again")
+    again = grid_of()
+    train_at_once(again, monkeypatch)
+    exact = run(config, tmp_path / "again", again)
     assert summary["perplexity_after"] == pytest.approx(exact["perplexity_after"], rel=1e-5)

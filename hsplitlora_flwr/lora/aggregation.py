@@ -23,12 +23,16 @@ rule                  what it does                                  sum of produ
                       in place of ``p_i`` (HetLoRA)
 ====================  ============================================  ===============  ==========================
 
-A client without an adapter on a layer has rank 0 there, whatever the rule.
+A client without an adapter on a layer has rank 0 there, whatever the rule. An adapter that several clients trained in
+turn, as on a server that they share, counts as one client's, with the weights of all of them:
+
+    dW = (sum over those of p_i) B A  +  sum over the others of p_i B_i A_i
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from itertools import chain
 
@@ -48,7 +52,29 @@ class AggregationError(ValueError):
     """Updates that cannot be summed; the text names the layer and the ranks or shapes."""
 
 
-def aggregate(updates: Sequence[Update], weights: Sequence[float], rule: str = "noise_free") -> dict[str, Factors]:
+@dataclass(frozen=True)
+class SharedUpdate:
+    """Adapters that several clients trained in turn.
+
+    Parameters
+    ----------
+    adapters : Mapping[str, tuple[Tensor, Tensor]]
+        By absolute layer name, as an update.
+    trained_by : Mapping[str, Collection[int]]
+        By the same names: the clients that trained it, as indices into the updates of the round; the others may hold
+        adapters of their own on that layer. What no client of the round trained counts for nothing.
+    """
+
+    adapters: Update
+    trained_by: Mapping[str, Collection[int]]
+
+
+def aggregate(
+    updates: Sequence[Update],
+    weights: Sequence[float],
+    rule: str = "noise_free",
+    shared: SharedUpdate | None = None,
+) -> dict[str, Factors]:
     """Join the updates of a round.
 
     Parameters
@@ -60,6 +86,8 @@ def aggregate(updates: Sequence[Update], weights: Sequence[float], rule: str = "
         One per client, for instance the clients' numbers of examples; normalised to sum 1 they are the ``p_i``.
     rule : str
         A name in :data:`RULES`.
+    shared : SharedUpdate, optional
+        What clients trained together. No client that did holds an adapter of its own there.
 
     Returns
     -------
@@ -71,7 +99,7 @@ def aggregate(updates: Sequence[Update], weights: Sequence[float], rule: str = "
     ------
     AggregationError
         If there is nothing to sum, a weight is negative or not finite, an adapter is not finite, shapes of one layer
-        disagree, or the rule cannot join what the clients hold.
+        disagree, a client counts twice on a layer, or the rule cannot join what the clients hold.
     """
     if rule not in RULES:
         raise AggregationError(f"rule '{rule}' is unknown; choose one of {', '.join(RULES)}")
@@ -81,13 +109,16 @@ def aggregate(updates: Sequence[Update], weights: Sequence[float], rule: str = "
     if any(weight < 0 for weight in weights) or not 0 < total < float("inf"):
         raise AggregationError(f"weights {list(weights)} must be finite, not negative, and not all zero")
     shares = [weight / total for weight in weights]
+    together = {name: pair for name, pair in shared.adapters.items() if shared.trained_by[name]} if shared else {}
     result: dict[str, Factors] = {}
-    for name in dict.fromkeys(chain.from_iterable(updates)):
-        held = [update.get(name) for update in updates]
+    for name in dict.fromkeys(chain.from_iterable([*updates, together])):
+        held, counts = [update.get(name) for update in updates], list(shares)
         try:
+            if shared and name in together:
+                held, counts = _with_shared(held, counts, together[name], shared.trained_by[name])
             _check(held)
             pairs = _align(held)
-            b, a = RULES[rule](pairs, shares)
+            b, a = RULES[rule](pairs, counts)
         except AggregationError as error:
             raise AggregationError(f"layer '{name}': {error}") from None
         dtype = pairs[0][0].dtype
@@ -269,6 +300,17 @@ def _norm(b: Tensor, a: Tensor) -> float:
     """The Frobenius norm of ``B A`` from two thin QRs, without the dense product."""
     core = torch.linalg.qr(b, mode="r").R @ torch.linalg.qr(a.T, mode="r").R.T
     return float(torch.linalg.norm(core))
+
+
+def _with_shared(
+    held: Sequence[Factors | None], shares: Sequence[float], pair: Factors, trained_by: Collection[int]
+) -> tuple[list[Factors | None], list[float]]:
+    """The clients that did not train the shared adapter, and it in the place of those that did."""
+    if twice := [index for index in trained_by if held[index] is not None]:
+        raise AggregationError(f"updates{twice} hold an adapter of their own beside the shared one that they trained")
+    others = [index for index in range(len(held)) if index not in trained_by]
+    together = sum(shares[index] for index in trained_by)
+    return [*(held[index] for index in others), pair], [*(shares[index] for index in others), together]
 
 
 def _align(held: Sequence[Factors | None]) -> list[Factors]:

@@ -109,6 +109,10 @@ class AdapterOptimizer:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(self._train, step)
         self._optimizer.step()
+        self.drop_gradients()
+
+    def drop_gradients(self) -> None:
+        """Forget the gradients of a step that is not to be taken, or has been."""
         self._optimizer.zero_grad(set_to_none=True)
 
     def tensors(self) -> dict[str, Tensor]:

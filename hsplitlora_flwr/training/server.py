@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Lock
 from typing import TypeVar
 
 import torch
@@ -30,7 +31,7 @@ from hsplitlora_flwr.models.split import (
     whole_model,
 )
 from hsplitlora_flwr.training.allowance import TRUSTED, Allowance, Refused, Step, check_activation, check_square
-from hsplitlora_flwr.training.schedule import AdapterOptimizer
+from hsplitlora_flwr.training.half import Seat, check_finite
 from hsplitlora_flwr.transport.frames import (
     Activation,
     Finish,
@@ -177,8 +178,8 @@ class ServerTrainer:
     model : ServerModel or BodyModel
         The blocks above the client's split point, with that client's adapters; with the head, unless labels stay with
         the client.
-    optimizer : AdapterOptimizer
-        Over those adapters.
+    seat : Seat
+        Its place at the half of the server that its steps train; see :mod:`hsplitlora_flwr.training.half`.
     report : Callable[[StepReport], None], optional
         Called after every step.
     threads : Callable[[], int], optional
@@ -201,7 +202,7 @@ class ServerTrainer:
     def __init__(
         self,
         model: ServerModel | BodyModel,
-        optimizer: AdapterOptimizer,
+        seat: Seat,
         report: Callable[[StepReport], None] = lambda _: None,
         threads: Callable[[], int] = torch.get_num_threads,
         down: str = "float32",
@@ -210,11 +211,13 @@ class ServerTrainer:
     ) -> None:
         self.model = model
         self.finished = False
-        self._optimizer, self._report, self._threads, self._down = optimizer, report, threads, down
+        self._seat, self._report, self._threads, self._down = seat, report, threads, down
         self._through, self._allowance = through, allowance
         self._step = Step(allowance.first_step)  # under way
-        self._complete = False  # its gradients are there, and wait for the client's norm
+        self._complete = False  # all its gradients are there
+        self._before = 0.0  # squared norm of the client's gradient in the step before it
         self._loss = 0.0
+        self._serving, self._closed = Lock(), False
         self._waiting: deque[tuple[Tensor, Tensor]] = deque()  # cut and hidden state, for their gradient
 
     def __call__(self, frame: Frame) -> Frame:
@@ -228,8 +231,16 @@ class ServerTrainer:
         FloatingPointError
             If what follows from it is not finite. No step is taken then.
         """
+        try:
+            with self._serving:
+                return self._answer(frame)
+        finally:
+            if self._closed:
+                self.close()
+
+    def _answer(self, frame: Frame) -> Frame:
         torch.set_num_threads(self._threads())  # of the calling thread
-        if self.finished:
+        if self.finished or self._closed:
             raise Refused(f"{type(frame).__name__} came after the end of the training")
         if isinstance(frame, Activation):
             return self._forward(frame)
@@ -238,6 +249,23 @@ class ServerTrainer:
         if isinstance(frame, Finish):
             return self._finish(frame)
         raise Refused(f"a client does not send {type(frame).__name__}")
+
+    def may_answer(self, frames: Sequence[Frame]) -> bool:
+        """Whether frames can be answered now, without waiting for another client's step."""
+        begins = bool(frames) and isinstance(frames[0], Activation) and (self._complete or not self._step.micro_batches)
+        return not begins or self.finished or self._seat.may_begin()
+
+    def close(self) -> None:
+        """The client sends no more, finished or not; what it did of a step that is not complete is dropped.
+
+        While a frame is being answered in another thread, that one ends it.
+        """
+        self._closed = True
+        if self._serving.acquire(blocking=False):
+            self._seat.leave()
+            self._serving.release()
+        else:
+            self._seat.expel()
 
     def _forward(self, frame: Activation) -> Frame:
         check_activation(frame, self.model)
@@ -248,7 +276,10 @@ class ServerTrainer:
         step = before.with_micro_batch(frame, self._allowance)
         cut, mask = receive_cut(frame, self.model)
         if self._complete:
-            self._move(frame.previous_square)
+            self._settle(frame.previous_square)
+        if step.micro_batches == 1:
+            self._seat.begin()
+            self._before = frame.previous_square
         self._step = step
         draw_masks(self.model, step.number, step.micro_batches - 1)
         cut.requires_grad_()
@@ -279,9 +310,9 @@ class ServerTrainer:
         square = 0.0
         self._loss += loss
         if self._step.closed and not self._waiting:
-            square, step = self._optimizer.square(), self._step
-            _check_finite("the loss of step", step.number, self._loss)
-            _check_finite("the squared norm of the gradient of step", step.number, square)
+            step = self._step
+            check_finite("the loss of step", step.number, self._loss)
+            square = self._seat.complete(step.number, self._before)
             self._complete = True
             self._report(StepReport(step.number, self._loss, step.label_tokens, step.tokens))
             self._loss = 0.0
@@ -292,14 +323,14 @@ class ServerTrainer:
         if not self._complete:
             raise Refused(f"it ends in the middle of step {self._step.number}")
         self._allowance.check_finish(self._step)
-        self._move(frame.previous_square)
+        self._settle(frame.previous_square)
         self.finished = True
+        self._seat.leave()
         return Finished()
 
-    def _move(self, client_square: float) -> None:
-        """Move the adapters for the complete step, now that the client's gradient norm is known."""
-        self._optimizer.step(self._step.number, client_square)
-        _check_finite("the largest adapter after step", self._step.number, self._optimizer.magnitude())
+    def _settle(self, client_square: float) -> None:
+        """The client's gradient norm of the complete step is known."""
+        self._seat.settle(client_square)
         self._complete = False
 
 
@@ -326,6 +357,13 @@ class ServerEvaluator:
         self._down, self._allowance = down, allowance
         self._rows = 0
 
+    def may_answer(self, frames: Sequence[Frame]) -> bool:
+        """Always: nothing that others train is moved."""
+        return True
+
+    def close(self) -> None:
+        """The client sends no more."""
+
     @torch.no_grad()
     def __call__(self, frame: Frame) -> Frame:
         """The loss of an activation, or the hidden state where the labels stay with the client.
@@ -348,7 +386,7 @@ class ServerEvaluator:
         self._rows = rows
         if isinstance(self.model, ServerModel):
             loss = float(self.model(cut, mask, frame.labels.to(cut.device), 1).loss)
-            _check_finite("the loss of row", rows, loss)
+            check_finite("the loss of row", rows, loss)
             return Loss(loss)
         return Hidden(*pack(self.model(cut, mask), self._down))
 
@@ -363,8 +401,3 @@ def receive_cut(frame: Activation, model: ServerModel | BodyModel) -> tuple[Tens
     """
     cut = unpack(frame.cut, frame.scale, model.dtype, model.device)
     return cut, frame.attention_mask.to(model.device)
-
-
-def _check_finite(what: str, number: int, value: float) -> None:
-    if not math.isfinite(value):
-        raise FloatingPointError(f"{what} {number} is {value}: training diverged; lower train.lr or set train.clip")

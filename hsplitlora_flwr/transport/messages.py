@@ -60,6 +60,7 @@ def converse(
     answer: Callable[[Message], Message | None],
     timeout: float,
     dead: DeadWorkers | None = None,
+    may_answer: Callable[[Message], bool] = lambda reply: True,
 ) -> Iterator[tuple[int, Message]]:
     """Send a message to each of several nodes, and answer their replies until every node has sent its last.
 
@@ -79,6 +80,8 @@ def converse(
         Seconds after which nodes that have not sent their last reply are given up.
     dead : DeadWorkers, optional
         Those that died before; a message that one of them takes is sent again.
+    may_answer : Callable[[Message], bool], optional
+        Whether a reply's turn has come; one whose turn has not is kept, and asked about again.
 
     Yields
     ------
@@ -88,6 +91,7 @@ def converse(
     dead = dead or DeadWorkers()
     waiting: dict[str, Message] = {}
     taken: deque[tuple[Message, Message]] = deque()  # what dead workers took, and what they said
+    kept: list[tuple[Message, Message]] = []  # replies whose turn has not come
     calls, last = 0, time.monotonic()
 
     def push(message: Message) -> None:
@@ -98,10 +102,15 @@ def converse(
     for message in messages:
         push(message)
     deadline = time.monotonic() + timeout
-    while (waiting or taken) and time.monotonic() < deadline:
-        for reply in grid.pull_messages(list(waiting)):
-            message, last = waiting.pop(reply.metadata.reply_to_message_id), time.monotonic()
+    while (waiting or taken or kept) and time.monotonic() < deadline:
+        came = [(waiting.pop(r.metadata.reply_to_message_id), r) for r in grid.pull_messages(list(waiting))]
+        due, kept = [*kept, *came], []
+        for message, reply in due:
             called = message.metadata.message_type == WAKE
+            if not (called or reply.has_error() or may_answer(reply)):
+                kept.append((message, reply))
+                continue
+            last = time.monotonic()
             if dead.took(reply) and not called:
                 taken.append((message, reply))
                 continue

@@ -165,7 +165,9 @@ class StreamServer:
         """Streams that are open now."""
         return len(self._open)
 
-    def admit(self, handler: Handler, max_frame_bytes: int | None = None) -> str:
+    def admit(
+        self, handler: Handler, max_frame_bytes: int | None = None, ended: Callable[[], None] = lambda: None
+    ) -> str:
         """Let one client in.
 
         Parameters
@@ -174,6 +176,8 @@ class StreamServer:
             Answers its frames, one after another, on one thread.
         max_frame_bytes : int, optional
             Longest of them, where it is less than the server's.
+        ended : Callable[[], None], optional
+            Called once, on that thread, after the last of them, however the stream ended.
 
         Returns
         -------
@@ -182,7 +186,7 @@ class StreamServer:
         """
         token = secrets.token_urlsafe(32)
         with self._lock:
-            self._admitted[token] = _Stream(handler, self._in_flight, max_frame_bytes or self._max_frame_bytes)
+            self._admitted[token] = _Stream(handler, self._in_flight, max_frame_bytes or self._max_frame_bytes, ended)
         return token
 
     def dismiss_all(self) -> None:
@@ -231,9 +235,9 @@ class StreamServer:
 class _Stream:
     """The server's side of one client: a thread reads, a thread computes, and gRPC's own thread sends."""
 
-    def __init__(self, handler: Handler, in_flight: int, max_frame_bytes: int) -> None:
+    def __init__(self, handler: Handler, in_flight: int, max_frame_bytes: int, ended: Callable[[], None]) -> None:
         self.over = False
-        self._handler = handler
+        self._handler, self._ended = handler, ended
         self._max_frame_bytes = max_frame_bytes
         self._inbox: Mailbox[Frame | FrameError] = Mailbox(in_flight)
         self._outbox: Mailbox[list[Buffer]] = Mailbox(in_flight)
@@ -273,6 +277,7 @@ class _Stream:
         except Closed:
             pass
         finally:
+            self._ended()
             self._inbox.close(discard=True)
             self._outbox.close()
 

@@ -16,6 +16,7 @@ from hsplitlora_flwr.config import TrainConfig
 from hsplitlora_flwr.lora.layers import inject
 from hsplitlora_flwr.models.loading import read_config
 from hsplitlora_flwr.training.client import ClientTrainer, load_client, train_client
+from hsplitlora_flwr.training.half import OwnHalf
 from hsplitlora_flwr.training.joint import JointPass
 from hsplitlora_flwr.training.memory import return_freed_memory
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
@@ -48,7 +49,7 @@ def separate(base: SharedBase, stream: StreamServer, splits: Sequence[int]) -> l
     for split in splits:
         part = base.server_part(split).train()
         optimizer = AdapterOptimizer(inject(part, specs(name for name, _ in part.linears()), ""), TrainConfig())
-        tokens.append(stream.admit(cores.share(ServerTrainer(part, optimizer, threads=threads))))
+        tokens.append(stream.admit(cores.share(ServerTrainer(part, OwnHalf(optimizer), threads=threads))))
     return tokens
 
 
@@ -60,7 +61,7 @@ def joint(base: SharedBase, stream: StreamServer, splits: Sequence[int]) -> list
         part = base.server_part(split).train()
         optimizer = AdapterOptimizer(inject(part, specs(name for name, _ in part.linears()), ""), TrainConfig())
         together.enter(part)
-        tokens.append(stream.admit(ServerTrainer(part, optimizer, threads=lambda: cores, through=together)))
+        tokens.append(stream.admit(ServerTrainer(part, OwnHalf(optimizer), threads=lambda: cores, through=together)))
     return tokens
 
 

@@ -18,6 +18,7 @@ from hsplitlora_flwr.lora.layers import inject
 from hsplitlora_flwr.models.loading import read_config
 from hsplitlora_flwr.reporting import read_events
 from hsplitlora_flwr.reporting.events import EVENTS_FILE, Event
+from hsplitlora_flwr.training.half import OwnHalf
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.training.server import ServerTrainer, SharedBase
 from hsplitlora_flwr.transport.certificates import make_identity
@@ -51,7 +52,7 @@ def start(setup: Setup) -> Iterator[Row]:
     split = max(int(base.model.config.num_hidden_layers) // 3, 1)
     part = base.server_part(split).train()
     adapters = inject(part, specs(name for name, _ in part.linears()), "")
-    handler = ServerTrainer(part, AdapterOptimizer(adapters, TrainConfig()))
+    handler = ServerTrainer(part, OwnHalf(AdapterOptimizer(adapters, TrainConfig())))
     stream = StreamServer("127.0.0.1", 0, identity=make_identity("127.0.0.1"))
     task = {"path": setup.model, "split": split, "endpoint": asdict(stream.endpoint)}
     try:

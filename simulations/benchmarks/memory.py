@@ -13,6 +13,7 @@ from hsplitlora_flwr.lora.layers import inject
 from hsplitlora_flwr.models.loading import read_config
 from hsplitlora_flwr.planning import CostModel, Workload
 from hsplitlora_flwr.training.client import ClientTrainer, load_client, train_client
+from hsplitlora_flwr.training.half import OwnHalf
 from hsplitlora_flwr.training.memory import PeakMemory, process_bytes, return_freed_memory
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.training.server import ServerTrainer, SharedBase
@@ -77,7 +78,7 @@ def memory(setup: Setup) -> Iterator[Row]:
             cost = CostModel(config, base.family, Workload(rows, length))
             part = base.server_part(split).train()
             above = inject(part, specs(name for name, _ in part.linears()), "")
-            token = stream.admit(ServerTrainer(part, AdapterOptimizer(above, TrainConfig())))
+            token = stream.admit(ServerTrainer(part, OwnHalf(AdapterOptimizer(above, TrainConfig()))))
             layers = {la.name: (la.out_features, la.in_features) for la in cost.layers if la.block < split}
             with Apart(ClientRun, setup.model, split, rows, length, layers, updated, stream.endpoint, token) as client:
                 own, measured = client.call("measure")

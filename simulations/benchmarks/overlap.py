@@ -15,6 +15,7 @@ from hsplitlora_flwr.config import TrainConfig
 from hsplitlora_flwr.lora.layers import inject
 from hsplitlora_flwr.models.loading import read_config
 from hsplitlora_flwr.training.client import ClientTrainer, load_client, train_client
+from hsplitlora_flwr.training.half import OwnHalf
 from hsplitlora_flwr.training.memory import return_freed_memory
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.training.server import ServerTrainer, SharedBase
@@ -131,7 +132,7 @@ def overlap(setup: Setup) -> Iterator[Row]:
         }
         streams = []
         for each in loopback + slow:
-            token = stream.admit(ServerTrainer(part, optimizer, threads=lambda: threads, down=each.wire))
+            token = stream.admit(ServerTrainer(part, OwnHalf(optimizer), threads=lambda: threads, down=each.wire))
             endpoint = replace(stream.endpoint, address=near[each.link]) if each.link else stream.endpoint
             streams.append((each, endpoint, token))
         with Apart(ExchangeRun, setup.model, split, threads, streams) as client:

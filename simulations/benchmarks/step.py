@@ -20,6 +20,7 @@ from hsplitlora_flwr.models.demo import demo_model, is_demo_model
 from hsplitlora_flwr.models.loading import load_tokenizer, read_config
 from hsplitlora_flwr.models.split import IGNORED
 from hsplitlora_flwr.training.client import ClientTrainer, load_client, train_client
+from hsplitlora_flwr.training.half import OwnHalf
 from hsplitlora_flwr.training.memory import return_freed_memory
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.training.server import ServerTrainer, SharedBase
@@ -74,7 +75,7 @@ def step(setup: Setup) -> Iterator[Row]:
     for split, budget in product(SPLITS, BUDGETS):
         part = base.server_part(split).train()
         optimizer = AdapterOptimizer(inject(part, specs(name for name, _ in part.linears()), ""), TrainConfig())
-        streams[budget][split] = stream.endpoint, stream.admit(ServerTrainer(part, optimizer))
+        streams[budget][split] = stream.endpoint, stream.admit(ServerTrainer(part, OwnHalf(optimizer)))
     tokens = {EQUAL: STEPS * SHAPE[0] * SHAPE[1], REAL: sum(map(len, rows))}
     with ExitStack() as stack:
         stack.callback(stream.stop)

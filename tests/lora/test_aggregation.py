@@ -11,7 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hsplitlora_flwr.lora.aggregation import RULES, AggregationError, Factors, aggregate, directions, pad, truncate
+from hsplitlora_flwr.lora.aggregation import (
+    RULES,
+    AggregationError,
+    Factors,
+    SharedUpdate,
+    aggregate,
+    directions,
+    pad,
+    truncate,
+)
 
 Array = npt.NDArray[np.float64]
 Update = dict[str, Factors]
@@ -361,3 +370,63 @@ def test_refuses_what_cannot_be_summed(rule: str, updates: list[Update], weights
 def test_unknown_rule() -> None:
     with pytest.raises(AggregationError, match="rule 'median' is unknown; choose one of noise_free, mean, mean_b, "):
         aggregate([{"w": ONE}], [1], rule="median")
+
+
+@st.composite
+def shared_rounds(draw: st.DrawFn) -> tuple[list[Update], list[float], SharedUpdate]:
+    """A round whose clients trained some adapters together, another set of them on every layer."""
+    updates, weights = draw(rounds())
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    together: Update = {}
+    trained_by: dict[str, list[int]] = {}
+    for name, (rows, columns) in LAYERS.items():
+        if rank := draw(st.integers(0, 4)):
+            together[name] = random_factors(generator, rows, rank, columns)
+            trained_by[name] = sorted(draw(st.sets(st.integers(0, len(updates) - 1))))
+            for index in trained_by[name]:
+                updates[index].pop(name, None)
+    return updates, weights, SharedUpdate(together, trained_by)
+
+
+@settings(max_examples=100, deadline=None)
+@given(shared_rounds())
+def test_a_shared_adapter_has_the_weights_of_all_that_trained_it(
+    instance: tuple[list[Update], list[float], SharedUpdate],
+) -> None:
+    updates, weights, shared = instance
+    found = aggregate(updates, weights, shared=shared)
+    for name in LAYERS:
+        copies = [dict(update) for update in updates]
+        for index in shared.trained_by.get(name, ()):  # as if each of them had it as its own
+            copies[index][name] = shared.adapters[name]
+        expected, size = dense_sum(copies, weights, name)
+        assert (name in found) == any(name in copy for copy in copies)
+        if name in found:
+            assert np.linalg.norm(product(found[name]) - expected) <= 1e-6 * size
+            own = sum(update[name][0].shape[1] for update in updates if name in update)
+            once = shared.adapters[name][0].shape[1] if shared.trained_by.get(name) else 0
+            assert found[name][0].shape[1] == own + once, "it stands in the sum once"
+
+
+def test_means_of_factors_take_a_shared_adapter_as_one_client_with_the_weights_of_all() -> None:
+    updates, weights = mixed_round()
+    name = next(iter(LAYERS))
+    generator = torch.Generator().manual_seed(2)
+    together = random_factors(generator, *(LAYERS[name][0], 3, LAYERS[name][1]))
+    for index in (0, 2):
+        updates[index].pop(name, None)
+    b, a = aggregate(updates, weights, "zero_pad", SharedUpdate({name: together}, {name: [0, 2]}))[name]
+    (own_b, own_a), p = updates[1][name], np.array(weights) / sum(weights)
+    pads = ((0, 0), (0, 1)), ((0, 1), (0, 0))  # rank 3 beside rank 4
+    expected_b = p[1] * numbers(own_b) + (p[0] + p[2]) * np.pad(numbers(together[0]), pads[0])
+    expected_a = p[1] * numbers(own_a) + (p[0] + p[2]) * np.pad(numbers(together[1]), pads[1])
+    np.testing.assert_allclose(numbers(b), expected_b, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(numbers(a), expected_a, rtol=1e-6, atol=1e-7)
+
+
+def test_a_client_does_not_count_twice_on_a_layer() -> None:
+    updates, weights = one_rank_round()
+    name = next(iter(LAYERS))
+    shared = SharedUpdate({name: updates[0][name]}, {name: [1]})
+    with pytest.raises(AggregationError, match=r"layer 'model.layers.0.q': updates\[1\] hold an adapter of their own"):
+        aggregate(updates, weights, shared=shared)

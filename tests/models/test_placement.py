@@ -16,6 +16,7 @@ from hsplitlora_flwr.models.placement import pick_device, pick_devices, spread
 from hsplitlora_flwr.models.proof import find_family
 from hsplitlora_flwr.planning.importance import scoring
 from hsplitlora_flwr.training.evaluation import evaluate
+from hsplitlora_flwr.training.half import OwnHalf
 from hsplitlora_flwr.training.recompute import recompute_blocks
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.training.server import ServerTrainer, SharedBase, differentiate
@@ -89,7 +90,7 @@ def round_of(base: SharedBase, changes: Mapping[str, Change]) -> dict[str, list[
     specs = {name: AdapterSpec(4, 8.0, 0.1) for name, _ in part.linears()}
     optimizer = AdapterOptimizer(inject(part, specs, "client"), TrainConfig(lr=0.05, clip=0.1))
     recompute_blocks(part)
-    trainer, gradients = ServerTrainer(part, optimizer), []
+    trainer, gradients = ServerTrainer(part, OwnHalf(optimizer)), []
     with scoring(part) as scores:
         for step, cut in enumerate(cuts):
             answer = trainer(Activation(step, cut, NONE, batch.attention_mask, batch.labels, tokens, True, 0.5))

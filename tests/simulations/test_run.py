@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 import tomllib
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -195,6 +196,31 @@ def test_clients_are_simulated_on_the_machines_of_a_ray_cluster(app, tmp_path, c
     assert f"the client works in {machine}" in lines
     assert "stopping Flower" in "\n".join(lines)
     assert processes_of(tmp_path) == [], "nothing but the cluster is left running"
+
+
+def test_clients_whose_steps_take_turns_are_simulated_at_the_same_time_where_memory_holds_them(monkeypatch):
+    cores = os.cpu_count() or 1
+    count = cores + 3
+
+    def config(**values):
+        return Config.from_run_config({"clients.count": count, "clients.memory_gb": "1.0,2.0"} | values)
+
+    def available(gigabytes):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=gigabytes * 1e9))
+
+    launcher, needed = Launcher(), sum(1.0 + index % 2 for index in range(count))
+    available(needed / 0.8 + 0.1)
+    assert f"init-args-num-cpus={count}" in launcher.federation(config())
+    assert launcher.in_order(config()) == config()
+    available(needed / 0.8 - 0.1)
+    assert "init-args-num-cpus" not in launcher.federation(config())
+    assert launcher.in_order(config()).server.order == "arrival"
+    # nobody waits for anybody
+    for others in ({"server.half": "per_client"}, {"method.name": "fedit"}, {"transport.kind": "messages"}):
+        assert launcher.in_order(config(**others)) == config(**others)
+        assert "init-args-num-cpus" not in launcher.federation(config(**others))
+    assert Launcher(ray_address="host:1").in_order(config()) == config(), "the cluster has room of its own"
+    assert Launcher(cpus=count).in_order(config()) == config()
 
 
 RESULTS = ["adapter/adapter_model.safetensors", "adapter/adapter_config.json"]

@@ -17,6 +17,7 @@ from hsplitlora_flwr.models.demo import demo_model
 from hsplitlora_flwr.models.loading import load_client_model, load_tokenizer
 from hsplitlora_flwr.training.client import ClientTrainer, train_client
 from hsplitlora_flwr.training.evaluation import evaluate
+from hsplitlora_flwr.training.half import OwnHalf
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.training.server import ServerTrainer, SharedBase
 from hsplitlora_flwr.transport.certificates import make_identity
@@ -35,7 +36,7 @@ def test_three_split_steps_equal_three_unsplit_steps() -> None:
     specs = {name: AdapterSpec(8, 16.0) for name in names}
     own = inject(client, specs, "s"), inject(server, specs, "s")
     starts = {**extract(client), **extract(server)}
-    trainer = ServerTrainer(server.train(), AdapterOptimizer(own[1], TRAIN))
+    trainer = ServerTrainer(server.train(), OwnHalf(AdapterOptimizer(own[1], TRAIN)))
     shard = StreamServer("127.0.0.1", 0, identity=make_identity("127.0.0.1"))
     with StreamLink(shard.endpoint, shard.admit(trainer)) as link:
         optimizer, batches = AdapterOptimizer(own[0], TRAIN), training_batches(rows, 4, seed=0)

@@ -15,6 +15,7 @@ from hsplitlora_flwr.config import TrainConfig
 from hsplitlora_flwr.lora import AdapterSpec, extract, inject
 from hsplitlora_flwr.models import split_model
 from hsplitlora_flwr.training.allowance import Allowance, Refused
+from hsplitlora_flwr.training.half import OwnHalf
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.training.server import MicroBatch, ServerEvaluator, ServerTrainer, StepReport
 from hsplitlora_flwr.transport.frames import (
@@ -52,7 +53,7 @@ class Served:
         specs = {name: AdapterSpec(2, 4.0) for name, _ in model.linears()}
         optimizer = AdapterOptimizer(inject(model, specs, "seed"), train)
         self.reports: list[StepReport] = []
-        self.trainer = ServerTrainer(model.train(), optimizer, self.reports.append, allowance=task)
+        self.trainer = ServerTrainer(model.train(), OwnHalf(optimizer), self.reports.append, allowance=task)
         self._stay = labels == "client"
 
     def state(self) -> list[Tensor]:

@@ -21,6 +21,7 @@ from hsplitlora_flwr.lora import AdapterSpec, extract, inject
 from hsplitlora_flwr.lora.aggregation import Factors
 from hsplitlora_flwr.models import load_causal_lm, split_model
 from hsplitlora_flwr.training.client import ClientTrainer, take_turn, train_client
+from hsplitlora_flwr.training.half import OwnHalf
 from hsplitlora_flwr.training.schedule import AdapterOptimizer, learning_rate
 from hsplitlora_flwr.training.server import ServerTrainer
 from hsplitlora_flwr.transport.frames import Activation, Finished, Frame, Gradient, HiddenGradient, decode, encode
@@ -73,7 +74,7 @@ def trainers(
     """Both halves of a fresh training run."""
     client, server, *head = split_model(model, split, labels)
     wire = wire or wire_of(model)
-    optimizer = AdapterOptimizer(inject(server, specs, "seed"), TRAIN)
+    seat = OwnHalf(AdapterOptimizer(inject(server, specs, "seed"), TRAIN))
     return ClientTrainer(
         client.train(),
         AdapterOptimizer(inject(client, specs, "seed"), TRAIN),
@@ -82,7 +83,7 @@ def trainers(
         head=head[0].train() if head else None,
         micro_batch_size=micro_batch_size,
         up=wire,
-    ), ServerTrainer(server.train(), optimizer, down=wire)
+    ), ServerTrainer(server.train(), seat, down=wire)
 
 
 def adapters_of(client: ClientTrainer, server: ServerTrainer) -> dict[str, Factors]:
@@ -304,7 +305,7 @@ def test_a_quantised_base_trains_as_stock_peft_over_bitsandbytes(quantise: str, 
 def test_frames_that_do_not_belong_are_refused() -> None:
     model = tiny_model("llama")
     _, server = split_model(model, 2)
-    trainer = ServerTrainer(server, AdapterOptimizer([], TRAIN))
+    trainer = ServerTrainer(server, OwnHalf(AdapterOptimizer([], TRAIN)))
     ids, cut, none = torch.ones(2, 3, dtype=torch.long), torch.ones(2, 3, 32, dtype=torch.float64), torch.empty(0)
     for frame, says in [
         (Activation(0, cut[:, :2], none, ids, ids, 4, True, 0.0), r"cut activation \(2, 2, 32\) must be \(2, 3, 32\)"),

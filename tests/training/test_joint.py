@@ -20,6 +20,7 @@ from hsplitlora_flwr.lora import AdapterSpec, extract, inject
 from hsplitlora_flwr.lora.delta import Change
 from hsplitlora_flwr.lora.layers import draw_masks, shape_of
 from hsplitlora_flwr.models.split import ModelPart, ServerModel
+from hsplitlora_flwr.training.half import OwnHalf
 from hsplitlora_flwr.training.joint import JointPass
 from hsplitlora_flwr.training.recompute import recompute_blocks
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
@@ -244,7 +245,7 @@ def test_trainers_that_share_passes_end_where_single_ones_do(base_of: Callable[.
         together = entered(base, parts)
         through = together if shared else differentiate
         trainers = [
-            ServerTrainer(part, AdapterOptimizer(trained(part), config), down="float64", through=through)
+            ServerTrainer(part, OwnHalf(AdapterOptimizer(trained(part), config)), down="float64", through=through)
             for part in parts
         ]
         with ThreadPoolExecutor(3) as threads:

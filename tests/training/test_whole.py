@@ -10,6 +10,7 @@ from hsplitlora_flwr.lora.layers import AdapterSpec, extract, inject
 from hsplitlora_flwr.models import find_family, split_model
 from hsplitlora_flwr.models.split import whole_model
 from hsplitlora_flwr.training.client import ClientTrainer, train_client
+from hsplitlora_flwr.training.half import OwnHalf
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.training.server import ServerTrainer, StepReport
 from hsplitlora_flwr.training.whole import train_whole
@@ -55,7 +56,7 @@ def test_cut_or_not_is_the_same_training_with_dropout_too(name: str, dropout: fl
 
     own = AdapterOptimizer(inject(client, specs, "seed", freeze_a=freeze_a), train)
     upper = AdapterOptimizer(inject(server, specs, "seed", freeze_a=freeze_a), train)
-    link = Loopback(ServerTrainer(server.train(), upper, down="float64"))
+    link = Loopback(ServerTrainer(server.train(), OwnHalf(upper), down="float64"))
     trainer = ClientTrainer(client.train(), own, random_batches(), first_step=0, up="float64")
     train_client(trainer, link, STEPS)
 

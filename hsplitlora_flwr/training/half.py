@@ -1,0 +1,216 @@
+"""Whose adapters a client's steps train on the server, and when they move.
+
+Either a client has a half of its own, or one half serves all of a round::
+
+    client 0, split 2    blocks 0-1 | 2 3 4 5 6 7 ...  norm, head
+    client 1, split 5    blocks 0-4       | 5 6 7 ...  norm, head      one adapter and one optimizer state a block,
+    client 2, split 3    blocks 0-2   | 3 4 5 6 7 ...  norm, head      from the lowest split point up
+
+The shared half learns from every step, in turn (:mod:`hsplitlora_flwr.training.turns`), instead of once a round from a
+mean; and there is one of it in memory. A step that is not finite, or larger than the others' by far, is refused before
+it moves what all share.
+
+**Clipping.** Both sides clip by the norm of both sides' gradients together. The client learns of the server's with the
+gradient of the cut, and takes its step by the norm of this step. Word of the client's own comes back with its next
+activation only. A client that is alone with a half moves it then, so its training is unsplit training to the last
+digit. Where others wait for the half it moves at once, by the server's gradient of this step and the client's of the
+step before.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from typing import Protocol
+
+from hsplitlora_flwr.config import TrainConfig
+from hsplitlora_flwr.lora.aggregation import Factors
+from hsplitlora_flwr.lora.joint import adapted_layers
+from hsplitlora_flwr.lora.layers import AdapterSpec, extract, inject
+from hsplitlora_flwr.models.split import BodyModel, ServerModel
+from hsplitlora_flwr.training.schedule import AdapterOptimizer
+from hsplitlora_flwr.training.turns import Turns
+
+HALVES = ("shared", "per_client")
+OUTLIER = 1000.0
+"""A step whose gradient, clipped, has more than so many times the largest norm of the others' last ones is refused.
+
+Honest ones differ by a hundred where one client's text is learnt by heart and another's is new."""
+
+
+class Seat(Protocol):
+    """A client's place at the half that its steps train."""
+
+    def may_begin(self) -> bool:
+        """Whether a step can begin now."""
+
+    def begin(self) -> None:
+        """Before the first micro-batch of a step; waits until it can."""
+
+    def complete(self, step: int, before: float) -> float:
+        """All gradients of a global step are there; returns their squared norm.
+
+        ``before`` is the squared norm of the client's own gradient in its step before.
+        """
+
+    def settle(self, square: float) -> None:
+        """The squared norm of the client's own gradient in the complete step."""
+
+    def leave(self) -> None:
+        """The client sends no more; what it did of a step that is not complete is dropped."""
+
+    def expel(self) -> None:
+        """As :meth:`leave`, said while the client's own thread may be in a step, which it then ends by itself."""
+
+
+class OwnHalf:
+    """The seat of a client that nobody shares a half with.
+
+    Parameters
+    ----------
+    optimizer : AdapterOptimizer
+        Over the adapters of its half.
+    """
+
+    def __init__(self, optimizer: AdapterOptimizer) -> None:
+        self._optimizer = optimizer
+        self._step = 0  # whose gradients are complete
+
+    def may_begin(self) -> bool:
+        """Always."""
+        return True
+
+    def begin(self) -> None:
+        """Nothing to wait for."""
+
+    def complete(self, step: int, before: float) -> float:
+        """Keep the gradients until :meth:`settle`."""
+        self._step = step
+        return check_finite("the squared norm of the gradient of step", step, self._optimizer.square())
+
+    def settle(self, square: float) -> None:
+        """Move the adapters."""
+        move(self._optimizer, self._step, square)
+
+    def leave(self) -> None:
+        """Nothing to give back."""
+
+    def expel(self) -> None:
+        """Nothing either."""
+
+
+class SharedHalf:
+    """One adapter a layer and one optimizer, for all clients of a round.
+
+    Parameters
+    ----------
+    part : ServerModel or BodyModel
+        From the lowest split point up; gets the adapters.
+    specs : Mapping[str, AdapterSpec]
+        Of its layers, by absolute name.
+    seed : str
+        Fixes where they start; see :func:`hsplitlora_flwr.lora.layers.inject`.
+    start : Mapping[str, Factors]
+        Adapters to go on from.
+    train : TrainConfig
+        Optimizer, schedule and clipping.
+    turns : Turns
+        Of the round's clients.
+    freeze_a : bool
+        Train ``B`` alone.
+
+    Attributes
+    ----------
+    steps : Counter[str]
+        That each client has moved the adapters by.
+    """
+
+    def __init__(
+        self,
+        part: ServerModel | BodyModel,
+        specs: Mapping[str, AdapterSpec],
+        seed: str,
+        start: Mapping[str, Factors],
+        train: TrainConfig,
+        turns: Turns,
+        *,
+        freeze_a: bool = False,
+    ) -> None:
+        self.optimizer = AdapterOptimizer(inject(part, specs, seed, start, freeze_a=freeze_a), train)
+        self.steps = Counter[str]()
+        self.turns = turns
+        self._part, self._layers = part.train(), adapted_layers(part)
+        self._alone = turns.clients == 1
+        self._clip = train.clip or math.inf
+        self._norms: dict[str, float] = {}  # of each client's last gradient, clipped
+
+    def attach(self, part: ServerModel | BodyModel) -> None:
+        """Put the adapters on a client's part, which begins at its own split point."""
+        for name, _ in list(part.linears()):
+            if name in self._layers:
+                part.replace(name, self._layers[name])
+
+    def seat(self, client: str) -> Seat:
+        """A client's place."""
+        return OwnHalf(self.optimizer) if self._alone else _SharedSeat(self, client)
+
+    def adapters(self) -> dict[str, Factors]:
+        """``(B, s A)`` by absolute layer name, as :func:`hsplitlora_flwr.lora.layers.extract` gives them."""
+        return extract(self._part)
+
+    def take_step(self, client: str, step: int, before: float) -> float:
+        """Move the adapters by a client's gradient, if it is one; returns its squared norm."""
+        square = check_finite("the squared norm of the gradient of step", step, self.optimizer.square())
+        norm = min(math.sqrt(square), self._clip)
+        usual = max((norm for name, norm in self._norms.items() if name != client), default=0.0)
+        if usual and norm > OUTLIER * usual:
+            raise FloatingPointError(
+                f"the gradient of step {step} has norm {norm:.3g}, over {OUTLIER:g} times the {usual:.3g} of the others"
+            )
+        self._norms[client] = norm
+        move(self.optimizer, step, before)
+        self.steps[client] += 1
+        return square
+
+
+class _SharedSeat:
+    """The seat of one of several clients."""
+
+    def __init__(self, half: SharedHalf, client: str) -> None:
+        self._half, self._client = half, client
+
+    def may_begin(self) -> bool:
+        return self._half.turns.try_take(self._client)
+
+    def begin(self) -> None:
+        self._half.turns.take(self._client)
+
+    def complete(self, step: int, before: float) -> float:
+        square = self._half.take_step(self._client, step, before)
+        self._half.turns.done(self._client)
+        return square
+
+    def settle(self, square: float) -> None:
+        """Nothing: the adapters have moved."""
+
+    def leave(self) -> None:
+        if self._half.turns.holder == self._client:  # in the middle of a step, whose gradients are nobody's
+            self._half.optimizer.drop_gradients()
+        self._half.turns.leave(self._client)
+
+    def expel(self) -> None:
+        self._half.turns.expel(self._client)
+
+
+def move(optimizer: AdapterOptimizer, step: int, other_square: float) -> None:
+    """Take a global step; the adapters stay finite, or it fails."""
+    optimizer.step(step, other_square)
+    check_finite("the largest adapter after step", step, optimizer.magnitude())
+
+
+def check_finite(what: str, number: int, value: float) -> float:
+    """``value``, if it is a finite number; else ``FloatingPointError``, which says what it is and of which step."""
+    if not math.isfinite(value):
+        raise FloatingPointError(f"{what} {number} is {value}: training diverged; lower train.lr or set train.clip")
+    return value
