@@ -28,6 +28,7 @@ from hsplitlora_flwr.control import (
     Description,
     Progress,
     Task,
+    read_base,
     read_settings,
     take_patch,
     take_start,
@@ -36,6 +37,7 @@ from hsplitlora_flwr.data.fit import Cut, fit_text
 from hsplitlora_flwr.data.partition import cached_partition
 from hsplitlora_flwr.data.sources import Example, load_text, read_rows
 from hsplitlora_flwr.lora.delta import DeltaError
+from hsplitlora_flwr.models.fingerprint import check_part, fingerprint
 from hsplitlora_flwr.models.loading import read_config
 from hsplitlora_flwr.models.quantisation import check_quantiser
 from hsplitlora_flwr.node import NodeStore
@@ -92,6 +94,8 @@ def split_client_app(load_data: LoadData = load_own_text, load_budget: LoadBudge
     def describe(message: Message, context: Context) -> Message:
         """Say the budget, the amount of data, and the version of the weights that this node holds."""
         config, store = _on_this_node(read_settings(message.content), context), NodeStore(context)
+        if base := read_base(message.content):
+            fingerprint(config.model.path).check(base, config.model.path)
         check_quantiser(config.model.quantise)  # the library is a part of the process, and so are text and tokenizer
         text = client.text(context, config)
         store.note(process=process_bytes(read_config(config.model.path)))
@@ -189,6 +193,8 @@ class _Client:
         return_freed_memory()  # before tensors come: where they lie is settled when they are made
         task = Task.from_records(message.content)
         task = replace(task, config=_on_this_node(task.config, context))
+        model = task.config.model
+        check_part(task.base, model.path, task.split, model.dtype, head=task.labels_stay)
         work = partial(self._work, message, context, task, progress)
         return keep_freed_memory(work) if task.spacious else work()
 

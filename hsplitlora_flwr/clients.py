@@ -26,6 +26,7 @@ from hsplitlora_flwr.control import (
     settings_records,
 )
 from hsplitlora_flwr.lora.limits import capped_shares
+from hsplitlora_flwr.models.fingerprint import fingerprint
 from hsplitlora_flwr.planning.planner import Budget
 from hsplitlora_flwr.reporting.report import RunReport
 from hsplitlora_flwr.transport.messages import converse
@@ -134,7 +135,8 @@ class Clients:
         self.descriptions = {node: self._fresh[node] for node in nodes if node in self._fresh}
         asked = [node for node in nodes if node not in self._fresh]
         self._met |= set(asked)
-        messages = [Message(settings_records(self._config), node, DESCRIBE) for node in asked]
+        base = fingerprint(self._config.model.path) if asked else None
+        messages = [Message(settings_records(self._config, base), node, DESCRIBE) for node in asked]
         needed = max(self._config.clients.min - len(self.descriptions), 0)
         self._owners = {name: node for name, node in self._owners.items() if node in nodes}
         for reply in self.exchange(grid, messages, server_round, needed=needed):

@@ -23,6 +23,7 @@ from hsplitlora_flwr.lora.aggregation import Factors
 from hsplitlora_flwr.lora.delta import Patch
 from hsplitlora_flwr.lora.layers import AdapterSpec
 from hsplitlora_flwr.methods import METHODS, Method
+from hsplitlora_flwr.models.fingerprint import Fingerprint
 from hsplitlora_flwr.planning.planner import Budget
 from hsplitlora_flwr.transport.stream import Endpoint
 
@@ -255,6 +256,8 @@ class Task:
         Adapters of the client's layers to go on from, scale folded in; empty where adapters start afresh.
     recompute, server_recompute : bool
         Whether blocks of the client, and of the server for it, compute their activations again in the backward pass.
+    base : Mapping[str, str]
+        Digests of the tensors of the client's part as the server has them, by name.
     """
 
     config: Config
@@ -272,6 +275,7 @@ class Task:
     start: Mapping[str, Factors] = field(default_factory=dict)
     recompute: bool = False
     server_recompute: bool = False
+    base: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def method(self) -> Method:
@@ -351,6 +355,7 @@ class Task:
                 "task": ConfigRecord(self.to_text()),
                 "settings": ConfigRecord(dict(self.config.to_run_config())),
                 "stream": ConfigRecord(vars(self.endpoint) | {"token": self.token}),
+                "base": ConfigRecord({"names": list(self.base), "digests": list(self.base.values())}),
                 "patch": ConfigRecord(dict(text)),
                 "update": to_arrays(tensors),
                 "start": to_arrays(_pack(self.start)),
@@ -366,7 +371,9 @@ class Task:
         stream: dict[str, Any] = dict(records.config_records["stream"])
         token = stream.pop("token")
         settings, text = read_settings(records), dict(records.config_records["task"])
-        return cls.from_text(settings, text, endpoint=Endpoint(**stream), token=token)
+        said: dict[str, Any] = dict(records.config_records["base"])
+        base = dict(zip(said["names"], said["digests"], strict=True))
+        return cls.from_text(settings, text, endpoint=Endpoint(**stream), token=token, base=base)
 
 
 def take_patch(records: RecordDict) -> Patch:
@@ -481,9 +488,19 @@ class Progress:
         }
 
 
-def settings_records(config: Config) -> RecordDict:
-    """The content of a ``describe`` message: the settings of the run."""
-    return RecordDict({"settings": ConfigRecord(dict(config.to_run_config()))})
+def settings_records(config: Config, base: Fingerprint | None = None) -> RecordDict:
+    """The content of a ``describe`` message: the settings of the run, and what its base is."""
+    records = RecordDict({"settings": ConfigRecord(dict(config.to_run_config()))})
+    if base:
+        records["base"] = ConfigRecord({"fingerprint": base.to_text()})
+    return records
+
+
+def read_base(records: RecordDict) -> Fingerprint | None:
+    """What the base of the run is, from a ``describe`` message; None where it does not say."""
+    if "base" not in records:
+        return None
+    return Fingerprint.from_text(str(records.config_records["base"]["fingerprint"]))
 
 
 def read_settings(records: RecordDict) -> Config:

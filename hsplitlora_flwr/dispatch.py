@@ -20,6 +20,7 @@ from hsplitlora_flwr.lora.aggregation import Factors, SharedUpdate, truncate
 from hsplitlora_flwr.lora.delta import Delta
 from hsplitlora_flwr.lora.layers import AdapterSpec, start_along
 from hsplitlora_flwr.methods import METHODS
+from hsplitlora_flwr.models.fingerprint import part_digests
 from hsplitlora_flwr.planning.cost import Layer
 from hsplitlora_flwr.planning.planner import ClientPlan
 from hsplitlora_flwr.replies import read_outcome
@@ -194,7 +195,12 @@ class Dispatch:
 
     def _message(self, node: int, task: Task, start: Mapping[str, Factors]) -> Message:
         held = self.layers_below(task.split)
-        task = replace(task, start={name: pair for name, pair in start.items() if name in held})
+        model = self._config.model
+        task = replace(
+            task,
+            start={name: pair for name, pair in start.items() if name in held},
+            base=part_digests(model.path, task.split, model.dtype, head=task.labels_stay),
+        )
         if not task.from_base:
             task = replace(task, patch=self._delta.since(self._clients.descriptions[node].held, held))
             states = {name: state for name, state in self._delta.held().items() if name in held}

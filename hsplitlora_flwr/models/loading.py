@@ -187,7 +187,7 @@ def load_tokenizer(path: str) -> Any:
         If there is none.
     """
     try:
-        return AutoTokenizer.from_pretrained(_local(path))
+        return AutoTokenizer.from_pretrained(local_path(path))
     except (OSError, ValueError) as error:
         raise ModelFilesError(f"model.path={path}: no tokenizer can be loaded from it: {error}") from error
 
@@ -200,7 +200,7 @@ def read_config(path: str) -> PretrainedConfig:
     ModelFilesError
         If ``path`` is neither a model folder nor a model of the hub that can be reached.
     """
-    folder = _local(path)
+    folder = local_path(path)
     if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
         raise ModelFilesError(
             f"model.path={path}: the folder holds no config.json; name a folder in Hugging Face format"
@@ -246,6 +246,37 @@ def empty_model(
         quantise_linears(model.get_submodule(f"{family.decoder}.{family.blocks}"), quantise, family.unadapted)
     model.requires_grad_(False).eval()
     return model
+
+
+class PartTensors:
+    """The tensors of a client's part, without the part: to be compared with those of another machine.
+
+    Parameters
+    ----------
+    path, split, dtype, head
+        As for :func:`load_client_parts`; a split at the number of blocks is the whole model.
+
+    Attributes
+    ----------
+    names : list of str
+        Of the tensors, in the whole model.
+    """
+
+    def __init__(self, path: str, split: int, dtype: str, *, head: bool) -> None:
+        self._checkpoint, self._dtype = Checkpoint(path), dtype
+        model, family = empty_model(self._checkpoint.config, dtype), find_family(self._checkpoint.config)
+        modules = {"": model}
+        if split < len(model.get_submodule(f"{family.decoder}.{family.blocks}")):  # type: ignore[arg-type]
+            client, top = client_part(model, family, split), head_part(model, family) if head else None
+            modules = {f"{family.decoder}.": client.decoder} | ({"": top.causal_lm} if top else {})
+        self._prefix = model.base_model_prefix
+        tensors = {id(t): prefix + name for prefix, part in modules.items() for name, t in part.named_parameters()}
+        self.names = list(tensors.values())
+
+    def read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        """Some of them with their values in the dtype of the run, one after another."""
+        for name, tensor in self._checkpoint.tensors(names, self._prefix):
+            yield name, tensor.to(getattr(torch, self._dtype))
 
 
 class Checkpoint:
@@ -318,7 +349,7 @@ class Checkpoint:
         raise ModelFilesError(f"model.path={self.path}: the weights hold no tensor '{name}'")
 
     def _file(self, name: str) -> Path | None:
-        folder = Path(_local(self.path))
+        folder = Path(local_path(self.path))
         if folder.is_dir():
             return folder / name if (folder / name).is_file() else None
         try:
@@ -329,7 +360,8 @@ class Checkpoint:
             raise ModelFilesError(f"model.path={self.path}: {name} cannot be fetched from the hub: {error}") from error
 
 
-def _local(path: str) -> str:
+def local_path(path: str) -> str:
+    """The folder of the demonstration model, or ``path`` itself: a folder or a hub name."""
     return str(demo_model()) if is_demo_model(path) else path
 
 
