@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -154,11 +155,26 @@ class SeededDropout(nn.Module):
         return x * mask.div_(self._keep).to(x.device)
 
 
+def dropouts(module: nn.Module) -> Iterator[SeededDropout]:
+    """The dropout of every adapter inside ``module``."""
+    return (inside for inside in module.modules() if isinstance(inside, SeededDropout))
+
+
+@contextmanager
+def same_masks(parts: Iterable[nn.Module]) -> Iterator[None]:
+    """After the block, ``parts`` draw the masks that they would have drawn in it."""
+    drawn = [(dropout, dropout.drawn) for part in parts for dropout in dropouts(part)]
+    try:
+        yield
+    finally:
+        for dropout, number in drawn:
+            dropout.drawn = number
+
+
 def draw_masks(part: ModelPart, step: int, index: int) -> None:
     """Make the next forward pass of ``part`` drop what belongs to micro-batch ``index`` of global step ``step``."""
-    for module in part.modules():
-        if isinstance(module, SeededDropout):
-            module.draw(step, index)
+    for dropout in dropouts(part):
+        dropout.draw(step, index)
 
 
 def _number(text: str) -> int:

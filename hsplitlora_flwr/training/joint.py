@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hsplitlora_flwr.lora.joint import JointBatch, Share, adapted_layers, join
-from hsplitlora_flwr.lora.layers import AdaptedLinear
+from hsplitlora_flwr.lora.layers import AdaptedLinear, same_masks
 from hsplitlora_flwr.models.split import IGNORED, BodyModel, ServerModel
 from hsplitlora_flwr.training.recompute import recompute_blocks
 from hsplitlora_flwr.training.server import MicroBatch, SharedBase, differentiate
@@ -80,8 +80,10 @@ class JointPass:
     def _serve(self, batch: Sequence[tuple[MicroBatch, Future[float]]]) -> None:
         """Set all results: by one pass, or one by one where that fails, so that only the guilty one learns of it."""
         if len(batch) > 1:
+            works = [work for work, _ in batch]
             try:
-                losses = self.differentiate([work for work, _ in batch])
+                with same_masks(work.model for work in works):  # so that one by one they drop the same
+                    losses = self.differentiate(works)
             except Exception:  # whatever it is, such as too little memory for all at once
                 log.warning("a pass for %d clients failed; they come one by one", len(batch), exc_info=True)
             else:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hsplitlora_flwr.lora.joint import JointLinear
-from hsplitlora_flwr.lora.layers import SeededDropout
+from hsplitlora_flwr.lora.layers import SeededDropout, dropouts
 from hsplitlora_flwr.models.split import ModelPart
 
 
@@ -53,4 +53,4 @@ def _dropouts(block: nn.Module) -> Iterator[SeededDropout]:
             yield module
         elif isinstance(module, JointLinear):
             for adapter in module.adapters:
-                yield from (part for part in adapter.modules() if isinstance(part, SeededDropout))
+                yield from dropouts(adapter)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import pytest
 import torch
@@ -234,6 +235,44 @@ def test_the_guilty_one_alone_learns_of_it(
         with pytest.raises(IndexError):
             bad.result(10)
     assert "a pass for 2 clients failed; they come one by one" in caplog.text
+
+
+@pytest.mark.parametrize("huge", [1e30, 1e200, 1e308])
+def test_what_overflows_for_one_client_is_finite_for_the_others(
+    base_of: Callable[..., SharedBase], huge: float
+) -> None:
+    base, gradients = base_of("llama"), []
+    for scale in (1.0, huge):
+        works = works_of(client_parts(base, [1, 2, 3]), [8, 11, 9], [2, 2, 1])
+        works[1].cut.data.mul_(scale)
+        losses = entered(base, [work.model for work in works]).differentiate(works)
+        others = [leaf.grad for work in (works[0], works[2]) for leaf in (work.cut, *trained(work.model))]
+        gradients.append([torch.tensor([losses[0], losses[2]], dtype=torch.float64), *others])
+    for one, other in zip(*gradients, strict=True):
+        assert other is not None and other.isfinite().all()
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_clients_of_a_pass_that_failed_drop_what_they_would_have_dropped_in_it(
+    base_of: Callable[..., SharedBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, gradients = base_of("llama"), []
+    for fails in (False, True):
+        works = works_of(client_parts(base, [1, 3], dropout=0.5), [8, 9], [2, 1])
+        together = entered(base, [work.model for work in works])
+        whole = together._forward
+
+        def forward(works: Sequence[MicroBatch], fails: bool = fails, whole: Callable[..., Any] = whole) -> Any:
+            losses = whole(works)
+            if fails:
+                raise MemoryError("for both at once")
+            return losses
+
+        monkeypatch.setattr(together, "_forward", forward)
+        together._serve([(work, Future[float]()) for work in works])
+        gradients.append([leaf.grad for work in works for leaf in (work.cut, *trained(work.model))])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("clip", [0.05, 0.0])
