@@ -7,7 +7,6 @@ in :data:`METHODS`.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -20,6 +19,7 @@ from hsplitlora_flwr.models.proof import find_family
 from hsplitlora_flwr.planning.cost import CostModel, PlanError, Workload
 from hsplitlora_flwr.planning.planner import Budget, Plan, make_plan
 from hsplitlora_flwr.planning.uniform import equal_plan, whole_plan
+from hsplitlora_flwr.training.cores import all_cores
 
 
 @dataclass(frozen=True)
@@ -182,11 +182,6 @@ def takes_all(config: Config) -> bool:
 def passes_at_once(config: Config) -> int:
     """Clients that the server computes for at once, each in a pass of its own; steps of a shared half take turns."""
     return 1 if shares_half(config) else config.train.passes or all_cores()
-
-
-def all_cores() -> int:
-    """Threads of a pass that has this machine to itself."""
-    return os.cpu_count() or 1
 
 
 def make_round_plan(

@@ -40,6 +40,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from hsplitlora_flwr.training.cores import all_cores
 from simulations.benchmarks.aggregate import aggregate
 from simulations.benchmarks.clients import clients
 from simulations.benchmarks.common import Benchmark, Row, Setup
@@ -79,7 +80,7 @@ def environment() -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": model,
-        "cores": os.cpu_count(),
+        "cores": all_cores(),
         "threads": torch.get_num_threads(),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "unset"),
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "unset"),

@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
 import re
 import subprocess
 import sys
@@ -37,6 +36,7 @@ from omegaconf.errors import OmegaConfBaseException
 from hsplitlora_flwr.config import Config, ConfigError, unknown_key
 from hsplitlora_flwr.reporting import EVENTS_FILE, RunConsole, read_events
 from hsplitlora_flwr.reporting.events import Event
+from hsplitlora_flwr.training.cores import all_cores
 from simulations.interrupts import Interrupted, held, interruptible, obey
 from simulations.overrides import keys_of, start
 from simulations.superlink import Question, RunStatus, SuperLink, SuperLinkError, open_superlink, started_run
@@ -103,7 +103,7 @@ class Launcher:
         for name, why in _AGAINST_RAY.items() if address else ():
             if value := getattr(launcher, name):
                 raise ConfigError(f"launcher.{name}={value!r} is not possible with launcher.ray_address: {why}")
-        cpus, most = launcher.client_cpus, launcher.cpus or os.cpu_count() or 1
+        cpus, most = launcher.client_cpus, launcher.cpus or all_cores()
         if type(cpus) is not int or cpus < 1 or (cpus > most and not address):
             raise ConfigError(
                 f"launcher.client_cpus={cpus!r} must be a whole number from 1 to the {most} CPUs there are"
@@ -114,7 +114,11 @@ class Launcher:
         """The settings of a simulation, as ``flwr run --federation-config`` takes them."""
         clients = config.clients.count
         settings = {"num-supernodes": clients, "client-resources-num-cpus": self.client_cpus}
-        if cpus := self.cpus or (clients * self.client_cpus if self._all_at_once(config) else 0):
+        if self._all_at_once(config):
+            default = clients * self.client_cpus
+        else:  # other machines know their own
+            default = 0 if self.ray_address or self.superlink else all_cores()
+        if cpus := self.cpus or default:
             settings["init-args-num-cpus"] = cpus
         return " ".join(f"{key}={value}" for key, value in settings.items())
 
@@ -129,7 +133,7 @@ class Launcher:
         """Whether all clients can be simulated at the same time, on more CPUs than there are if need be."""
         wanted = config.clients.count * self.client_cpus
         if self.cpus or not takes_turns(config):
-            return wanted <= (self.cpus or os.cpu_count() or 1)
+            return wanted <= (self.cpus or all_cores())
         budgets = itertools.cycle(config.memory_bytes or (_UNSTATED_BYTES,))
         taken = sum(itertools.islice(budgets, config.clients.count))
         return taken <= _SHARE_OF_MEMORY * psutil.virtual_memory().available

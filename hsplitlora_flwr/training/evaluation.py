@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ import torch
 from hsplitlora_flwr.data.collate import Batch
 from hsplitlora_flwr.models.split import ClientModel, HeadModel, WholeModel
 from hsplitlora_flwr.training.client import Link
+from hsplitlora_flwr.training.cores import all_cores
 from hsplitlora_flwr.transport.frames import Activation, Frame, Hidden, Loss
 from hsplitlora_flwr.transport.wire import pack, unpack
 
@@ -37,7 +37,7 @@ def evaluate(model: WholeModel, batches: Iterable[Batch]) -> Evaluation:
     """Evaluate a whole model, in evaluation mode."""
     model.eval()
     device, threads = model.device, torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)  # no client trains now
+    torch.set_num_threads(all_cores())  # no client trains now
     nll, tokens = 0.0, 0
     for batch in batches:
         output = model(batch.input_ids.to(device), batch.attention_mask.to(device), batch.labels.to(device), 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -16,6 +15,7 @@ from hsplitlora_flwr.config import TrainConfig
 from hsplitlora_flwr.lora.layers import inject
 from hsplitlora_flwr.models.loading import read_config
 from hsplitlora_flwr.training.client import ClientTrainer, load_client, train_client
+from hsplitlora_flwr.training.cores import all_cores
 from hsplitlora_flwr.training.half import OwnHalf
 from hsplitlora_flwr.training.joint import JointPass
 from hsplitlora_flwr.training.memory import return_freed_memory
@@ -39,7 +39,7 @@ Admit = Callable[[SharedBase, StreamServer, Sequence[int]], list[str]]
 
 def separate(base: SharedBase, stream: StreamServer, splits: Sequence[int]) -> list[str]:
     """Every client has a trainer of its own; as many passes at once as there are cores, and as many threads."""
-    count = os.cpu_count() or 1
+    count = all_cores()
     cores = CorePool(count)
 
     def threads() -> int:
@@ -55,7 +55,7 @@ def separate(base: SharedBase, stream: StreamServer, splits: Sequence[int]) -> l
 
 def joint(base: SharedBase, stream: StreamServer, splits: Sequence[int]) -> list[str]:
     """Clients that wait share one pass over the base, which has all cores."""
-    together, cores = JointPass(base), os.cpu_count() or 1
+    together, cores = JointPass(base), all_cores()
     tokens = []
     for split in splits:
         part = base.server_part(split).train()
@@ -133,7 +133,7 @@ def spread_splits(blocks: int, count: int) -> list[int]:
 
 def train_at_once(processes: Sequence[Apart], endpoint: Endpoint, tokens: Sequence[str]) -> Pace:
     """Let clients train at the same time, once all of them have taken a first step."""
-    threads = max((os.cpu_count() or 1) // len(processes), 1)
+    threads = max(all_cores() // len(processes), 1)
     for ready in [p.start("open", endpoint, token, threads) for p, token in zip(processes, tokens, strict=True)]:
         ready.result()
     results = [future.result() for future in [p.start("train", SECONDS) for p in processes]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from hsplitlora_flwr.lora.layers import inject
 from hsplitlora_flwr.models.loading import read_config
 from hsplitlora_flwr.reporting import read_events
 from hsplitlora_flwr.reporting.events import EVENTS_FILE, Event
+from hsplitlora_flwr.training.cores import all_cores
 from hsplitlora_flwr.training.half import OwnHalf
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.training.server import ServerTrainer, SharedBase
@@ -103,7 +103,7 @@ def deployment(setup: Setup) -> Iterator[Row]:
             env = dict(running.env)
             budgets = f"clients.memory_gb='{','.join(map(str, MEMORY_GB))}'"
             sides = {
-                "simulation": [budgets, f"launcher.cpus={max(len(MEMORY_GB), os.cpu_count() or 1)}"],
+                "simulation": [budgets, f"launcher.cpus={max(len(MEMORY_GB), all_cores())}"],
                 "deployment": [f"launcher.superlink={CONNECTION}", "transport.address=127.0.0.1"],
             }
             arguments = [f"{key}={value}" for key, value in wanted.items()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -15,6 +14,7 @@ from hsplitlora_flwr.config import TrainConfig
 from hsplitlora_flwr.lora.layers import inject
 from hsplitlora_flwr.models.loading import read_config
 from hsplitlora_flwr.training.client import ClientTrainer, load_client, train_client
+from hsplitlora_flwr.training.cores import all_cores
 from hsplitlora_flwr.training.half import OwnHalf
 from hsplitlora_flwr.training.memory import return_freed_memory
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
@@ -120,7 +120,7 @@ def overlap(setup: Setup) -> Iterator[Row]:
     split = max(int(base.model.config.num_hidden_layers) // 3, 1)
     part = base.server_part(split).train()
     optimizer = AdapterOptimizer(inject(part, specs(name for name, _ in part.linears()), ""), TrainConfig())
-    threads = max((os.cpu_count() or 1) // 2, 1)
+    threads = max(all_cores() // 2, 1)
     loopback = [Exchange(None, "float32", *each) for each in MICRO_BATCHES]
     slow = [Exchange(link, wire, *each) for link, wire in LINKS for each in MICRO_BATCHES]
     most = max(in_flight for _, in_flight in MICRO_BATCHES)

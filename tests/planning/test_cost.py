@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -27,6 +26,7 @@ from hsplitlora_flwr.models.build import build_causal_lm
 from hsplitlora_flwr.models.families import tiny_config
 from hsplitlora_flwr.models.split import ModelPart, client_part, head_part, whole_model
 from hsplitlora_flwr.planning import Budget, CostModel, PlanError, Workload, make_plan
+from hsplitlora_flwr.training.cores import all_cores
 from hsplitlora_flwr.training.recompute import recompute_blocks
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.transport.frames import Activation, Frame, Gradient, Hidden, HiddenGradient, encode
@@ -495,7 +495,7 @@ def test_settings_of_a_run_reach_the_cost_model(tiny_folder: Path) -> None:
     assert cost_model(config, 1, LENGTH).workload.in_flight == 4
     assert cost.workload.passes is None, "where labels stay, activations of all clients wait"
     alone = settings | {"split.labels": "server"}
-    for joint, passes, expected in (("off", 3, 3), ("auto", 0, os.cpu_count()), ("on", 3, None)):
+    for joint, passes, expected in (("off", 3, 3), ("auto", 0, all_cores()), ("on", 3, None)):
         given = alone | {"train.joint": joint, "train.passes": passes, "model.device": "cpu"}
         assert cost_model(Config.from_run_config(given), 4, LENGTH).workload.passes == expected
     unsplit = cost_model(Config.from_run_config(settings | {"method.name": "fedit"}), 4, LENGTH).workload

@@ -23,6 +23,7 @@ from rich.console import Console
 
 from hsplitlora_flwr.config import Config, render_pyproject_block
 from hsplitlora_flwr.reporting import RunConsole
+from hsplitlora_flwr.training.cores import all_cores
 from simulations.run import PROJECT, Launcher, _Watch, failure_cause, launch, run_config_toml
 from simulations.superlink import RunStatus, SuperLinkError, open_superlink
 
@@ -132,7 +133,7 @@ def test_an_open_superlink_carries_one_run_after_another_and_stays_open(app, tmp
     opening = open_superlink("", app, tmp_path / "superlink.log")
     with opening as superlink, RunConsole(Console(force_terminal=False)) as console:
         for task in ("crash", "client-crash", "succeed"):
-            cpus = (os.cpu_count() or 1) + 1  # more than there are: only with `cpus` does Ray have room for a client
+            cpus = all_cores() + 1  # more than there are: only with `cpus` does Ray have room for a client
             launcher = Launcher(client_cpus=cpus, cpus=cpus)
             status = launch(settings(tmp_path / task, task), app, launcher, console, superlink)
             ends[task] = status, capsys.readouterr().out.splitlines()
