@@ -33,8 +33,17 @@ def cut(parts: Iterable[Buffer], size: int = CHUNK_BYTES) -> Iterator[bytes]:
         yield b"".join(pieces)
 
 
-def assemble(messages: Iterator[bytes], max_frame_bytes: int) -> Iterator[memoryview]:
+def assemble(messages: Iterator[bytes], max_frame_bytes: int, least: int = 1) -> Iterator[memoryview]:
     """The frames that :func:`cut` made ``messages`` of, each in memory of its own that may be written to.
+
+    Parameters
+    ----------
+    messages : Iterator[bytes]
+        What arrives.
+    max_frame_bytes : int
+        Longest frame that is accepted.
+    least : int
+        Fewest bytes of a message that does not end its frame: each takes time, however short it is.
 
     Raises
     ------
@@ -45,11 +54,14 @@ def assemble(messages: Iterator[bytes], max_frame_bytes: int) -> Iterator[memory
     for message in messages:
         prefix = read_prefix(message)
         check_total(prefix, max(max_frame_bytes, _PING_FRAME_BYTES) if prefix.kind is Ping else max_frame_bytes)
-        data = np.empty(prefix.total, np.uint8).data  # not filled with zeros first
+        try:
+            data = np.empty(prefix.total, np.uint8).data  # not filled with zeros first
+        except MemoryError as error:
+            raise FrameError(f"there is no memory for a frame of {prefix.total} bytes: {error}") from None
         filled = 0
         while True:
             end = filled + len(message)
-            if not message or end > prefix.total:
+            if not message or end > prefix.total or (end < prefix.total and len(message) < least):
                 raise FrameError(f"a frame of {prefix.total} bytes goes on with {len(message)} after {filled}")
             data[filled:end] = message
             filled = end

@@ -5,6 +5,7 @@
 
 The header names every tensor with its dtype and shape, so nothing is guessed and nothing is unpickled. The length of
 the frame stands first, so a receiver knows it before memory is taken, and every length is checked before it is used.
+Numbers in the header are finite, and whole ones fit into 64 bits.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import dataclasses
 import json
 import math
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
+from reprlib import repr as short
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -25,10 +28,14 @@ VERSION = 2
 HEADER_BYTES = 2**16
 """Longest header: it holds names, shapes and a few numbers."""
 
+ERROR_LENGTH = 4096
+"""Longest text of a :class:`Failure` that comes of an exception."""
+
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
 _PREFIX = struct.Struct("<4sBBIQ")
-_DIMENSIONS = 8
+_DIMENSIONS, _VALUES = 8, 2**40
+"""Most dimensions and values of a tensor; sizes beside a zero are bounded as well, since they become strides."""
 _DTYPES: dict[str, type[np.generic]] = {
     "float64": np.float64,
     "float32": np.float32,
@@ -140,6 +147,11 @@ class Failure:
 
     error: str
 
+    @classmethod
+    def of(cls, error: Exception) -> Failure:
+        """What a client is told of an exception."""
+        return cls(f"{type(error).__name__}: {error}"[:ERROR_LENGTH])
+
 
 @dataclass(frozen=True, eq=False)
 class Ping:
@@ -189,7 +201,8 @@ def buffers(frame: Frame) -> list[Buffer]:
     Raises
     ------
     FrameError
-        If a tensor has a dtype that frames do not carry, or the header is longer than :data:`HEADER_BYTES`.
+        If a tensor has a dtype that frames do not carry, a number is not finite, or the header is longer than
+        :data:`HEADER_BYTES`.
     """
     values: dict[str, Any] = {}
     bodies: list[Buffer] = []
@@ -204,7 +217,7 @@ def buffers(frame: Frame) -> list[Buffer]:
             body = np.ascontiguousarray(bits.numpy(force=True)).reshape(-1).view(np.uint8).data
             bodies += [body, bytes(-len(body) % 8)]
         else:
-            values[spec.name] = value
+            values[spec.name] = _checked(spec.name, value)
     header = json.dumps(values).encode()
     header += b" " * (-(_PREFIX.size + len(header)) % 8)
     if len(header) > HEADER_BYTES:
@@ -273,7 +286,7 @@ def decode(data: Buffer, limit: int | None = None) -> Frame:
         raise FrameError(f"the frame should have {prefix.total} bytes, it has {len(view)}")
     start = _PREFIX.size + prefix.header
     try:
-        header = json.loads(bytes(view[_PREFIX.size : start]))
+        header = json.loads(str(view[_PREFIX.size : start], "utf-8"), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise FrameError(f"the frame's header is not JSON: {error}") from None
     fields = {spec.name: str(spec.type) for spec in dataclasses.fields(prefix.kind)}
@@ -286,24 +299,40 @@ def decode(data: Buffer, limit: int | None = None) -> Frame:
         else:
             if type(header[name]) is not _PYTHON[wanted]:
                 raise FrameError(f"field '{name}' of {prefix.kind.__name__} must be a {wanted}")
-            values[name] = header[name]
+            values[name] = _checked(name, header[name])
     if start != len(view):
         raise FrameError(f"the frame has {len(view)} bytes, its header accounts for {start}")
     return prefix.kind(**values)
+
+
+def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of the header; of two values under one name it would be chance which one counts."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise ValueError("a name stands twice in it")
+    return made
+
+
+def _checked(name: str, value: float | str) -> float | str:
+    """A number or text of the header."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise FrameError(f"field '{name}' is {value}; frames carry finite numbers. Training diverged; lower train.lr")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise FrameError(f"field '{name}' is {short(value)}; whole numbers have 64 bits")
+    return value
 
 
 def _read_tensor(name: str, spec: Any, view: memoryview, start: int) -> tuple[Tensor, int]:
     """The tensor that begins at ``start``, and where the next one does."""
     if not isinstance(spec, dict) or spec.keys() != {"dtype", "shape"}:
         raise FrameError(f"field '{name}' must be described by dtype and shape")
-    dtype, shape = str(spec["dtype"]), spec["shape"]
-    if dtype not in _DTYPES:
-        raise FrameError(f"field '{name}' has dtype {dtype!r}; allowed are {', '.join(_DTYPES)}")
+    dtype, shape = spec["dtype"], spec["shape"]
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise FrameError(f"field '{name}' has dtype {short(dtype)}; allowed are {', '.join(_DTYPES)}")
     if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
-        raise FrameError(f"field '{name}' has shape {shape!r}; whole numbers are needed")
-    # Sizes beside a zero are bounded as well: they are multiplied into strides.
-    if len(shape) > _DIMENSIONS or math.prod(max(size, 1) for size in shape) > 2**40:
-        raise FrameError(f"field '{name}' has shape {shape!r}; at most {_DIMENSIONS} dimensions and 2**40 values")
+        raise FrameError(f"field '{name}' has shape {short(shape)}; whole numbers are needed")
+    if len(shape) > _DIMENSIONS or math.prod(max(size, 1) for size in shape) > _VALUES:
+        raise FrameError(f"field '{name}' has shape {short(shape)}; at most {_DIMENSIONS} dimensions and 2**40 values")
     size = math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize
     if start + size > len(view):
         raise FrameError(f"field '{name}' needs {size} bytes, the frame has {len(view) - start} left")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from hsplitlora_flwr.transport.frames import Frame, decode, encode
+from hsplitlora_flwr.transport.frames import Frame, FrameError, decode, encode
 from hsplitlora_flwr.transport.workers import WAKE, DeadWorkers, is_death
 
 _FRAMES = "frames"
@@ -42,16 +42,23 @@ def read_frames(records: RecordDict) -> list[Frame]:
     FrameError
         If they are damaged.
     """
-    if not has_frames(records):
-        return []
-    parts = records.config_records[_FRAMES][_FRAMES]
-    return [decode(part) for part in parts if isinstance(part, bytes)] if isinstance(parts, list) else []
+    return [decode(part) for part in _parts(records)]
 
 
 def frame_bytes(records: RecordDict) -> int:
     """Bytes of the frames in a message's content."""
-    parts = records.config_records[_FRAMES][_FRAMES] if has_frames(records) else []
-    return sum(len(part) for part in parts if isinstance(part, bytes)) if isinstance(parts, list) else 0
+    return sum(map(len, _parts(records)))
+
+
+def _parts(records: RecordDict) -> list[bytes]:
+    if not has_frames(records):
+        return []
+    parts = records.config_records.get(_FRAMES, {}).get(_FRAMES)
+    if not isinstance(parts, list):
+        raise FrameError("a message that says it holds frames holds none")
+    if not all(isinstance(part, bytes) for part in parts):
+        raise FrameError("the frames of a message are not bytes")
+    return [part for part in parts if isinstance(part, bytes)]
 
 
 def converse(

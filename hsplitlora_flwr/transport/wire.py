@@ -90,7 +90,8 @@ def unpack(values: Tensor, scale: Tensor, dtype: torch.dtype, device: torch.devi
     if values.dtype in _FLOATS and scale.numel() == 0:
         _check_arrived(_magnitude(values.reshape(-1)), dtype)
         return values.to(device, dtype)
-    if values.dtype != torch.int8 or scale.dtype != torch.float32 or scale.shape != values.shape[:-1]:
+    tokens = values.shape[:-1] if values.ndim else None
+    if values.dtype != torch.int8 or scale.dtype != torch.float32 or scale.shape != tokens:
         raise WireError(
             f"values {values.dtype} {tuple(values.shape)} with scale {scale.dtype} {tuple(scale.shape)} are no tensor "
             "of a wire; int8 needs one float32 scale per token, other wires none"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import struct
 import tracemalloc
 
@@ -58,7 +59,7 @@ def same(one: Frame, other: Frame) -> bool:
     st.integers(1, 3),
     st.integers(1, 5),
     st.integers(1, 7),
-    st.floats(allow_nan=False),
+    st.floats(allow_nan=False, allow_infinity=False),
     st.booleans(),
 )
 def test_round_trip(dtype: torch.dtype, rows: int, length: int, hidden: int, number: float, last: bool) -> None:
@@ -110,6 +111,11 @@ def test_tensors_are_not_copied_on_their_way_out() -> None:
 def test_what_frames_do_not_carry() -> None:
     with pytest.raises(FrameError, match="'hidden' has dtype bool; frames carry float64"):
         encode(Hidden(torch.ones(2, dtype=torch.bool), NONE))
+    for number in (math.nan, math.inf, -math.inf):
+        with pytest.raises(FrameError, match=f"field 'total' is {number}; frames carry finite numbers"):
+            encode(Loss(number))
+    with pytest.raises(FrameError, match="field 'step' is 9223372036854775808; whole numbers have 64 bits"):
+        encode(Activation(2**63, NONE, NONE, NONE, NONE, 1, True, 0.0))
     with pytest.raises(FrameError, match=f"the header of this Failure has .* at most {HEADER_BYTES}"):
         encode(Failure("x" * HEADER_BYTES))
 
@@ -143,6 +149,21 @@ def shaped(shape: bytes) -> bytes:
         (framed(HEADER, said=2**31), f"a header of {2**31} bytes; at most {HEADER_BYTES}"),
         (framed(b"{not json"), "not JSON"),
         (framed(b"[" * 60000), "not JSON"),
+        (framed(b'{"a":' * 9000), "not JSON"),
+        (framed(HEADER.replace(b"0.25", b"9" * 5000)), "not JSON"),
+        (framed(HEADER.replace(b"0.25", b'"\xff"')), "not JSON"),
+        (framed(HEADER.decode().encode("utf-16")), "not JSON"),
+        (framed(HEADER.replace(b'"loss": 0.5', b'"loss": 0.5, "loss": 0.5')), "a name stands twice"),
+        (framed(HEADER.replace(b'"shape"', b'"dtype": "int8", "shape"', 1)), "a name stands twice"),
+        *(
+            (framed(HEADER.replace(b"0.25", number)), "'square' is -?(nan|inf); frames carry finite numbers")
+            for number in (b"NaN", b"Infinity", b"-Infinity", b"1e999")
+        ),
+        (framed(HEADER.replace(b"0.25", b"true")), "must be a float"),
+        (framed(HEADER.replace(b"0.25", b"1")), "must be a float"),
+        (framed(HEADER.replace(b'"float32"', b"[" * 90 + b"]" * 90)), r"dtype \[+\.\.\.\]+; allowed"),
+        (shaped(b"[1, 2, " + b"[" * 90 + b"]" * 90 + b"]"), "whole numbers"),
+        (shaped(b"[" + b"9" * 4000 + b"]"), "at most 8 dimensions"),
         (framed(b"{}"), "needs the fields"),
         (framed(HEADER.replace(b'"float32"', b'"object"')), "allowed are float64"),
         (framed(HEADER.replace(b'"dtype"', b'"type"')), "described by dtype and shape"),
@@ -160,6 +181,15 @@ def test_refuses_bytes_that_are_not_a_frame(data: bytes, says: str) -> None:
     decode(framed(HEADER))  # what the bad ones are made from is good
     with pytest.raises(FrameError, match=says):
         decode(data)
+
+
+@pytest.mark.parametrize("number", [-(2**63) - 1, 2**63, 10**400])
+def test_whole_numbers_have_64_bits(number: int) -> None:
+    good = encode(Ping(torch.empty(0, dtype=torch.uint8), 12345))
+    header = good[PREFIX.size :].rstrip().replace(b"12345", b"%d" % number)
+    with pytest.raises(FrameError, match="whole numbers have 64 bits") as caught:
+        decode(PREFIX.pack(b"HSPL", 2, 8, len(header), PREFIX.size + len(header)) + header)
+    assert len(str(caught.value)) < 200
 
 
 def test_a_limit_is_refused_before_anything_else_is_read() -> None:
