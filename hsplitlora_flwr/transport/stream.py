@@ -10,6 +10,9 @@ live token is refused.
 Every mailbox is bounded and has a thread of its own on its far side, so the wire is busy while either side computes,
 and a side that is slow stops the other one instead of filling its memory. A frame travels as messages of at most
 1 MiB, which are cut as they leave; the receiver takes memory for it once, after it has seen that it is not too long.
+
+The port is open to whoever reaches it. A connection that shows no token within seconds is closed, no more of them are
+taken than the process has room for, and a stream ends with its round, whether its client wants it or not.
 """
 
 from __future__ import annotations
@@ -25,12 +28,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from threading import Lock, Thread, Timer
 from types import TracebackType
+from typing import Any
 
 import grpc
 import torch
 
 from hsplitlora_flwr.transport.certificates import Identity
-from hsplitlora_flwr.transport.chunks import PING_BYTES, assemble, cut
+from hsplitlora_flwr.transport.chunks import CHUNK_BYTES, PING_BYTES, assemble, cut
 from hsplitlora_flwr.transport.frames import (
     Buffer,
     Failure,
@@ -50,12 +54,16 @@ Handler = Callable[[Frame], Frame]
 
 CONNECT_SECONDS = 8.0
 """Time in which a stream must open."""
+END_SECONDS = 5.0
+"""Time that a client has to leave its stream when the round is over."""
+PINGS = 64
+"""Pings of a stream that are answered: a measurement takes fewer than 20."""
 MAX_FRAME_BYTES = 2**34
 """Longest frame, where nothing less is asked for."""
 
 _SERVICE, _METHOD = "hsplitlora.Shard", "Train"
 _TOKEN_KEY = "hsplitlora-token"
-_ERROR_LENGTH = 4096
+_CONNECTIONS = 4096
 _OPTIONS = [
     # A peer that is gone is noticed within 30 s + 20 s, however long a step takes without a byte on the wire.
     ("grpc.keepalive_time_ms", 30_000),
@@ -68,6 +76,16 @@ _OPTIONS = [
     ("grpc.use_local_subchannel_pool", 1),
 ]
 
+# Of a server, whose clients show their token as soon as they are connected, in the only call that they make.
+_SERVER_OPTIONS = [
+    ("grpc.server_handshake_timeout_ms", 5_000),  # TLS and the first frame of HTTP/2
+    ("grpc.http2.settings_timeout", 5_000),
+    ("grpc.max_connection_idle_ms", 5_000),  # without a call
+    # Then it takes no more calls and is closed behind the last, which may last as long as it likes.
+    ("grpc.max_connection_age_ms", 10_000),
+    ("grpc.max_concurrent_streams", 1),
+]
+
 
 class StreamError(RuntimeError):
     """The stream cannot be opened, or it broke; the text says what was tried."""
@@ -75,6 +93,10 @@ class StreamError(RuntimeError):
 
 class Unreachable(StreamError):
     """No stream of the server shard answers at its address."""
+
+
+class _TurnedAway(Unreachable):
+    """What answers closed the connection, as a server does that has no room for another one at the moment."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +165,8 @@ class StreamServer:
         self._open: set[_Stream] = set()
         # A stream holds its thread for a whole round; threads are made only as streams come.
         self._threads = ThreadPoolExecutor(max_workers=1024, thread_name_prefix="stream-send")
-        self._server = grpc.server(self._threads, options=_OPTIONS)
+        limit = ("grpc.max_allowed_incoming_connections", make_room(_CONNECTIONS))
+        self._server = grpc.server(self._threads, options=[*_OPTIONS, *_SERVER_OPTIONS, limit])
         method = grpc.stream_stream_rpc_method_handler(self._serve)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, {_METHOD: method}),))
         try:
@@ -166,7 +189,11 @@ class StreamServer:
         return len(self._open)
 
     def admit(
-        self, handler: Handler, max_frame_bytes: int | None = None, ended: Callable[[], None] = lambda: None
+        self,
+        handler: Handler,
+        max_frame_bytes: int | None = None,
+        ended: Callable[[], None] = lambda: None,
+        name: str = "a client",
     ) -> str:
         """Let one client in.
 
@@ -178,6 +205,8 @@ class StreamServer:
             Longest of them, where it is less than the server's.
         ended : Callable[[], None], optional
             Called once, on that thread, after the last of them, however the stream ended.
+        name : str
+            How the log calls the client.
 
         Returns
         -------
@@ -186,15 +215,19 @@ class StreamServer:
         """
         token = secrets.token_urlsafe(32)
         with self._lock:
-            self._admitted[token] = _Stream(handler, self._in_flight, max_frame_bytes or self._max_frame_bytes, ended)
+            limit = max_frame_bytes or self._max_frame_bytes
+            self._admitted[token] = _Stream(handler, self._in_flight, limit, ended, name)
         return token
 
     def dismiss_all(self) -> None:
-        """End the round: tokens that no stream has used die, streams that are open end at their next frame."""
+        """End the round: tokens that no stream has used die.
+
+        Streams that are open end behind the frame that is being answered, and are cut off after :data:`END_SECONDS`.
+        """
         with self._lock:
             self._admitted.clear()
             for stream in self._open:
-                stream.over = True
+                stream.dismiss()
 
     def stop(self) -> None:
         """Close the port and end every stream."""
@@ -221,6 +254,7 @@ class StreamServer:
             token = next((t for t in self._admitted if hmac.compare_digest(t.encode(), shown.encode())), None)
             if token is not None:
                 stream = self._admitted.pop(token)
+                stream.open(context.cancel)
                 self._open.add(stream)
                 return stream
         context.abort(grpc.StatusCode.UNAUTHENTICATED, "no live token")
@@ -235,12 +269,26 @@ class StreamServer:
 class _Stream:
     """The server's side of one client: a thread reads, a thread computes, and gRPC's own thread sends."""
 
-    def __init__(self, handler: Handler, in_flight: int, max_frame_bytes: int, ended: Callable[[], None]) -> None:
-        self.over = False
+    def __init__(
+        self, handler: Handler, in_flight: int, max_frame_bytes: int, ended: Callable[[], None], name: str
+    ) -> None:
         self._handler, self._ended = handler, ended
-        self._max_frame_bytes = max_frame_bytes
+        self._max_frame_bytes, self._name = max_frame_bytes, name
+        self._over, self._pings = False, 0
         self._inbox: Mailbox[Frame | FrameError] = Mailbox(in_flight)
         self._outbox: Mailbox[list[Buffer]] = Mailbox(in_flight)
+
+    def open(self, cancel: Callable[[], Any]) -> None:
+        """Belong to a call from now on, which ``cancel`` cuts off."""
+        self._cut_off = Timer(END_SECONDS, cancel)
+        self._cut_off.daemon = True
+
+    def dismiss(self) -> None:
+        """Tell the client that the round is over, and end, whatever it does."""
+        if not self._over:
+            self._over = True
+            self._inbox.close()
+            self._cut_off.start()
 
     def run(self, requests: Iterator[bytes]) -> Iterator[bytes]:
         """Answer what arrives; yields the answers as messages."""
@@ -251,18 +299,19 @@ class _Stream:
 
     def close(self) -> None:
         """End both threads as soon as they have done what they are at."""
+        self._cut_off.cancel()
         self._inbox.close(discard=True)
         self._outbox.close(discard=True)
 
     def _read(self, requests: Iterator[bytes]) -> None:
         try:
-            for data in assemble(requests, self._max_frame_bytes):
+            for data in assemble(requests, self._max_frame_bytes, CHUNK_BYTES):
                 self._inbox.put(decode(data))
         except FrameError as error:  # the client learns of it after the answers to what it sent before
             with suppress(Closed):
                 self._inbox.put(error)
         except grpc.RpcError:
-            log.warning("a client's stream broke off")
+            log.warning("the stream of %s broke off", self._name)
         except Closed:
             pass
         finally:
@@ -271,9 +320,11 @@ class _Stream:
     def _compute(self) -> None:
         last = False
         try:
-            while not last and (frame := next(self._inbox, None)) is not None:
+            while not last and not self._over and (frame := next(self._inbox, None)) is not None:
                 answer, last = self._answer(frame)
                 self._outbox.put(answer)
+            if self._over and not last:
+                self._outbox.put(buffers(Failure("the round is over")))
         except Closed:
             pass
         finally:
@@ -286,14 +337,19 @@ class _Stream:
         try:
             if isinstance(frame, FrameError):
                 raise frame
-            if self.over:
-                answer: Frame = Failure("the round is over")
-            else:
-                answer = _pong(frame) if isinstance(frame, Ping) else self._handler(frame)
+            answer = self._pong(frame) if isinstance(frame, Ping) else self._handler(frame)
             return buffers(answer), isinstance(answer, Failure)
         except Exception as error:  # the client must learn why, whatever it is
-            log.exception("a stream failed")
-            return buffers(Failure(f"{type(error).__name__}: {error}"[:_ERROR_LENGTH])), True
+            log.warning("the stream of %s ends: %s: %s", self._name, type(error).__name__, error)
+            return buffers(Failure.of(error)), True
+
+    def _pong(self, ping: Ping) -> Pong:
+        self._pings += 1
+        if self._pings > PINGS:
+            raise ValueError(f"more than {PINGS} pings on a stream")
+        if not 0 <= ping.answer_bytes <= PING_BYTES:
+            raise ValueError(f"a ping asks for {ping.answer_bytes} bytes; from 0 to {PING_BYTES} are allowed")
+        return Pong(torch.zeros(ping.answer_bytes, dtype=torch.uint8))
 
 
 class StreamLink:
@@ -330,6 +386,7 @@ class StreamLink:
         self._endpoint = endpoint
         self._proxy = proxy
         self._token = token
+        self._in_flight = in_flight
         self._outbox: Mailbox[list[Buffer]] = Mailbox(in_flight + 1)
         self._inbox: Mailbox[tuple[Frame, int]] = Mailbox(in_flight + 1)
         self._ending = "the stream is closed"
@@ -337,6 +394,22 @@ class StreamLink:
         self.bytes_down = 0
 
     def __enter__(self) -> StreamLink:
+        end, pause = time.monotonic() + CONNECT_SECONDS, 0.25
+        while True:
+            try:
+                self._connect()
+                break
+            except _TurnedAway:
+                if time.monotonic() + pause > end:
+                    raise
+            time.sleep(pause)
+            pause *= 2
+        self._reader = Thread(target=self._read, name="stream-read", daemon=True)
+        self._reader.start()
+        return self
+
+    def _connect(self) -> None:
+        self._outbox = Mailbox(self._in_flight + 1)
         self._channel = _channel(self._endpoint, self._proxy)
         call = self._channel.stream_stream(
             f"/{_SERVICE}/{_METHOD}", request_serializer=None, response_deserializer=None
@@ -349,9 +422,6 @@ class StreamLink:
             self._outbox.close(discard=True)
             self._channel.close()
             raise
-        self._reader = Thread(target=self._read, name="stream-read", daemon=True)
-        self._reader.start()
-        return self
 
     def send(self, frame: Frame) -> None:
         """Queue a frame to be sent; its tensors must not be written to until it is answered.
@@ -426,7 +496,8 @@ class StreamLink:
             details = f"no answer within {CONNECT_SECONDS:g} s, as when a firewall drops what is sent"
         protocol = "TLS" if self._endpoint.certificate else "plain text"
         protocol += f", through {_proxy_in_use()}" if self._proxy else ""
-        raise Unreachable(
+        kind = _TurnedAway if "Socket closed" in details or "reset by peer" in details else Unreachable
+        raise kind(
             f"no stream to the server shard at {self._endpoint.address} ({protocol}): {_reason(details)}; check that "
             "transport.address and the port lead from this machine to the server, and that no firewall stands between; "
             "transport.proxy says whether to go through a proxy"
@@ -476,14 +547,25 @@ def _proxy_in_use() -> str:
     return f"the proxy of {name}" if name else "no proxy, as grpc_proxy, https_proxy and http_proxy are not set"
 
 
+def make_room(connections: int) -> int:
+    """How many of ``connections`` this process has descriptors for, of which half are left to files.
+
+    Where its limit is lower it is raised, as far as that is allowed.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows, where there is no such limit
+        return connections
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * connections
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    return min(wanted, max(soft, allowed)) // 2
+
+
 def _host_port(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
-
-
-def _pong(ping: Ping) -> Pong:
-    if not 0 <= ping.answer_bytes <= PING_BYTES:
-        raise ValueError(f"a ping asks for {ping.answer_bytes} bytes; from 0 to {PING_BYTES} are allowed")
-    return Pong(torch.zeros(ping.answer_bytes, dtype=torch.uint8))
 
 
 def _speed(seconds: Callable[[int], float]) -> float:

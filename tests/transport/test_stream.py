@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import resource
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
 
 import grpc
 import pytest
@@ -16,6 +20,7 @@ from hsplitlora_flwr.transport import stream
 from hsplitlora_flwr.transport.certificates import Identity, make_identity
 from hsplitlora_flwr.transport.frames import (
     Activation,
+    Failure,
     Finish,
     Finished,
     Frame,
@@ -23,6 +28,7 @@ from hsplitlora_flwr.transport.frames import (
     Loss,
     Ping,
     Pong,
+    decode,
     encode,
 )
 from hsplitlora_flwr.transport.stream import (
@@ -58,6 +64,14 @@ def server(request: pytest.FixtureRequest) -> Iterator[StreamServer]:
     server = StreamServer("127.0.0.1", 0, identity=request.param)
     yield server
     server.stop()
+
+
+@pytest.fixture
+def held_open() -> Iterator[threading.Event]:
+    """What a client waits for before it ends its side of a call."""
+    event = threading.Event()
+    yield event
+    event.set()
 
 
 @pytest.fixture
@@ -178,6 +192,52 @@ def test_a_round_that_ends_while_a_step_is_computed(plain: StreamServer) -> None
             link.receive()
 
 
+def threads_of_streams() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name in ("stream-read", "stream-compute")]
+
+
+def test_a_client_that_does_not_leave_is_shown_out(server: StreamServer, held_open: threading.Event) -> None:
+    with raw_channel(server) as channel:
+        call = raw_call(channel, server.admit(double), never_ending(held_open, encode(activation())))
+        decode(next(call))
+        server.dismiss_all()
+        assert until(lambda: server.open_streams == 0 and not threads_of_streams())
+        (answer,) = map(decode, call)
+    assert isinstance(answer, Failure) and answer.error == "the round is over"
+
+
+def test_a_client_that_does_not_listen_is_cut_off(
+    server: StreamServer, held_open: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "END_SECONDS", 0.3)
+    big = Gradient(torch.zeros(8, 3, 2**18), NONE, 1.0, 0.0)  # 24 MiB, more than fits on the way
+    with raw_channel(server) as channel:
+        call = raw_call(channel, server.admit(lambda _: big), never_ending(held_open, encode(activation())))
+        assert until(lambda: server.open_streams == 1)
+        time.sleep(0.2)  # until the answer is on its way, if that is quick
+        for _ in range(2):
+            server.dismiss_all()
+        assert until(lambda: server.open_streams == 0 and not threads_of_streams())
+        with pytest.raises(grpc.RpcError) as caught:
+            list(call)
+        assert caught.value.code() is grpc.StatusCode.CANCELLED
+
+
+def never_ending(closed: threading.Event, *messages: bytes) -> Iterator[bytes]:
+    yield from messages
+    closed.wait(SECONDS)
+
+
+def raw_channel(server: StreamServer) -> grpc.Channel:
+    """As a client of its own making has it."""
+    return stream._channel(server.endpoint)
+
+
+def raw_call(channel: grpc.Channel, token: str, messages: Iterator[bytes]) -> Any:
+    method = channel.stream_stream("/hsplitlora.Shard/Train", request_serializer=None, response_deserializer=None)
+    return method(messages, metadata=(("hsplitlora-token", token),))
+
+
 def test_tokens_are_never_logged(plain: StreamServer, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(0)
     token = plain.admit(double)
@@ -210,7 +270,8 @@ def test_another_certificate_than_the_pinned_one() -> None:
     server.stop()
 
 
-def test_plain_text_and_tls_do_not_meet() -> None:
+def test_plain_text_and_tls_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "CONNECT_SECONDS", 1.0)  # it might only have had no room
     tls, plain = (StreamServer("127.0.0.1", 0, identity=identity) for identity in (IDENTITY, None))
     with pytest.raises(
         Unreachable, match=r"\(plain text\): what answers there closed the connection; is transport\.tls"
@@ -482,6 +543,129 @@ def test_a_slow_client_stops_the_server(plain: StreamServer) -> None:
     assert held <= FEW
 
 
+def test_a_frame_in_crumbs(plain: StreamServer, held_open: threading.Event) -> None:
+    """Each message takes time, however short it is."""
+    data = encode(activation(2, 2**20))
+    with raw_channel(plain) as channel:
+        call = raw_call(channel, plain.admit(double), never_ending(held_open, data[:100], data[100:200]))
+        answer = decode(b"".join(call))
+    assert isinstance(answer, Failure)
+    assert answer.error == f"FrameError: a frame of {len(data)} bytes goes on with 100 after 0"
+
+
+# Connections without a stream
+
+
+def port_of(server: StreamServer) -> int:
+    return int(server.endpoint.address.rpartition(":")[2])
+
+
+def tls(server: StreamServer) -> ssl.SSLSocket:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    return context.wrap_socket(socket.create_connection(("127.0.0.1", port_of(server))))
+
+
+def http2(server: StreamServer) -> ssl.SSLSocket:
+    """A connection in which HTTP/2 is agreed on, by the first bytes of RFC 9113, 3.4 and empty settings."""
+    connection = tls(server)
+    connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+    return connection
+
+
+def half_a_call(server: StreamServer) -> ssl.SSLSocket:
+    """The headers of a call (RFC 7541, literals without indexing), whose end never comes."""
+    connection = http2(server)
+    names = (":method", "POST"), (":scheme", "https"), (":path", "/hsplitlora.Shard/Train"), (":authority", "shard")
+    block = b"".join(bytes([0, len(n)]) + n.encode() + bytes([len(v)]) + v.encode() for n, v in names)
+    connection.sendall(bytes([0, 0, len(block), 1, 0, 0, 0, 0, 1]) + block)
+    return connection
+
+
+def ends(connection: socket.socket) -> bool:
+    """Whether the other side closes a connection; whatever it says before is read."""
+    connection.settimeout(SECONDS)
+    with connection, suppress(ConnectionError):
+        while connection.recv(2**16):
+            pass
+    return True
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> Iterator[StreamServer]:
+    """A server of little patience, with room for four connections."""
+    patience = {"server_handshake_timeout_ms": 300, "http2.settings_timeout": 300, "max_connection_idle_ms": 300}
+    options = {**dict(stream._SERVER_OPTIONS), **{f"grpc.{name}": value for name, value in patience.items()}}
+    monkeypatch.setattr(stream, "_SERVER_OPTIONS", list(options.items()))
+    monkeypatch.setattr(stream, "_CONNECTIONS", 4)
+    server = StreamServer("127.0.0.1", 0, identity=IDENTITY)
+    yield server
+    server.stop()
+
+
+SILENT: dict[str, Callable[[StreamServer], socket.socket]] = {
+    "tcp": lambda server: socket.create_connection(("127.0.0.1", port_of(server))),
+    "tls": tls,
+    "http2": http2,
+    "half a call": half_a_call,
+}
+
+
+@pytest.mark.parametrize("kind", SILENT)
+def test_a_connection_without_a_token_is_closed(hasty: StreamServer, kind: str) -> None:
+    with StreamLink(hasty.endpoint, hasty.admit(double)) as link:
+        assert ends(SILENT[kind](hasty))
+        exchange(link, activation())  # and an honest one goes on
+
+
+def test_a_connection_that_asks_again_and_again_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {**dict(stream._SERVER_OPTIONS), "grpc.max_connection_age_ms": 500}
+    monkeypatch.setattr(stream, "_SERVER_OPTIONS", list(options.items()))
+    server = StreamServer("127.0.0.1", 0, identity=IDENTITY)
+    states: list[grpc.ChannelConnectivity] = []
+    with StreamLink(server.endpoint, server.admit(double)) as link, raw_channel(server) as channel:
+        channel.subscribe(states.append)
+        end = time.monotonic() + SECONDS
+        while grpc.ChannelConnectivity.IDLE not in states[1:] and time.monotonic() < end:
+            with pytest.raises(grpc.RpcError, match="no live token"):
+                list(raw_call(channel, "guess", iter(())))
+        assert grpc.ChannelConnectivity.IDLE in states[1:], states  # what the server closes behind the last call
+        exchange(link, activation())  # the call that an honest one makes may last
+    server.stop()
+
+
+def test_connections_are_bounded_and_the_honest_wait_for_room(hasty: StreamServer) -> None:
+    silent = [SILENT["tcp"](hasty) for _ in range(40)]
+    with StreamLink(hasty.endpoint, hasty.admit(double)) as link:  # once those that were taken have been closed
+        exchange(link, activation())
+        assert all(ends(connection) for connection in silent)
+        more = [SILENT["tcp"](hasty) for _ in range(40)]
+        exchange(link, activation())
+        assert all(ends(connection) for connection in more)
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "room", "raised"),
+    [
+        (1024, 4096, 2048, 4096),
+        (1024, 1024, 512, 1024),
+        (256, 10**6, 4096, 8192),
+        (10**6, 10**6, 4096, 10**6),
+        (1024, resource.RLIM_INFINITY, 4096, 8192),
+        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, 4096, resource.RLIM_INFINITY),
+    ],
+)
+def test_half_of_the_descriptors_are_left_to_files(
+    soft: int, hard: int, room: int, raised: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = {resource.RLIMIT_NOFILE: (soft, hard)}
+    monkeypatch.setattr(resource, "getrlimit", limits.__getitem__)
+    monkeypatch.setattr(resource, "setrlimit", limits.__setitem__)
+    assert stream.make_room(4096) == room
+    assert limits[resource.RLIMIT_NOFILE] == (raised, hard)
+
+
 # Pings
 
 
@@ -524,3 +708,11 @@ def test_pings_are_bounded(plain: StreamServer, payload: int, answer: int) -> No
         pytest.raises(StreamError, match=r"a ping asks for|Ping has .* bytes; at most"),
     ):
         exchange(link, Ping(torch.zeros(payload, dtype=torch.uint8), answer))
+
+
+def test_a_stream_has_a_number_of_pings(plain: StreamServer) -> None:
+    with StreamLink(plain.endpoint, plain.admit(double)) as link:
+        for _ in range(stream.PINGS):
+            exchange(link, Ping(torch.zeros(0, dtype=torch.uint8), 0))
+        with pytest.raises(StreamError, match=f"more than {stream.PINGS} pings"):
+            exchange(link, Ping(torch.zeros(0, dtype=torch.uint8), 0))
