@@ -7,6 +7,7 @@ what the server took it for; then the task goes out again.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from flwr.app import Message, RecordDict
 
 from hsplitlora_flwr.clients import Clients
 from hsplitlora_flwr.config import Config
-from hsplitlora_flwr.control import TRAIN, TURN, Description, Outcome, ReplyError, Task, reading
+from hsplitlora_flwr.control import EVALUATE, TRAIN, TURN, Description, Outcome, ReplyError, Task, reading
 from hsplitlora_flwr.lora.aggregation import Factors, SharedUpdate, truncate
 from hsplitlora_flwr.lora.delta import Delta
 from hsplitlora_flwr.lora.layers import AdapterSpec, start_along
@@ -31,6 +32,8 @@ from hsplitlora_flwr.training.memory import may_fragment
 from hsplitlora_flwr.training.server import StepReport
 from hsplitlora_flwr.transport.frames import Failure
 from hsplitlora_flwr.transport.messages import add_frames, has_frames, read_frames
+
+log = logging.getLogger(__name__)
 
 
 class Dispatch:
@@ -152,12 +155,13 @@ class Dispatch:
                 if Description.is_all_of(reply.content):  # its update is not what we thought
                     self._clients.take_description(node, Description.from_records(reply.content))
                     return self._again(node)
-                answers = self._shard.answer(self._clients.name(node), read_frames(reply.content))
+                answers = self._shard.answer(self._tasks[node].client, read_frames(reply.content))
                 if Outcome.is_in(reply.content):
                     return None
                 if not answers:
                     raise ReplyError("its reply holds neither frames nor an outcome")
         except ReplyError as error:
+            log.warning("client %s: its reply cannot be answered", self._tasks[node].client, exc_info=True)
             answers = [Failure(str(error))]
         if any(isinstance(answer, Failure) for answer in answers):
             self._failed.add(node)
@@ -172,7 +176,7 @@ class Dispatch:
             If it is not what its task asked for.
         """
         task = self._tasks[node]
-        if task.kind == TRAIN and self._method.split and not self._shard.trainer(task.client).finished:
+        if task.kind != EVALUATE and self._method.split and not self._shard.trainer(task.client).finished:
             raise ReplyError("it replied before its last step")
         return read_outcome(records, task, self._layers, self._start(task.specs))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import socket
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -10,10 +11,11 @@ from hsplitlora_flwr.config import Config, TransportConfig
 from hsplitlora_flwr.control import EVALUATE, PROBE, TRAIN, Task
 from hsplitlora_flwr.lora.aggregation import Factors
 from hsplitlora_flwr.lora.layers import AdapterSpec, extract, inject
-from hsplitlora_flwr.methods import METHODS, all_cores, passes_at_once, takes_all
+from hsplitlora_flwr.methods import METHODS, passes_at_once, takes_all
 from hsplitlora_flwr.models.placement import pick_devices
 from hsplitlora_flwr.models.split import BodyModel, ServerModel
-from hsplitlora_flwr.training.allowance import Allowance
+from hsplitlora_flwr.training.allowance import Allowance, Refused
+from hsplitlora_flwr.training.cores import all_cores
 from hsplitlora_flwr.training.half import OwnHalf, Seat, SharedHalf
 from hsplitlora_flwr.training.joint import JointPass
 from hsplitlora_flwr.training.memory import trim_heap
@@ -30,7 +32,10 @@ from hsplitlora_flwr.training.server import (
 from hsplitlora_flwr.training.turns import Turns
 from hsplitlora_flwr.transport.certificates import Identity, make_identity, read_identity
 from hsplitlora_flwr.transport.frames import Failure, Frame
-from hsplitlora_flwr.transport.stream import StreamServer
+from hsplitlora_flwr.transport.stream import Handler, StreamServer
+from hsplitlora_flwr.transport.wire import WireError
+
+log = logging.getLogger(__name__)
 
 Worker = ServerTrainer | ServerEvaluator
 """The server's half of a client's task."""
@@ -54,6 +59,7 @@ class Shard:
         self._config = config
         self._stream = None if config.transport.kind == "messages" else open_stream(config.transport)
         self._workers: dict[str, Worker] = {}
+        self._handlers: dict[str, Handler] = {}
         devices = pick_devices(config.model.device)
         self.base = SharedBase(config.model.path, config.model.dtype, devices, config.model.quantise)
         self._takes_all, self._passes = takes_all(config), passes_at_once(config)
@@ -122,11 +128,14 @@ class Shard:
             threads = all_cores if self._waits_by_itself(task) else self._threads
             worker = ServerTrainer(model.train(), seat, report, threads, down, through, allowance)
         self._workers[task.client] = worker
+        self._handlers[task.client] = handler = watched(task.client, worker)
         if self._stream is None:
             return task
-        handler = worker if self._waits_by_itself(task) else self._cores.share(worker)
+        if not self._waits_by_itself(task):
+            handler = self._cores.share(handler)
         limit = allowance.frame_bytes(int(model.decoder.config.hidden_size))
-        return task.over_stream(self._stream.endpoint, self._stream.admit(handler, limit, worker.close))
+        token = self._stream.admit(handler, limit, worker.close, f"client {task.client}")
+        return task.over_stream(self._stream.endpoint, token)
 
     def _seat(self, task: Task, model: ServerModel | BodyModel, start: Mapping[str, Factors]) -> Seat:
         """The client's place at the half of all, or at one of its own."""
@@ -175,16 +184,19 @@ class Shard:
     def answer(self, client: str, frames: list[Frame]) -> list[Frame]:
         """The answers to frames that came in a message; a failure instead when they cannot be answered."""
         try:
-            return [self._workers[client](frame) for frame in frames]
+            return [self._handlers[client](frame) for frame in frames]
         except Exception as error:  # the client must learn why, whatever it is
             self.leave(client)
-            return [Failure(f"{type(error).__name__}: {error}")]
+            failure = Failure.of(error)
+            log.warning("client %s is refused: %s", client, failure.error)
+            return [failure]
 
     def dismiss_all(self) -> None:
         """End the round: forget adapters and optimizers, and the tokens with the streams that they opened."""
         for client in self._workers:  # who waits for its turn waits in vain
             self.leave(client)
         self._workers.clear()
+        self._handlers.clear()
         self._half = None
         self._together = JointPass(self.base)
         trim_heap()  # every client's thread has left freed activations behind
@@ -208,6 +220,21 @@ class Shard:
         """
         at_once = max(min(len(self._workers), self._passes), 1) if self._stream else 1
         return max(all_cores() // at_once, 1)
+
+
+def watched(client: str, worker: Worker) -> Handler:
+    """``worker``; what goes wrong in it for other reasons than the frame is logged with its traceback."""
+
+    def handler(frame: Frame) -> Frame:
+        try:
+            return worker(frame)
+        except (Refused, WireError, FloatingPointError):
+            raise  # the text says it all
+        except Exception:
+            log.exception("client %s: a frame could not be answered", client)
+            raise
+
+    return handler
 
 
 def allowance_of(task: Task, longest: int) -> Allowance:

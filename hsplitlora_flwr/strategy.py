@@ -26,14 +26,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from hsplitlora_flwr.budget import free_bytes
 from hsplitlora_flwr.clients import Clients
 from hsplitlora_flwr.config import Config
-from hsplitlora_flwr.control import EVALUATE, PROBE, TRAIN, Outcome
+from hsplitlora_flwr.control import EVALUATE, PROBE, TRAIN, Outcome, ReplyError
 from hsplitlora_flwr.data.collate import evaluation_batches
 from hsplitlora_flwr.data.fit import Cut, fit_text
 from hsplitlora_flwr.data.sources import Example
@@ -457,12 +457,18 @@ class HSplitLoRA(Strategy):
                 upper = self.shard.trainer(client.name).model
                 above[node] = stack.enter_context(scoring(upper, config.plan.cost, config.lora.rank))
             replies = self.clients.exchange(grid, messages, server_round, self.dispatch.answer)
-        self.shard.dismiss_all()
+
+        def read(node: int, records: RecordDict) -> Outcome:
+            if not all(map(math.isfinite, above[node].values())):
+                raise ReplyError("what it sent makes the scores of the server's weights infinite; lower train.lr")
+            return self.dispatch.read(node, records)
+
         measured = {}
-        for node, outcome in self.clients.outcomes(replies, server_round, self.dispatch.read):
+        for node, outcome in self.clients.outcomes(replies, server_round, read):
             self.dispatch.up[node] += int(outcome.metrics["bytes-up"])
             self.dispatch.down[node] += int(outcome.metrics["bytes-down"])
             measured[node] = {**outcome.importance, **above[node]}
+        self.shard.dismiss_all()
         totals = [math.fsum(scores.values()) for scores in measured.values()]
         weights = capped_weights(self.clients.shares(measured), totals, config.clients.max_share)
         return combine(zip(weights, measured.values(), strict=True))

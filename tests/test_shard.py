@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.control import EVALUATE, PROBE, TRAIN, Task
-from hsplitlora_flwr.shard import allowance_of
-from hsplitlora_flwr.training.allowance import Allowance
+from hsplitlora_flwr.shard import allowance_of, watched
+from hsplitlora_flwr.training.allowance import Allowance, Refused
+from hsplitlora_flwr.training.server import ServerTrainer
+from hsplitlora_flwr.transport.frames import Finish, Frame
 
 
 def task(kind: str, **settings: Any) -> Task:
@@ -37,3 +39,15 @@ def test_what_a_task_allows(kind: str, settings: dict[str, Any], allowed: Allowa
 
 def test_a_frame_has_the_bytes_of_its_rows() -> None:
     assert Allowance(rows_at_once=2, tokens=3).frame_bytes(32) == 2 * 3 * (32 * 8 + 4 + 8 + 8) + 2**16
+
+
+@pytest.mark.parametrize(("error", "trace"), [(Refused("step 7 came"), False), (RuntimeError("out of memory"), True)])
+def test_the_log_says_who_failed_and_why(error: Exception, trace: bool, caplog: pytest.LogCaptureFixture) -> None:
+    def fails(frame: Frame) -> Frame:
+        raise error
+
+    with pytest.raises(type(error)):
+        watched("ada", cast(ServerTrainer, fails))(Finish(0.0))
+    assert "client ada: " in caplog.text
+    assert str(error) in caplog.text
+    assert ("Traceback" in caplog.text) == trace

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Literal
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from hsplitlora_flwr.config import TrainConfig
@@ -223,6 +226,32 @@ def test_a_micro_batch_that_does_not_belong(at: str, bad: Callable[[Activation],
         frame = served.frames(FIRST + 1)[0]
     served.refuses(bad(frame), says)
     served.take(frame)
+
+
+FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(), (0,), (2,), (2, 3), (0, 3), (2, 0), (2, 3, HIDDEN), (1, TOKENS), (1, TOKENS, HIDDEN), (2, 3, 0)]
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> Tensor:
+    dtype, shape = draw(st.sampled_from([*FLOATS, torch.int64, torch.int8, torch.uint8])), draw(st.sampled_from(SHAPES))
+    numbers = [1e30, math.inf, math.nan] if dtype in FLOATS else [-100, 97, 127]
+    return torch.full(shape, draw(st.sampled_from([0, 1, 2, 96, *numbers]))).to(dtype)
+
+
+@pytest.fixture(scope="module")
+def evaluators() -> list[ServerEvaluator]:
+    return [ServerEvaluator(Served(labels).trainer.model) for labels in ("server", "client")]
+
+
+@settings(max_examples=300, deadline=None)
+@given(tensors(), tensors(), tensors(), tensors(), st.integers(-1, 50))
+def test_any_tensors_are_refused_or_fit(
+    evaluators: list[ServerEvaluator], cut: Tensor, scale: Tensor, mask: Tensor, labels: Tensor, label_tokens: int
+) -> None:
+    for evaluator in evaluators:
+        with suppress(Refused, WireError, FloatingPointError):
+            evaluator(Activation(FIRST, cut, scale, mask, labels, label_tokens, True, 0.0))
 
 
 def test_a_step_has_the_rows_of_a_batch() -> None:
