@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
 
 from hsplitlora_flwr.clients import Clients
 from hsplitlora_flwr.config import Config
@@ -19,6 +20,7 @@ from hsplitlora_flwr.reporting.report import RunReport
 from hsplitlora_flwr.shard import Shard
 from hsplitlora_flwr.transport.frames import Failure, Finish, Finished, Frame
 from hsplitlora_flwr.transport.messages import add_frames, read_frames
+from tests.grid import LocalGrid
 
 NODE = 7
 OUTCOME = RecordDict({"losses": MetricRecord({"losses": [1.0]})})
@@ -51,6 +53,7 @@ def shard() -> FakeShard:
 @pytest.fixture
 def dispatch(shard: FakeShard, tmp_path: Path) -> Dispatch:
     """With a task under way."""
+    LocalGrid(ClientApp(), {})  # says who sends, as messages want to know
     config = Config()
     report = RunReport(tmp_path, config.to_run_config())
     clients = Clients(config, report)

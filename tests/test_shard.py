@@ -42,12 +42,13 @@ def test_a_frame_has_the_bytes_of_its_rows() -> None:
 
 
 @pytest.mark.parametrize(("error", "trace"), [(Refused("step 7 came"), False), (RuntimeError("out of memory"), True)])
-def test_the_log_says_who_failed_and_why(error: Exception, trace: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_traceback_is_logged_of_what_no_frame_explains(
+    error: Exception, trace: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     def fails(frame: Frame) -> Frame:
         raise error
 
     with pytest.raises(type(error)):
         watched("ada", cast(ServerTrainer, fails))(Finish(0.0))
-    assert "client ada: " in caplog.text
-    assert str(error) in caplog.text
-    assert ("Traceback" in caplog.text) == trace
+    assert ("client ada: a frame could not be answered" in caplog.text) == trace
+    assert ("Traceback" in caplog.text and str(error) in caplog.text) == trace

@@ -53,7 +53,8 @@ def frame_bytes(records: RecordDict) -> int:
 def _parts(records: RecordDict) -> list[bytes]:
     if not has_frames(records):
         return []
-    parts = records.config_records.get(_FRAMES, {}).get(_FRAMES)
+    record = records[_FRAMES]
+    parts = record.get(_FRAMES) if isinstance(record, ConfigRecord) else None
     if not isinstance(parts, list):
         raise FrameError("a message that says it holds frames holds none")
     if not all(isinstance(part, bytes) for part in parts):

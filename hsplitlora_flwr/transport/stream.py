@@ -340,8 +340,9 @@ class _Stream:
             answer = self._pong(frame) if isinstance(frame, Ping) else self._handler(frame)
             return buffers(answer), isinstance(answer, Failure)
         except Exception as error:  # the client must learn why, whatever it is
-            log.warning("the stream of %s ends: %s: %s", self._name, type(error).__name__, error)
-            return buffers(Failure.of(error)), True
+            failure = Failure.of(error)
+            log.warning("the stream of %s ends: %s", self._name, failure.error)
+            return buffers(failure), True
 
     def _pong(self, ping: Ping) -> Pong:
         self._pings += 1
