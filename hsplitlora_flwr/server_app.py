@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hsplitlora_flwr.checks import check_model_settings, check_text
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.data.sources import load_text
 from hsplitlora_flwr.methods import METHODS
-from hsplitlora_flwr.reporting.report import cause_of, failed_outside
+from hsplitlora_flwr.reporting.report import RunReport, cause_of, failed_outside
 from hsplitlora_flwr.resume import check_resume
 from hsplitlora_flwr.strategy import HSplitLoRA
 
@@ -30,7 +31,19 @@ def main(grid: Grid, context: Context) -> None:
     except BaseException as error:
         failed_outside(folder, cause_of(error))
         raise
+    threading.Thread(target=tell_a_stop, args=(strategy.report,), daemon=True).start()
     strategy.start(grid)
+
+
+def tell_a_stop(report: RunReport) -> None:
+    """Say that the run was stopped, if its process ends before it does.
+
+    A simulation runs the ``ServerApp`` in a thread beside the main one. When Flower is told to stop the run, the main
+    thread ends, and seconds later the process, without a word to that thread.
+    """
+    threading.main_thread().join()
+    if report.goes_on:
+        report.failed(SystemExit())
 
 
 def _strategy(context: Context, folder: Path) -> HSplitLoRA:

@@ -39,6 +39,11 @@ class RunReport:
         """The run has other settings than those that it was made with."""
         self._summary.save(config=dict(config))
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether neither :meth:`finished` nor :meth:`failed` was called."""
+        return bool(self._summary.content["status"] == "running")
+
     def status(self, text: str) -> None:
         """Say what happens next."""
         self._events.emit("status", text=text)

@@ -1,0 +1,69 @@
+"""What the Flower ``ServerApp`` leaves behind, whatever ends it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Context, RecordDict
+
+from hsplitlora_flwr import server_app
+from hsplitlora_flwr.config import Config
+from hsplitlora_flwr.reporting import EVENTS_FILE, read_events
+from tests.grid import LocalGrid
+from tests.test_strategy import grid_of, settings
+
+STOPPED = """
+import sys, threading, time
+from pathlib import Path
+from hsplitlora_flwr.config import Config
+from hsplitlora_flwr.reporting.report import RunReport
+from hsplitlora_flwr.server_app import tell_a_stop
+
+report = RunReport(Path(sys.argv[1]), Config().to_run_config())
+if sys.argv[2] == "finished":
+    report.evaluated(0, 9.0, 10, 1.0)
+    report.finished([])
+threading.Thread(target=tell_a_stop, args=(report,), daemon=True).start()
+threading.Thread(target=time.sleep, args=(1.0,)).start()  # the run, which Flower lets go on for some seconds
+sys.exit(0)
+"""
+
+
+def context(values: dict[str, Any]) -> Context:
+    return Context(1, 0, {}, RecordDict(), values)
+
+
+@pytest.mark.parametrize(("state", "status"), [("running", "failed"), ("finished", "finished")])
+def test_a_run_that_flower_stops_says_so(state: str, status: str, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", STOPPED, str(tmp_path), state], check=True, timeout=120)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["status"] == status
+    if status == "failed":
+        assert summary["error"] == "the run was told to stop (SystemExit)"
+
+
+def test_a_run_that_cannot_begin_says_why(tmp_path: Path) -> None:
+    values = Config().to_run_config() | {"run.dir": str(tmp_path), "train.rounds": 0}
+    with pytest.raises(ValueError, match=r"train\.rounds=0"):
+        server_app.app(grid_of(), context(values))
+    events, _ = read_events(tmp_path / EVENTS_FILE)
+    assert [event["kind"] for event in events] == ["failed"]
+    assert "train.rounds=0" in events[0]["error"]
+
+
+def test_a_run_that_fails_while_it_is_set_up_says_why(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: Any) -> LocalGrid:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("hsplitlora_flwr.strategy.Delta", broken)  # after the summary began
+    with pytest.raises(MemoryError):
+        server_app.app(grid_of(), context(settings(tiny_folder, tmp_path).to_run_config()))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["status"], summary["error"]) == ("failed", "MemoryError: no room")
