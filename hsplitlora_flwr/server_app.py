@@ -36,14 +36,13 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def tell_a_stop(report: RunReport) -> None:
-    """Say that the run was stopped, if its process ends before it does.
+    """Note that the run was stopped, if its process ends before it does.
 
-    A simulation runs the ``ServerApp`` in a thread beside the main one. When Flower is told to stop the run, the main
-    thread ends, and seconds later the process, without a word to that thread.
+    A simulation runs the ``ServerApp`` in a thread beside the main one. When Flower is told to stop the run, or Ray
+    fails, the main thread ends, and seconds later the process, without a word to that thread.
     """
     threading.main_thread().join()
-    if report.goes_on:
-        report.failed(SystemExit())
+    report.stopped()
 
 
 def _strategy(context: Context, folder: Path) -> HSplitLoRA:

@@ -345,6 +345,8 @@ def failure_cause(folder: Path, status: RunStatus, final: Mapping[str, Any] | No
         return str(final["error"])
     if status == _NOT_STARTED:
         return f"'flwr run' could not start the run\n{_last_words(folder / _LOG)}"
+    if status.text == "finished:stopped":
+        return "the run was stopped at its SuperLink, as by 'flwr stop'"
     if "heartbeat" in status.details:
         return "the process of the run ended without a word; most often the system killed it for lack of memory"
     if status.text != "finished:completed":

@@ -14,10 +14,12 @@ from flwr.app import Context, RecordDict
 from hsplitlora_flwr import server_app
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.reporting import EVENTS_FILE, read_events
+from hsplitlora_flwr.reporting.report import failed_outside
+from hsplitlora_flwr.reporting.summary import STOPPED
 from tests.grid import LocalGrid
 from tests.test_strategy import grid_of, settings
 
-STOPPED = """
+PROCESS = """
 import sys, threading, time
 from pathlib import Path
 from hsplitlora_flwr.config import Config
@@ -40,11 +42,13 @@ def context(values: dict[str, Any]) -> Context:
 
 @pytest.mark.parametrize(("state", "status"), [("running", "failed"), ("finished", "finished")])
 def test_a_run_that_flower_stops_says_so(state: str, status: str, tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-c", STOPPED, str(tmp_path), state], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", PROCESS, str(tmp_path), state], check=True, timeout=120)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["status"] == status
     if status == "failed":
-        assert summary["error"] == "the run was told to stop (SystemExit)"
+        assert summary["error"] == STOPPED
+        failed_outside(tmp_path, "no memory for Ray")
+        assert json.loads((tmp_path / "summary.json").read_text())["error"] == "no memory for Ray"
 
 
 def test_a_run_that_cannot_begin_says_why(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from hsplitlora_flwr.data.fit import Cut
 from hsplitlora_flwr.reporting.events import EVENTS_FILE, EventLog, read_events
 from hsplitlora_flwr.reporting.page import PAGE_FILE, write_page
-from hsplitlora_flwr.reporting.summary import SUMMARY_FILE, Summary, end_as_failed
+from hsplitlora_flwr.reporting.summary import STOPPED, SUMMARY_FILE, Summary, end_as_failed
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +38,6 @@ class RunReport:
     def configured(self, config: Mapping[str, Any]) -> None:
         """The run has other settings than those that it was made with."""
         self._summary.save(config=dict(config))
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether neither :meth:`finished` nor :meth:`failed` was called."""
-        return bool(self._summary.content["status"] == "running")
 
     def status(self, text: str) -> None:
         """Say what happens next."""
@@ -154,6 +149,15 @@ class RunReport:
             _try(lambda: end_as_failed(self._folder, cause))
         _try(self._draw)
         _try(lambda: self._events.emit("failed", error=cause))
+
+    def stopped(self) -> None:
+        """The process of the run ends, and if the run does not, that is all that can be said here.
+
+        Flower's log has more; who reads it may put that in place of this (:func:`failed_outside`).
+        """
+        if self._summary.content["status"] == "running":
+            _try(lambda: self._summary.save(status="failed", error=STOPPED))
+            _try(self._draw)
 
     def _draw(self) -> None:
         write_page(self._summary.content, self._folder)

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 SUMMARY_FILE = "summary.json"
+STOPPED = "the process of the run was stopped; Flower's log says why"
+"""The error of a run that learned no more than that."""
 _PACKAGES = ("hsplitlora-flwr", "flwr", "torch", "transformers", "peft", "ray")
 
 
@@ -71,7 +73,7 @@ def end_as_failed(folder: Path, error: str) -> dict[str, Any] | None:
     Returns
     -------
     dict or None
-        What the summary says now; None if there is none that can be read, or it told the end already.
+        What the summary says now; None if there is none that can be read, or it told already why the run ended.
 
     Raises
     ------
@@ -81,7 +83,7 @@ def end_as_failed(folder: Path, error: str) -> dict[str, Any] | None:
     path = folder / SUMMARY_FILE
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if content["status"] != "running":
+        if content["status"] != "running" and content.get("error") != STOPPED:
             return None
         content |= {"status": "failed", "error": error, "seconds": time.time() - content["started"]}
     except (OSError, ValueError, TypeError, LookupError):

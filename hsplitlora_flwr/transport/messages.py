@@ -19,7 +19,7 @@ from hsplitlora_flwr.transport.workers import WAKE, DeadWorkers, is_death
 _FRAMES = "frames"
 _SOONEST, _LATEST, _PATIENCE = 0.1, 2.0, 0.05
 """Seconds between two looks for replies, and the share of the time since the last one that they may come late by."""
-_CALLS = 20
+_CALLS = 5
 """Times in an exchange that a living worker is looked for."""
 
 
