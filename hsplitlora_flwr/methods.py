@@ -13,7 +13,7 @@ from typing import Literal
 
 from hsplitlora_flwr.config import METHODS as NAMES
 from hsplitlora_flwr.config import Config
-from hsplitlora_flwr.models.loading import read_config
+from hsplitlora_flwr.models.loading import read_config, read_settled_config
 from hsplitlora_flwr.models.placement import pick_devices
 from hsplitlora_flwr.models.proof import find_family
 from hsplitlora_flwr.planning.cost import CostModel, PlanError, Workload
@@ -129,7 +129,8 @@ def cost_model(config: Config, rows: int, length: int, clients: int = 0) -> Cost
     ValueError
         If the model cannot be read or cut, or has none of the layers that are to get adapters.
     """
-    method, model = METHODS[config.method.name], read_config(config.model.path)
+    method, family = METHODS[config.method.name], find_family(read_config(config.model.path))
+    model = read_settled_config(config.model.path)
     train, micro_batches = config.train, math.ceil(config.train.batch_size / rows)
     workload = Workload(
         rows,
@@ -143,7 +144,7 @@ def cost_model(config: Config, rows: int, length: int, clients: int = 0) -> Cost
         # in a joint pass all clients meet; where the labels stay, activations wait for gradients
         passes=None if config.split.labels == "client" or takes_all(config) else passes_at_once(config),
     )
-    family, highest = find_family(model), max(*config.ranks, config.lora.rank)
+    highest = max(*config.ranks, config.lora.rank)
     update_rank = config.lora.rank_cap or train.rounds * (clients or config.clients.count) * highest
     cost = CostModel(model, family, workload, config.targets, update_rank, highest)
     if config.lora.targets.strip() != "auto" or method.targets is None:

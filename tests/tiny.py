@@ -48,9 +48,15 @@ def tiny_model(name: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(CONFIGS[name], BLOCKS))
-    for parameter in model.parameters():  # norms start at one and biases at zero, which would hide mistakes
-        parameter.data += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
-    return model.to(dtype).eval()
+    return randomise(model, seed).to(dtype).eval()
+
+
+def randomise(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """Norms start at one, biases and many buffers at zero or one, which would hide mistakes."""
+    kept = model.state_dict(keep_vars=True).values()  # without buffers that are computed
+    for tensor in {id(tensor): tensor for tensor in kept if tensor.is_floating_point()}.values():
+        tensor.data += 0.02 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(seed))
+    return model
 
 
 def quantised_twins(name: str, quantise: str, folder: Path) -> tuple[PreTrainedModel, PreTrainedModel]:

@@ -1,8 +1,8 @@
 """A Hugging Face causal LM cut in two, or in three."""
 
+from hsplitlora_flwr.models.checkpoint import ModelFilesError
 from hsplitlora_flwr.models.families import Family, UnsupportedModelError, list_families
 from hsplitlora_flwr.models.loading import (
-    ModelFilesError,
     load_causal_lm,
     load_client_model,
     load_client_parts,

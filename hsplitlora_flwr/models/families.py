@@ -38,8 +38,6 @@ class Family:
     """Modules with parameters that run before the first block; the client holds them."""
     final: tuple[str, ...]
     """Modules with parameters that run after the last block; the server holds them, and the head."""
-    stored_as: tuple[tuple[str, str], ...] = ()
-    """Names in the model that checkpoints write differently: (name, name in files)."""
     unadapted: tuple[str, ...] = ()
     """Linear layers that take no adapter and are not quantised, by their name inside a block: code looks into them, or
     they return more than a product."""
@@ -56,15 +54,7 @@ FAMILIES = (
         "Llama-like", ("llama", "mistral", "qwen2", "qwen3"), "model", "layers", ("embed_tokens",), ("norm",)
     ),  # SmolLM2 is a Llama
     Family("GPT-2", ("gpt2",), "transformer", "h", ("wte", "wpe"), ("ln_f",)),
-    Family(
-        "GPT-NeoX",
-        ("gpt_neox",),
-        "gpt_neox",
-        "layers",
-        ("embed_in",),
-        ("final_layer_norm",),
-        (("lm_head.weight", "embed_out.weight"),),
-    ),
+    Family("GPT-NeoX", ("gpt_neox",), "gpt_neox", "layers", ("embed_in",), ("final_layer_norm",)),
     Family(
         "OPT",
         ("opt",),

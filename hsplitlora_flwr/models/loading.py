@@ -6,23 +6,29 @@ are read: safetensors files are memory-mapped, so bytes that belong to the other
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from hsplitlora_flwr.models.build import build_causal_lm
-from hsplitlora_flwr.models.demo import demo_model, is_demo_model
-from hsplitlora_flwr.models.families import FAMILIES, Family
+from hsplitlora_flwr.models.checkpoint import ADAPTER_FILE, Checkpoint, ModelFilesError, local_path
+from hsplitlora_flwr.models.conversion import (
+    Conversion,
+    PackedWeightsError,
+    Recipe,
+    find_dequantiser,
+    parts_of,
+    take_quantisation,
+)
+from hsplitlora_flwr.models.families import Family
 from hsplitlora_flwr.models.placement import Place, follow, spread
 from hsplitlora_flwr.models.proof import find_family
 from hsplitlora_flwr.models.quantisation import QuantisedLinear, check_quantiser, quantise_linears
@@ -38,9 +44,11 @@ from hsplitlora_flwr.models.split import (
     server_part,
 )
 
+log = logging.getLogger(__name__)
 
-class ModelFilesError(ValueError):
-    """A model's files are missing, incomplete or not in a format that is read."""
+_NAMED = 4
+"""Tensors that a message names before it only counts."""
+_UNPACKED = "name the checkpoint that it was made from; model.quantise=8bit or 4bit quantises that while it loads"
 
 
 def load_causal_lm(
@@ -62,17 +70,17 @@ def load_causal_lm(
     Raises
     ------
     ModelFilesError
-        If there are no weights to read.
+        If there are no weights to read, or they do not fit the model.
     ModuleNotFoundError
         If what quantises is not installed.
     """
     check_quantiser(quantise)
-    checkpoint = Checkpoint(path)
-    model = empty_model(checkpoint.config, dtype, quantise)
+    stored = StoredModel(path, dtype, quantise)
+    model = stored.model
     devices = [device] if isinstance(device, str) else device
-    family = find_family(checkpoint.config) if len(devices) > 1 else None
+    family = find_family(stored.config) if len(devices) > 1 else None
     place = spread(model, family, devices) if family else lambda name: devices[0]
-    _materialise({"": model}, checkpoint, dtype, place)
+    _materialise({"": model}, stored, place)
     if family:
         follow(model, family)
     model.requires_grad_(False).eval()
@@ -118,13 +126,13 @@ def load_client_parts(
         If what quantises is not installed.
     """
     check_quantiser(quantise)
-    checkpoint = Checkpoint(path)
-    family = find_family(checkpoint.config)
-    check_split(checkpoint.config, split)
-    model = empty_model(checkpoint.config, dtype, quantise)
-    client, top = client_part(model, family, split), head_part(model, family) if head else None
+    config = read_config(path)
+    family = find_family(config)
+    check_split(config, split)
+    stored = StoredModel(path, dtype, quantise, head=head)
+    client, top = client_part(stored.model, family, split), head_part(stored.model, family) if head else None
     modules = {f"{family.decoder}.": client.decoder} | ({"": top.causal_lm} if top else {})
-    _materialise(modules, checkpoint, dtype, lambda name: device)
+    _materialise(modules, stored, lambda name: device)
     return client, top
 
 
@@ -193,17 +201,24 @@ def load_tokenizer(path: str) -> Any:
 
 
 def read_config(path: str) -> PretrainedConfig:
-    """The configuration of a model, without its weights.
+    """The configuration of a model, without its weights; how they are quantised in files is left out.
 
     Raises
     ------
     ModelFilesError
         If ``path`` is neither a model folder nor a model of the hub that can be reached.
     """
+    config = _full_config(path)
+    take_quantisation(config)
+    return config
+
+
+def _full_config(path: str) -> PretrainedConfig:
     folder = local_path(path)
     if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
+        what = " but a PEFT adapter; merge it into its model" if (Path(folder) / ADAPTER_FILE).is_file() else ""
         raise ModelFilesError(
-            f"model.path={path}: the folder holds no config.json; name a folder in Hugging Face format"
+            f"model.path={path}: the folder holds no config.json{what}; name a folder in Hugging Face format"
         )
     try:
         config = AutoConfig.from_pretrained(folder)
@@ -215,32 +230,55 @@ def read_config(path: str) -> PretrainedConfig:
     return config
 
 
+def read_settled_config(path: str) -> PretrainedConfig:
+    """:func:`read_config`, with ``tie_word_embeddings`` as it turns out when the weights that are here are loaded.
+
+    Raises
+    ------
+    ModelFilesError
+        As for :func:`read_config`; weights that are not here, or cannot be read, change nothing.
+    """
+    config = read_config(path)
+    if _tied_parts(config):
+        try:
+            return StoredModel(path, fetch=False).config
+        except ModelFilesError:
+            pass  # a plan needs no weights, and the check says what is wrong with them
+    return config
+
+
 def check_model(path: str, split_min: int = 1, split_max: int = 0) -> Family:
-    """Check, before anything is loaded, that a model has weights, can be cut, and allows the wanted splits.
+    """Check, before anything is loaded, that a model has all its weights, can be cut, and allows the wanted splits.
+
+    Tensors in the files that the model has no place for are logged.
 
     Raises
     ------
     ModelFilesError, SplitError, UnsupportedModelError
         With the value that is wrong and what to do.
     """
-    checkpoint = Checkpoint(path)
-    check_split(checkpoint.config, split_min)
+    config = read_config(path)
+    Checkpoint(path)  # whether there are weights at all
+    check_split(config, split_min)
     if split_max:
-        check_split(checkpoint.config, split_max)
-    return find_family(checkpoint.config)
+        check_split(config, split_max)
+    family = find_family(config)
+    StoredModel(path).check()
+    return family
 
 
 def empty_model(
     config: PretrainedConfig, dtype: str = "float32", quantise: str = "none", experts: str | None = None
 ) -> PreTrainedModel:
-    """A causal LM whose parameters have shapes but no memory; its computed buffers (rotary tables) are real.
+    """A causal LM whose parameters have shapes but no memory; its buffers are real, as they are before any is read.
 
     With ``quantise`` the linear layers of its blocks quantise what they load; ``experts`` is that of
     :func:`~hsplitlora_flwr.models.build.build_causal_lm`.
     """
     with init_empty_weights(include_buffers=False):
         model = build_causal_lm(config, getattr(torch, dtype), experts)
-    model.tie_weights()
+    _keep_in_fp32(model)
+    _compute_buffers(model)
     if quantise != "none":
         family = find_family(config)
         quantise_linears(model.get_submodule(f"{family.decoder}.{family.blocks}"), quantise, family.unadapted)
@@ -263,133 +301,227 @@ class PartTensors:
     """
 
     def __init__(self, path: str, split: int, dtype: str, *, head: bool) -> None:
-        self._checkpoint, self._dtype = Checkpoint(path), dtype
-        model, family = empty_model(self._checkpoint.config, dtype), find_family(self._checkpoint.config)
+        config = read_config(path)
+        family, is_whole = find_family(config), split >= config.num_hidden_layers
+        self._stored = StoredModel(path, dtype, head=head or is_whole)
+        model = self._stored.model
         modules = {"": model}
-        if split < len(model.get_submodule(f"{family.decoder}.{family.blocks}")):  # type: ignore[arg-type]
+        if not is_whole:
             client, top = client_part(model, family, split), head_part(model, family) if head else None
             modules = {f"{family.decoder}.": client.decoder} | ({"": top.causal_lm} if top else {})
-        self._prefix = model.base_model_prefix
-        tensors = {id(t): prefix + name for prefix, part in modules.items() for name, t in part.named_parameters()}
-        self.names = list(tensors.values())
+        tensors = {
+            id(tensor): prefix + name
+            for prefix, module in modules.items()
+            for name, tensor in module.state_dict(keep_vars=True).items()
+        }
+        self.names = list(filter(self._stored.holds, tensors.values()))
 
     def read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         """Some of them with their values in the dtype of the run, one after another."""
-        for name, tensor in self._checkpoint.tensors(names, self._prefix):
-            yield name, tensor.to(getattr(torch, self._dtype))
+        yield from self._stored.tensors(names)
 
 
-class Checkpoint:
-    """Tensors of a model by name, read one at a time from safetensors files in a folder or on the hub.
+class StoredModel:
+    """A model without memory, and what files hold for it: the tensors that transformers would load, by their names.
 
     Parameters
     ----------
-    path : str
+    path, dtype, quantise : str
         As for :func:`load_causal_lm`.
+    head : bool
+        Whether a head is wanted. Where it is to be tied to the embeddings, and files hold both, they are compared: if
+        they differ they are two tensors, as in transformers, and the configuration no longer ties them.
+    fetch : bool
+        As for :class:`~hsplitlora_flwr.models.checkpoint.Checkpoint`.
+
+    Attributes
+    ----------
+    config : PretrainedConfig
+        The model's.
+    model : PreTrainedModel
+        All of it; see :func:`empty_model`.
+
+    Raises
+    ------
+    ModelFilesError
+        If there are no weights, or if they are quantised and cannot be dequantised.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.config = read_config(path)
-        index = self._file("model.safetensors.index.json")
-        if index is not None:
-            self._shard_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        elif (single := self._file("model.safetensors")) is not None:
-            with self._open(single) as tensors:
-                self._shard_of = dict.fromkeys(tensors.keys(), single.name)
-        else:
-            raise ModelFilesError(
-                f"model.path={path}: there are no weights (model.safetensors or model.safetensors.index.json); "
-                "pickled weights are not read: load them with transformers and save_pretrained them once"
-            )
+    def __init__(
+        self, path: str, dtype: str = "float32", quantise: str = "none", *, head: bool = True, fetch: bool = True
+    ) -> None:
+        self.config = _full_config(path)
+        quantisation = take_quantisation(self.config)
+        self._files = Checkpoint(path, fetch=fetch)
+        try:
+            dequantiser = find_dequantiser(quantisation) if quantisation else None
+        except PackedWeightsError as error:
+            raise self._error(f"{error}; {_UNPACKED}") from error
+        self.model = empty_model(self.config, dtype, quantise)
+        self._state = self.model.state_dict()
+        self._conversion = Conversion(self.model, self._files.names, dequantiser)
+        self._tied = self.model.get_expanded_tied_weights_keys(all_submodels=True)
+        if head and not all(map(self._is_one, self._tied, self._tied.values())):
+            log.info("model.path=%s: the files hold a head of their own, so it is not tied to the embeddings", path)
+            for part in _tied_parts(self.config):
+                part.tie_word_embeddings = False
+            self.model, self._tied = empty_model(self.config, dtype, quantise), {}
 
-    def tensors(self, names: list[str], prefix: str) -> Iterator[tuple[str, Tensor]]:
-        """The tensors called ``names``, memory-mapped, shard by shard.
+    def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors called ``names``, in the dtypes of the model, one after another.
 
-        Every tensor has a mapping of its own: pages that were read stay in memory for no longer than their tensor.
-
-        ``prefix`` is the name of the base model inside the causal LM (``transformer`` for GPT-2): a checkpoint may hold
-        names with it or without it.
+        Buffers that a checkpoint need not hold are passed over where it does not.
 
         Raises
         ------
         ModelFilesError
-            If a tensor is missing or its file damaged.
+            If one is missing, damaged, or does not fit the model.
         """
-        wanted: dict[str, list[tuple[str, str]]] = {}
+        by_recipe: dict[int, list[str]] = {}
         for name in names:
-            stored = self._stored_name(name, prefix)
-            wanted.setdefault(self._shard_of[stored], []).append((name, stored))
-        for shard, pairs in wanted.items():
-            file = self._file(shard)
-            if file is None:
-                raise ModelFilesError(f"model.path={self.path}: the weight file {shard} is missing")
-            for name, stored in pairs:
-                with self._open(file) as tensors:
-                    tensor = tensors.get_tensor(stored)
-                yield name, tensor
-                del tensor
+            if recipe := self._recipe(name):
+                by_recipe.setdefault(id(recipe), []).append(name)
+        for together in by_recipe.values():
+            recipe = self._recipe(together[0])
+            assert recipe is not None
+            made = self._made(recipe)
+            for name in together:
+                yield name, made[self._stored_as(name)].to(self._state[name].dtype)
+            del made
 
-    def tensor(self, name: str, prefix: str) -> Tensor:
-        """One tensor, memory-mapped; as for :meth:`tensors`."""
-        return next(self.tensors([name], prefix))[1]
+    def tensor(self, name: str) -> Tensor:
+        """One tensor; as for :meth:`tensors`."""
+        return next(self.tensors([name]))[1]
 
-    def _open(self, file: Path) -> Any:
-        try:
-            return safe_open(file, framework="pt")
-        except SafetensorError as error:
-            raise ModelFilesError(f"model.path={self.path}: the weight file {file.name} is damaged: {error}") from error
+    def holds(self, name: str) -> bool:
+        """Whether a tensor is to be read, not one that files may leave out, and do; errors as for :meth:`tensors`."""
+        return self._recipe(name) is not None
 
-    def _stored_name(self, name: str, prefix: str) -> str:
-        bare = name.removeprefix(f"{prefix}.")
-        renamed = dict(renaming for family in FAMILIES for renaming in family.stored_as).get(name, name)
-        for candidate in (name, renamed, bare, f"{prefix}.{name}"):
-            if candidate in self._shard_of:
-                return candidate
-        raise ModelFilesError(f"model.path={self.path}: the weights hold no tensor '{name}'")
+    def check(self) -> None:
+        """Check that files hold every tensor of the model, in its shape, and log what they hold besides.
 
-    def _file(self, name: str) -> Path | None:
-        folder = Path(local_path(self.path))
-        if folder.is_dir():
-            return folder / name if (folder / name).is_file() else None
-        try:
-            return Path(hf_hub_download(self.path, name))
-        except (EntryNotFoundError, LocalEntryNotFoundError):
+        Raises
+        ------
+        ModelFilesError
+            If they do not.
+        """
+        recipes = {id(recipe): recipe for recipe in map(self._recipe, self._state) if recipe}
+        outlines = self._files.outlines()
+        for recipe in recipes.values():
+            self._make(recipe, {name: outlines[name] for name in recipe.stored})
+        if unread := self._unread():
+            log.warning("model.path=%s: the model has no place for, and ignores, %s", self._files.path, _list(unread))
+
+    def _recipe(self, name: str) -> Recipe | None:
+        """What makes a tensor, or one that it is tied to; None for a buffer that files may leave out, and do."""
+        if recipe := self._conversion.recipes.get(self._stored_as(name)):
+            return recipe
+        if not self._state[name].is_meta and _matches(name, self.model._keys_to_ignore_on_load_missing):
             return None
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
-            raise ModelFilesError(f"model.path={self.path}: {name} cannot be fetched from the hub: {error}") from error
+        is_head = self.model.get_submodule(name.rpartition(".")[0]) is self.model.get_output_embeddings()
+        advice = "; if the embeddings are its head, write tie_word_embeddings=true into config.json" if is_head else ""
+        raise self._error(f"the weights hold no tensor '{name}'{advice}")
+
+    def _stored_as(self, name: str) -> str:
+        """The name under which files hold a tensor: its own, or that of one that it is tied to."""
+        source = self._tied.get(name, name)
+        twins = (name, source, *(target for target, other in self._tied.items() if other == source))
+        return next((twin for twin in twins if twin in self._conversion.recipes), name)
+
+    def _is_one(self, name: str, other: str) -> bool:
+        """Whether two tensors are one, in that files do not hold both, or hold the same numbers twice."""
+        if not {name, other} <= self._conversion.recipes.keys():
+            return True
+        one, two = (self._made(self._conversion.recipes[key])[key] for key in (name, other))
+        exact = torch.promote_types(one.dtype, two.dtype)
+        return torch.equal(one.to(exact), two.to(exact))
+
+    def _made(self, recipe: Recipe) -> dict[str, Tensor]:
+        """The tensors of a recipe by their names in the model, as they are stored."""
+        return self._make(recipe, dict(self._files.tensors(recipe.stored)))
+
+    def _make(self, recipe: Recipe, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same of tensors that may be mere outlines."""
+        try:
+            made = recipe.make(tensors, self.model)
+        except PackedWeightsError as error:
+            raise self._error(f"{error}; {_UNPACKED}") from error
+        except Exception as error:  # each operation of transformers throws its own
+            why = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise self._error(f"'{recipe.targets[0]}' cannot be made of {_list(recipe.stored)}: {why}") from error
+        for name in recipe.targets:
+            shape, wanted = tuple(made[name].shape), tuple(self._state[name].shape)
+            if shape != wanted:
+                raise self._error(f"'{name}' has shape {shape}, the configuration says {wanted}")
+        return made
+
+    def _unread(self) -> list[str]:
+        """Names in files that mean nothing to the model, and that it does not compute itself."""
+        computed = {tuple(name.split(".")[-2:]) for name, _ in self.model.named_buffers()}
+        return [
+            name
+            for name in self._conversion.unread
+            if tuple(name.split(".")[-2:]) not in computed
+            and not _matches(name, self.model._keys_to_ignore_on_load_unexpected)
+        ]
+
+    def _error(self, text: str) -> ModelFilesError:
+        return ModelFilesError(f"model.path={self._files.path}: {text}")
 
 
-def local_path(path: str) -> str:
-    """The folder of the demonstration model, or ``path`` itself: a folder or a hub name."""
-    return str(demo_model()) if is_demo_model(path) else path
+def _list(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
-def _materialise(modules: Mapping[str, PreTrainedModel], checkpoint: Checkpoint, dtype: str, place: Place) -> None:
-    """Give the parameters of ``modules`` their values; a parameter is called the module's key + its name there."""
-    tied: dict[int, list[tuple[str, nn.Module, str]]] = {}  # name, owner and attribute of one and the same parameter
+def _matches(name: str, patterns: Iterable[str] | None) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns or ())
+
+
+def _tied_parts(config: PretrainedConfig) -> list[PretrainedConfig]:
+    """The configuration, and those inside it, that tie a head to embeddings."""
+    return [part for part in parts_of(config) if getattr(part, "tie_word_embeddings", False)]
+
+
+def _compute_buffers(model: PreTrainedModel) -> None:
+    """Compute buffers again, in fp32 before they are rounded to the dtype of the base, as transformers does."""
+    for module in model.modules():
+        vars(module).pop("_is_hf_initialized", None)
+    model.init_weights()  # which ties weights as well
+
+
+def _keep_in_fp32(model: PreTrainedModel) -> None:
+    """Give those tensors fp32 that must have it, whatever the others have: biases of routers, for instance."""
+    patterns = model._keep_in_fp32_modules_strict
+    if model.dtype not in (torch.float16, torch.bfloat16) or not patterns:
+        return
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if _matches(name, patterns):
+            owner, _, attribute = name.rpartition(".")
+            exact = tensor.detach().to(torch.float32)
+            is_weight = isinstance(tensor, nn.Parameter)
+            setattr(model.get_submodule(owner), attribute, nn.Parameter(exact) if is_weight else exact)
+
+
+def _materialise(modules: Mapping[str, PreTrainedModel], stored: StoredModel, place: Place) -> None:
+    """Give the tensors of ``modules`` their values; a tensor is called the module's key + its name there."""
+    tied: dict[int, list[tuple[str, nn.Module, str]]] = {}  # name, owner and attribute of one and the same tensor
     for prefix, module in modules.items():
-        for name, parameter in module.named_parameters(remove_duplicate=False):
+        for name, tensor in module.state_dict(keep_vars=True).items():
             path, _, attribute = name.rpartition(".")
-            tied.setdefault(id(parameter), []).append((prefix + name, module.get_submodule(path), attribute))
+            tied.setdefault(id(tensor), []).append((prefix + name, module.get_submodule(path), attribute))
     by_first_name = {places[0][0]: places for places in tied.values()}
-    base = next(iter(modules.values())).base_model_prefix
-    for name, tensor in checkpoint.tensors(list(by_first_name), base):
+    for name, tensor in stored.tensors(by_first_name):
+        tensor = tensor.to(place(name))
         _, owner, attribute = by_first_name[name][0]
-        wanted = getattr(owner, attribute).shape
-        if tensor.shape != wanted:
-            raise ModelFilesError(
-                f"model.path={checkpoint.path}: '{name}' has shape {tuple(tensor.shape)}, "
-                f"the configuration says {tuple(wanted)}"
-            )
-        tensor = tensor.to(device=place(name), dtype=getattr(torch, dtype))
         if isinstance(owner, QuantisedLinear) and attribute == "weight":
             owner.load(tensor)
             continue
-        value = nn.Parameter(tensor, requires_grad=False)
+        is_weight = isinstance(getattr(owner, attribute), nn.Parameter)
+        value = nn.Parameter(tensor, requires_grad=False) if is_weight else tensor
         for _, owner, attribute in by_first_name[name]:
             setattr(owner, attribute, value)
     for prefix, module in modules.items():
-        for name, buffer in module.named_buffers(remove_duplicate=False):  # computed, not read
+        for name, buffer in module.named_buffers(remove_duplicate=False):  # most are computed, and in no file
             path, _, attribute = name.rpartition(".")
             setattr(module.get_submodule(path), attribute, buffer.to(place(prefix + name)))

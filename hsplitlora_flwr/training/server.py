@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from hsplitlora_flwr.lora.delta import Change
 from hsplitlora_flwr.lora.layers import attach_changes, draw_masks, merge_changes, reset_weights, takes_changes
-from hsplitlora_flwr.models.loading import Checkpoint, load_causal_lm
+from hsplitlora_flwr.models.loading import StoredModel, load_causal_lm
 from hsplitlora_flwr.models.proof import find_family
 from hsplitlora_flwr.models.split import (
     BodyModel,
@@ -61,7 +61,7 @@ class SharedBase:
     ) -> None:
         self.model = load_causal_lm(path, dtype, device, quantise)
         self.family = find_family(self.model.config)
-        self._checkpoint = Checkpoint(path)
+        self._stored = StoredModel(path, "float64" if dtype == "float64" else "float32", head=False)
         self._in_place = takes_changes(self.model.dtype, quantise)
         self._changes: Mapping[str, Change] = {}
 
@@ -116,7 +116,7 @@ class SharedBase:
         return part
 
     def _original(self, name: str) -> Tensor:
-        return self._checkpoint.tensor(f"{name}.weight", self.model.base_model_prefix)
+        return self._stored.tensor(f"{name}.weight")
 
 
 @dataclass(frozen=True)

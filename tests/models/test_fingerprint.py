@@ -138,7 +138,7 @@ def test_digests_are_computed_once_and_anew_when_a_file_changes(
     first = part_digests(str(other), 2, "float32", head=False)
     assert len(list(cache.iterdir())) == 1
     with monkeypatch.context() as patch:
-        patch.setattr("hsplitlora_flwr.models.loading.safe_open", lambda *_, **__: pytest.fail("a file was read"))
+        patch.setattr("hsplitlora_flwr.models.checkpoint.safe_open", lambda *_, **__: pytest.fail("a file was read"))
         assert part_digests(str(other), 2, "float32", head=False) == first
     one_weight(other)
     assert part_digests(str(other), 2, "float32", head=False).keys() == first.keys()

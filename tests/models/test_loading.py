@@ -3,24 +3,143 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    CONFIG_MAPPING,
+    ApertusConfig,
+    AutoModelForCausalLM,
+    BloomConfig,
+    CodeGenConfig,
+    DeepseekV3Config,
+    MixtralConfig,
+    PretrainedConfig,
+    Qwen3MoeConfig,
+)
 
 from hsplitlora_flwr.models import (
+    Family,
     ModelFilesError,
     SplitError,
     UnsupportedModelError,
+    find_family,
     load_causal_lm,
     load_client_model,
     load_client_parts,
     split_model,
 )
-from hsplitlora_flwr.models.loading import Checkpoint, check_model
-from tests.tiny import BLOCKS, CONFIGS, random_batches, tiny_model
+from hsplitlora_flwr.models.checkpoint import Checkpoint
+from hsplitlora_flwr.models.families import tiny_config
+from hsplitlora_flwr.models.loading import StoredModel, check_model, read_settled_config
+from hsplitlora_flwr.planning.cost import CostModel, Workload
+from tests.tiny import BLOCKS, CONFIGS, random_batches, randomise, tiny_model
+
+SMALL = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+EXPERTS = {**SMALL, "num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 8, "moe_intermediate_size": 16}
+EXPERTS |= {"num_experts_per_tok": 2, "pad_token_id": 0}
+OTHERS: dict[str, PretrainedConfig] = {
+    "apertus": tiny_config(ApertusConfig(), BLOCKS),  # the numbers of its activation are buffers
+    "bloom": tiny_config(BloomConfig(), BLOCKS),
+}
+if "exaone" in CONFIG_MAPPING:  # of newer releases of transformers; its files name everything otherwise
+    OTHERS["exaone"] = tiny_config(CONFIG_MAPPING["exaone"](), BLOCKS)
+WHOLE: dict[str, PretrainedConfig] = {
+    "mixtral": MixtralConfig(**EXPERTS, num_local_experts=4),  # its files hold every expert apart
+    "qwen3_moe": Qwen3MoeConfig(**EXPERTS, num_experts=4),
+    "deepseek_v3": DeepseekV3Config(  # its router has a bias that is no parameter
+        **(EXPERTS | {"head_dim": None}),
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+    ),
+    "codegen": CodeGenConfig(vocab_size=97, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=64),
+}
+
+
+def state(module: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer, those that are in no file included, under all of its names."""
+    buffers = dict(module.named_buffers(remove_duplicate=False))
+    return {name: tensor.detach() for name, tensor in module.named_parameters(remove_duplicate=False)} | buffers
+
+
+def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """The same numbers in the same dtypes, to the last bit, wherever ``got`` has some."""
+    assert got
+    for name, tensor in got.items():
+        assert tensor.dtype == expected[name].dtype, name
+        assert torch.equal(tensor, expected[name]), name
+
+
+def assert_parts_are_those_of_transformers(folder: Path, dtype: str = "float32") -> None:
+    """The whole and every part of it, at every split, hold what transformers loads from the same files."""
+    expected = state(AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)))
+    whole = load_causal_lm(str(folder), dtype)
+    assert state(whole).keys() == expected.keys()
+    assert_same(state(whole), expected)
+    family = find_family(whole.config)
+    for split in range(1, whole.config.num_hidden_layers):
+        _, server = split_model(whole, split)
+        assert_same(absolute(state(server.causal_lm), family, split), expected)
+        assert_same(absolute(state(load_client_model(str(folder), split, dtype).decoder), family), expected)
+        client, head = load_client_parts(str(folder), split, dtype)
+        assert_same(absolute(state(client.decoder), family), expected)
+        assert_same(state(head.causal_lm), expected)
+
+
+def absolute(tensors: dict[str, Tensor], family: Family, first: int = 0) -> dict[str, Tensor]:
+    """Names as the whole has them, of the tensors of a decoder or causal LM whose first block is number ``first``."""
+    found, inside = {}, f"{family.decoder}.{family.blocks}."
+    for relative, tensor in tensors.items():
+        name = relative if relative.startswith((f"{family.decoder}.", "lm_head.")) else f"{family.decoder}.{relative}"
+        if name.startswith(inside):
+            index, _, rest = name.removeprefix(inside).partition(".")
+            name = f"{family.block_name(int(index) + first)}.{rest}"
+        found[name] = tensor
+    return found
+
+
+def save(config: PretrainedConfig, folder: Path, **options: str) -> None:
+    """A random model, saved as transformers does: under the names of the original checkpoints."""
+    randomise(AutoModelForCausalLM.from_config(config)).save_pretrained(folder, **options)
+
+
+def rewrite(folder: Path, change: dict[str, Tensor], without: Iterable[str] = ()) -> None:
+    """Change tensors of a checkpoint of one file."""
+    file = folder / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items() if name not in without}
+    save_file(tensors | change, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("max_shard_size", ["1GB", "20KB"])
+@pytest.mark.parametrize("name", [*CONFIGS, *OTHERS])
+def test_parts_hold_what_transformers_loads(name: str, max_shard_size: str, tmp_path: Path) -> None:
+    config = OTHERS[name] if name in OTHERS else tiny_config(CONFIGS[name], BLOCKS)
+    save(config, tmp_path, max_shard_size=max_shard_size)
+    assert (tmp_path / "model.safetensors").exists() == (max_shard_size == "1GB")
+    check_model(str(tmp_path))
+    assert_parts_are_those_of_transformers(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", WHOLE)
+def test_merged_experts_and_biases_of_routers_are_those_of_transformers(name: str, dtype: str, tmp_path: Path) -> None:
+    save(WHOLE[name], tmp_path)
+    expected = state(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=getattr(torch, dtype)))
+    got = state(load_causal_lm(str(tmp_path), dtype))
+    assert got.keys() == expected.keys()
+    assert_same(got, expected)
 
 
 @pytest.fixture(params=CONFIGS)
@@ -70,9 +189,9 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names_read: list[str] = []
     tensors = Checkpoint.tensors
 
-    def watched(self: Checkpoint, names: list[str], prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    def watched(self: Checkpoint, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         names_read.extend(names)
-        return tensors(self, names, prefix)
+        return tensors(self, names)
 
     monkeypatch.setattr(Checkpoint, "tensors", watched)
     return names_read
@@ -189,3 +308,150 @@ def test_a_family_that_cannot_be_cut(tmp_path: Path) -> None:
     )
     with pytest.raises(UnsupportedModelError, match="mamba"):
         check_model(str(tmp_path))
+
+
+TIED = tiny_config(CONFIGS["llama-tied-grouped"], BLOCKS)
+HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def test_a_head_of_its_own_under_a_flag_that_ties_it(tmp_path: Path, read: list[str]) -> None:
+    save(TIED, tmp_path)
+    own = torch.randn(97, 32)
+    rewrite(tmp_path, {HEAD: own})
+    check_model(str(tmp_path))
+    assert_parts_are_those_of_transformers(tmp_path)
+    whole = load_causal_lm(str(tmp_path))
+    assert torch.equal(whole.lm_head.weight, own)
+    assert whole.config.tie_word_embeddings is False
+    whole.save_pretrained(tmp_path / "again")
+    assert_same(state(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), state(whole))
+    read.clear()
+    load_client_model(str(tmp_path), 1)
+    assert HEAD not in read, "a client without a head does not need to know"
+
+
+def test_plans_count_a_head_of_its_own(tmp_path: Path) -> None:
+    save(TIED, tmp_path)
+
+    def parameters(labels: str) -> tuple[int, int]:
+        cost = CostModel(config, find_family(config), Workload(2, 8, labels=labels))
+        return cost.client_parameters(2), cost.total_parameters
+
+    for own in (False, True):
+        if own:
+            rewrite(tmp_path, {HEAD: torch.randn(97, 32)})
+        config = read_settled_config(str(tmp_path))
+        client, head = load_client_parts(str(tmp_path), 2)
+        below, whole = sum(p.numel() for p in client.parameters()), load_causal_lm(str(tmp_path)).num_parameters()
+        both = {id(p): p.numel() for part in (client, head) for p in part.parameters()}
+        assert parameters("server") == (below, whole)
+        assert parameters("client") == (sum(both.values()), whole)
+    for file in tmp_path.glob("*.safetensors"):
+        file.unlink()
+    assert read_settled_config(str(tmp_path)).tie_word_embeddings, "a plan needs no weights"
+
+
+def test_a_head_that_repeats_the_embeddings_is_one_with_them(tmp_path: Path) -> None:
+    save(TIED, tmp_path)
+    rewrite(tmp_path, {HEAD: load_file(tmp_path / "model.safetensors")[EMBEDDINGS]})
+    assert_parts_are_those_of_transformers(tmp_path)
+    whole = load_causal_lm(str(tmp_path))
+    client, head = load_client_parts(str(tmp_path), 1)
+    assert whole.lm_head.weight is whole.model.embed_tokens.weight
+    assert head.causal_lm.lm_head.weight is client.decoder.embed_tokens.weight
+    assert whole.config.tie_word_embeddings
+
+
+def test_embeddings_that_are_stored_as_the_head_alone(tmp_path: Path) -> None:
+    save(TIED, tmp_path)
+    rewrite(tmp_path, {HEAD: load_file(tmp_path / "model.safetensors")[EMBEDDINGS]}, without=[EMBEDDINGS])
+    check_model(str(tmp_path))
+    assert_parts_are_those_of_transformers(tmp_path)
+
+
+def test_a_head_that_is_neither_stored_nor_tied(tmp_path: Path) -> None:
+    save(tiny_config(CONFIGS["llama"], BLOCKS), tmp_path)
+    rewrite(tmp_path, {}, without=[HEAD])
+    with pytest.raises(ModelFilesError, match=r"no tensor 'lm_head.weight'; .*tie_word_embeddings=true"):
+        check_model(str(tmp_path))
+    load_client_model(str(tmp_path), 1)
+
+
+def test_buffers_in_files_are_read(tmp_path: Path) -> None:
+    save(OTHERS["apertus"], tmp_path)
+    beta = "model.layers.1.mlp.act_fn.beta"
+    rewrite(tmp_path, {beta: torch.tensor(1.5)})
+    assert_parts_are_those_of_transformers(tmp_path)
+    assert load_client_model(str(tmp_path), 2).decoder.layers[1].mlp.act_fn.beta == 1.5
+    rewrite(tmp_path, {}, without=[beta])
+    with pytest.raises(ModelFilesError, match=f"no tensor '{beta}'"):
+        check_model(str(tmp_path))
+
+
+def test_a_checkpoint_that_lacks_an_expert_or_has_one_of_another_shape(tmp_path: Path) -> None:
+    save(WHOLE["mixtral"], tmp_path)
+    expert = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
+    whole = load_file(tmp_path / "model.safetensors")[expert]
+    for change, without, message in (
+        ({}, [expert], r"'model.layers.1.mlp.experts.down_proj' has shape \(3, 32, 48\), .* says \(4, 32, 48\)"),
+        (
+            {expert: whole[:, :7].clone()},
+            [],
+            r"'model.layers.1.mlp.experts.down_proj' cannot be made of .*experts.0.w2",
+        ),
+    ):
+        rewrite(tmp_path, change, without)
+        with pytest.raises(ModelFilesError, match=message):
+            StoredModel(str(tmp_path)).check()
+        with pytest.raises(ModelFilesError, match=message):
+            load_causal_lm(str(tmp_path))
+
+
+def test_what_a_check_finds_before_anything_is_loaded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save(TIED, tmp_path)
+    table = "model.layers.0.self_attn.rotary_emb.inv_freq"  # old checkpoints hold it, and every model computes it
+    rewrite(tmp_path, {table: torch.ones(4)})
+    with caplog.at_level(logging.WARNING):
+        check_model(str(tmp_path))
+    assert not caplog.records
+    rewrite(tmp_path, {f"model.layers.{index}.self_attn.q_proj.bias": torch.ones(32) for index in range(6)})
+    with caplog.at_level(logging.WARNING):
+        check_model(str(tmp_path))
+    (record,) = caplog.records
+    assert "no place for, and ignores, model.layers.0.self_attn.q_proj.bias, " in record.getMessage()
+    assert record.getMessage().endswith(" and 2 more")
+    norm = "model.layers.2.input_layernorm.weight"
+    rewrite(tmp_path, {norm: torch.ones(31)})
+    with pytest.raises(ModelFilesError, match=rf"'{norm}' has shape \(31,\), the configuration says \(32,\)"):
+        check_model(str(tmp_path))
+    rewrite(tmp_path, {}, without=[norm])
+    with pytest.raises(ModelFilesError, match=f"no tensor '{norm}'"):
+        check_model(str(tmp_path))
+    load_client_model(str(tmp_path), 2)
+
+
+def test_one_file_goes_before_shards_as_in_transformers(tmp_path: Path) -> None:
+    save(TIED, tmp_path, max_shard_size="20KB")
+    save(TIED, tmp_path / "other")
+    rewrite(tmp_path / "other", {"model.norm.weight": torch.full((32,), 3.0)})
+    (tmp_path / "other" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    assert_parts_are_those_of_transformers(tmp_path)
+    assert load_causal_lm(str(tmp_path)).model.norm.weight[0] == 3
+
+
+def test_an_adapter_is_not_left_out(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelFilesError, match=r"no config.json but a PEFT adapter; merge it"):
+        check_model(str(tmp_path))
+    save(TIED, tmp_path)
+    with pytest.raises(ModelFilesError, match=r"a PEFT adapter \(adapter_config.json\), which would not be used"):
+        check_model(str(tmp_path))
+
+
+def test_pythia_s_name_for_its_head(tmp_path: Path) -> None:
+    save(tiny_config(CONFIGS["gpt_neox"], BLOCKS), tmp_path)
+    file = tmp_path / "model.safetensors"
+    names = {HEAD: "embed_out.weight"}
+    save_file({names.get(name, name): tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    assert "embed_out.weight" in load_file(file)
+    assert_parts_are_those_of_transformers(tmp_path)
