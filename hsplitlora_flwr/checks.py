@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 from hsplitlora_flwr.config import Config, ConfigError
 from hsplitlora_flwr.data.fit import check_positions, fit_text
+from hsplitlora_flwr.data.partition import cached_partition
 from hsplitlora_flwr.data.sources import DataError, TextData
 from hsplitlora_flwr.methods import METHODS, cost_model
-from hsplitlora_flwr.models.loading import check_model
+from hsplitlora_flwr.models.loading import check_model, read_config
 from hsplitlora_flwr.models.quantisation import check_quantiser
 from hsplitlora_flwr.planning.cost import PlanError
 from hsplitlora_flwr.reporting.metrics import check_installed
@@ -54,8 +57,14 @@ def check_model_settings(config: Config) -> None:
             "lora.init=update is for adapters that start anew in every round; those of "
             f"method.name={config.method.name} are carried on. Set it to auto"
         )
+    _check_generation(config)
     if method.central:
         return
+    if config.plan.deadline and config.memory_bytes and not (config.clients.gflops or config.plan.server_gflops):
+        raise ConfigError(
+            f"plan.deadline={config.plan.deadline:g} needs speeds, and a client whose memory is stated measures none; "
+            "state clients.gflops, clients.mbit_up and clients.mbit_down, or set plan.deadline=0"
+        )
     # What the process itself takes is measured later, on the clients; the weights alone may already be too much.
     needed, what = cost.client_bytes(config.split.min, {}), f"the embeddings and {config.split.min} block(s)"
     if not method.split:
@@ -66,4 +75,33 @@ def check_model_settings(config: Config) -> None:
             f"clients.memory_gb={config.clients.memory_gb}: even the largest budget misses {missing:,} bytes for "
             f"{what} of {config.model.path}; raise it or choose a smaller model"
             + ("" if method.split else f", or set plan.over_budget: method.name={config.method.name} does not split")
+        )
+
+
+def check_parts(config: Config, text: TextData) -> None:
+    """See that the training text can be dealt to ``clients.count`` clients, and leaves each something to train on.
+
+    Raises
+    ------
+    DataError, ConfigError
+        If it cannot, or does not.
+    """
+    if METHODS[config.method.name].central or not text.train:
+        return
+    parts = cached_partition(text.train, config.data, config.clients.count, config.run.seed)
+    fewest, apart = min(map(len, parts)), config.evaluation.client_rows
+    if apart >= fewest:
+        raise ConfigError(
+            f"evaluation.client_rows={apart} keeps all of a client's {fewest} rows out of training; lower it, or use "
+            "more rows or fewer clients"
+        )
+
+
+def _check_generation(config: Config) -> None:
+    positions = getattr(read_config(config.model.path).get_text_config(), "max_position_embeddings", math.inf)
+    longest = config.evaluation.max_new_tokens
+    if config.evaluation.generate and longest >= positions:
+        raise ConfigError(
+            f"evaluation.max_new_tokens={longest} leaves no room for a prompt in the {positions} positions of "
+            f"{config.model.path}; lower it"
         )

@@ -39,6 +39,7 @@ from hsplitlora_flwr.data.sources import Example, load_text, read_rows
 from hsplitlora_flwr.lora.delta import DeltaError
 from hsplitlora_flwr.models.fingerprint import check_part, fingerprint
 from hsplitlora_flwr.models.loading import read_config
+from hsplitlora_flwr.models.placement import check_device
 from hsplitlora_flwr.models.quantisation import check_quantiser
 from hsplitlora_flwr.node import NodeStore
 from hsplitlora_flwr.participant import OwnText, Participant
@@ -94,6 +95,7 @@ def split_client_app(load_data: LoadData = load_own_text, load_budget: LoadBudge
     def describe(message: Message, context: Context) -> Message:
         """Say the budget, the amount of data, and the version of the weights that this node holds."""
         config, store = _on_this_node(read_settings(message.content), context), NodeStore(context)
+        check_device(config.model.device)
         if base := read_base(message.content):
             fingerprint(config.model.path).check(base, config.model.path)
         check_quantiser(config.model.quantise)  # the library is a part of the process, and so are text and tokenizer

@@ -415,6 +415,8 @@ def _check_value(key: str, spec: dataclasses.Field[Any], value: Any) -> None:
     if choices and value not in choices:
         raise ConfigError(f"{key}={value!r} is not allowed; choose one of {', '.join(choices)}")
     number: Any = value
+    if wanted is int and not -(2**63) <= number < 2**63:
+        raise ConfigError(f"{key}={value!r} is out of range; Flower carries whole numbers of 64 bits")
     if low is not None and not float(low) <= number < math.inf:
         raise ConfigError(f"{key}={value!r} is out of range; it must be finite and at least {low:g}")
 
@@ -458,6 +460,20 @@ def _check_lists(config: Config) -> None:
 
 
 def _check_pairs(config: Config) -> None:
+    train, plan = config.train, config.plan
+    if train.micro_batch_size > train.batch_size:
+        raise ConfigError(
+            f"train.micro_batch_size={train.micro_batch_size} is above train.batch_size={train.batch_size}, of which "
+            "it is a part; lower it, or 0 sends the batch whole"
+        )
+    if train.momentum and train.optimizer != "sgd":
+        raise ConfigError(
+            f"train.momentum={train.momentum:g} is for train.optimizer=sgd, and it is {train.optimizer}; set it to 0"
+        )
+    if plan.deadline and plan.planner != "exact":
+        raise ConfigError(f"plan.deadline={plan.deadline:g} needs plan.planner=exact; {plan.planner} knows memory only")
+    if config.run.seed >= 2**32:
+        raise ConfigError(f"run.seed={config.run.seed} is out of range; at most {2**32 - 1}, which NumPy takes")
     if bool(config.transport.certificate) != bool(config.transport.private_key):
         raise ConfigError(
             "transport.certificate and transport.private_key belong together; name both files, or neither to have a "

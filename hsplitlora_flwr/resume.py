@@ -43,6 +43,14 @@ _FREE = ("run.dir", "run.resume", "run.timeout", "run.merged")
 """Settings that no plan depends on."""
 
 
+_FOLDERS = {
+    "model.path": "its update belongs to that model",
+    "data.path": "a run goes on with the text that it began with",
+    "data.eval_path": "a run goes on with the text that it began with",
+}
+"""Settings that stay but for the place where a folder lies, and why."""
+
+
 class ResumeError(ValueError):
     """A run that cannot be gone on from; the text says why and what to do."""
 
@@ -272,7 +280,9 @@ def _check_digest(file: Path, text: Mapping[str, Any]) -> None:
 
 def _check_settings(config: Config, text: Mapping[str, Any]) -> None:
     now, then, method = config.to_run_config(), text["settings"], METHODS[config.method.name]
-    fixed = ["method.name", "model.quantise"]
+    fixed = ["method.name", "model.quantise", "run.seed", "evaluation.client_rows"]
+    # other text would be held out and kept apart, of which some has been trained on
+    fixed += [key for key in now if key.startswith("data.") and key not in ("data.path", "data.eval_path")]
     if method.carries or method.central:  # the same adapters go on
         fixed += ["lora.rank", "lora.ranks", "lora.alpha", "lora.targets"]
     if method.central:  # and the same optimizer
@@ -284,12 +294,11 @@ def _check_settings(config: Config, text: Mapping[str, Any]) -> None:
                 "on with what it began with"
             )
     # a folder may have moved to another place
-    name, other = Path(config.model.path).name, Path(str(then.get("model.path"))).name
-    if name != other:
-        raise ConfigError(
-            f"model.path={config.model.path}, and the run in run.resume={config.run.resume} has "
-            f"{then.get('model.path')}; its update belongs to that model"
-        )
+    for key, why in _FOLDERS.items():
+        if Path(str(now[key])).name != Path(str(then.get(key))).name:
+            raise ConfigError(
+                f"{key}={now[key]}, and the run in run.resume={config.run.resume} has {then.get(key)}; {why}"
+            )
     if config.train.rounds < text["server_round"]:
         raise ConfigError(
             f"train.rounds={config.train.rounds}, and the run in run.resume={config.run.resume} has finished "

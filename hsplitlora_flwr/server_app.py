@@ -17,6 +17,7 @@ from hsplitlora_flwr.data.sources import load_text
 from hsplitlora_flwr.methods import METHODS
 from hsplitlora_flwr.reporting.report import RunReport, cause_of, failed_outside
 from hsplitlora_flwr.resume import check_resume
+from hsplitlora_flwr.shard import check_server
 from hsplitlora_flwr.strategy import HSplitLoRA
 
 app = ServerApp()
@@ -48,6 +49,7 @@ def tell_a_stop(report: RunReport) -> None:
 def _strategy(context: Context, folder: Path) -> HSplitLoRA:
     config = Config.from_run_config(context.run_config)
     check_resume(config, folder)
+    check_server(config)
     text = load_text(config.data, config.run.seed)
     check_model_settings(config)
     check_text(config, replace(text, train=()))  # what clients train on they check themselves

@@ -12,7 +12,7 @@ from hsplitlora_flwr.control import EVALUATE, PROBE, TRAIN, Task
 from hsplitlora_flwr.lora.aggregation import Factors
 from hsplitlora_flwr.lora.layers import AdapterSpec, extract, inject
 from hsplitlora_flwr.methods import METHODS, passes_at_once, takes_all
-from hsplitlora_flwr.models.placement import pick_devices
+from hsplitlora_flwr.models.placement import check_device, pick_devices
 from hsplitlora_flwr.models.split import BodyModel, ServerModel
 from hsplitlora_flwr.training.allowance import Allowance, Refused
 from hsplitlora_flwr.training.cores import all_cores
@@ -278,6 +278,19 @@ def open_stream(transport: TransportConfig) -> StreamServer:
         public_port=transport.public_port,
         in_flight=transport.in_flight,
     )
+
+
+def check_server(config: Config) -> None:
+    """See that this machine has the device and the port that the server asks for; both are free after.
+
+    Raises
+    ------
+    ConfigError, StreamError, CertificateError
+        If it has not, or the certificate cannot be used.
+    """
+    check_device(config.model.device)
+    if config.transport.kind != "messages" and not METHODS[config.method.name].central:
+        open_stream(config.transport).stop()
 
 
 def _identity(transport: TransportConfig, address: str) -> Identity:

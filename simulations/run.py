@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -39,7 +40,15 @@ from hsplitlora_flwr.reporting.events import Event
 from hsplitlora_flwr.training.cores import all_cores
 from simulations.interrupts import Interrupted, held, interruptible, obey
 from simulations.overrides import keys_of, start
-from simulations.superlink import Question, RunStatus, SuperLink, SuperLinkError, open_superlink, started_run
+from simulations.superlink import (
+    Question,
+    RunStatus,
+    SuperLink,
+    SuperLinkError,
+    check_connection,
+    open_superlink,
+    started_run,
+)
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -407,6 +416,9 @@ def _read(composed: DictConfig) -> tuple[Config, Launcher]:
         raise ConfigError("run.dir is empty; name a folder")
     if any((Path(folder) / name).exists() for name in (EVENTS_FILE, "summary.json", "adapter")):
         raise ConfigError(f"run.dir={folder} already holds a run; choose another folder or remove it")
+    parent = next(each for each in (Path(folder), *Path(folder).parents) if each.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise ConfigError(f"run.dir={folder} cannot be written: {parent} is no folder that you may write to")
     return with_absolute_paths(dataclasses.replace(config, run=dataclasses.replace(config.run, dir=folder))), launcher
 
 
@@ -426,12 +438,21 @@ def _absolute(path: str) -> str:
     return str(Path(path).expanduser().resolve()) if path else ""
 
 
-def prepare(config: Config, console: Listener) -> None:
-    """Fail on bad data or an unusable model before anything starts; fetch the model that comes without one's own."""
-    from hsplitlora_flwr.checks import check_model_settings, check_text
+def prepare(config: Config, console: Listener, *, simulated: bool = True) -> None:
+    """Fail on what cannot work before anything starts; fetch the model that comes without one's own.
+
+    Parameters
+    ----------
+    simulated : bool
+        The server and its clients will be on this machine, and share its devices, its ports and the training text.
+    """
+    from hsplitlora_flwr.checks import check_model_settings, check_parts, check_text
     from hsplitlora_flwr.data.sources import load_text
     from hsplitlora_flwr.models.demo import DemoModelError, demo_model, is_demo_model
     from hsplitlora_flwr.resume import check_resume
+    from hsplitlora_flwr.shard import check_server
+    from hsplitlora_flwr.transport.certificates import CertificateError
+    from hsplitlora_flwr.transport.stream import StreamError
 
     check_resume(config, Path(config.run.dir))
     text = load_text(config.data, config.run.seed)
@@ -443,6 +464,12 @@ def prepare(config: Config, console: Listener) -> None:
             raise ConfigError(str(error)) from error
     check_model_settings(config)
     check_text(config, text)
+    if simulated:
+        try:
+            check_server(config)
+        except (StreamError, CertificateError) as error:
+            raise ConfigError(str(error)) from error
+        check_parts(config, text)
 
 
 def _run(composed: DictConfig) -> int:
@@ -450,7 +477,9 @@ def _run(composed: DictConfig) -> int:
     with RunConsole() as console:
         try:
             config, launcher = _read(composed)
-            prepare(config, console)
+            if launcher.superlink:
+                check_connection(launcher.superlink, PROJECT)
+            prepare(config, console, simulated=not launcher.superlink)
         # all errors of settings, data and models, and of packages for what was asked for, are these
         except (ValueError, ModuleNotFoundError, OmegaConfBaseException) as error:
             console.close()

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import psutil
 
+from hsplitlora_flwr.config import ConfigError
 from simulations.interrupts import held, obey
 
 START_SECONDS = 60.0
@@ -159,6 +160,23 @@ class SuperLink:
         with suppress(subprocess.SubprocessError):  # it is over already, or the SuperLink is gone
             command = ["flwr", "stop", run_id, self.connection]
             subprocess.run(command, env=self.env, cwd=self.cwd, capture_output=True, timeout=60, check=True)
+
+
+def check_connection(name: str, cwd: Path) -> None:
+    """Raise :class:`ConfigError` if the user's Flower configuration has no connection of this name."""
+    command = ["flwr", "config", "list", "--format", "json"]
+    try:
+        asked = subprocess.run(
+            command, env=_environment(), cwd=cwd, capture_output=True, text=True, timeout=60, check=True
+        )
+        listed = json.loads(asked.stdout)
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        raise ConfigError(f"launcher.superlink={name}: 'flwr config list' does not answer: {error}") from error
+    if name not in listed["superlink"]:
+        raise ConfigError(
+            f"launcher.superlink={name} is not in your Flower configuration, which knows "
+            f"{', '.join(listed['superlink']) or 'none'}; add [superlink.{name}], or leave it empty to start one"
+        )
 
 
 def started_run(log: Path) -> str | None:

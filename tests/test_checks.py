@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from hsplitlora_flwr.checks import check_model_settings, check_text
+from hsplitlora_flwr.checks import check_model_settings, check_parts, check_text
 from hsplitlora_flwr.config import Config, ConfigError
 from hsplitlora_flwr.data.sources import DataError, Example, TextData
 from hsplitlora_flwr.methods import cost_model
 from hsplitlora_flwr.models import ModelFilesError, SplitError, quantisation
+from hsplitlora_flwr.models.placement import check_device
 from hsplitlora_flwr.planning import PlanError
 from tests.tiny import tiny_model
 
@@ -51,6 +52,52 @@ def test_text_must_fit_the_model(tiny_folder: Path, tmp_path: Path) -> None:
     tiny_model("gpt2", dtype=torch.float32).save_pretrained(tmp_path / "gpt2")  # of 64 positions
     with pytest.raises(ConfigError, match=r"data\.max_length=65 is above the 64 positions"):
         check_model_settings(change(config, model__path=str(tmp_path / "gpt2"), data__max_length=65))
+
+
+def test_a_deadline_needs_speeds_where_memory_is_stated(config: Config) -> None:
+    stated = change(config, plan__deadline=9.0, clients__memory_gb="1")
+    with pytest.raises(ConfigError, match=r"plan\.deadline=9 needs speeds.*state clients\.gflops"):
+        check_model_settings(stated)
+    for speeds in ({"clients__gflops": "10"}, {"plan__server_gflops": 10.0}, {"clients__memory_gb": ""}):
+        check_model_settings(change(stated, **speeds))
+
+
+def test_a_generated_text_needs_room(config: Config) -> None:
+    check_model_settings(change(config, evaluation__max_new_tokens=64))
+    check_model_settings(change(config, evaluation__max_new_tokens=63, evaluation__generate=True))
+    with pytest.raises(ConfigError, match=r"evaluation\.max_new_tokens=64 leaves no room .* 64 positions"):
+        check_model_settings(change(config, evaluation__max_new_tokens=64, evaluation__generate=True))
+
+
+def test_every_client_keeps_something_to_train_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platformdirs.user_cache_path", lambda name: tmp_path)
+    text = TextData(tuple(Example("", str(row), "g") for row in range(7)), ())
+    config = Config.from_run_config({"data.partition": "iid", "evaluation.client_rows": 1})
+    check_parts(config, text)
+    with pytest.raises(ConfigError, match=r"evaluation\.client_rows=2 keeps all of a client's 2 rows out"):
+        check_parts(change(config, evaluation__client_rows=2), text)
+    with pytest.raises(DataError, match="1 groups cannot serve 3 clients"):
+        check_parts(change(config, data__partition="natural"), text)
+    check_parts(change(config, data__partition="natural", method__name="cenlora"), text)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "good", "bad"),
+    [
+        (0, ["auto", "balanced", "cpu"], {"cuda": "there is no GPU here", "cuda:1": "no GPU here"}),
+        (2, ["cuda", "cuda:1"], {"cuda:2": "the GPUs here are cuda:0 to cuda:1"}),
+    ],
+)
+def test_a_device_must_be_here(
+    gpus: int, good: list[str], bad: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    for name in good:
+        check_device(name)
+    for name, says in bad.items():
+        with pytest.raises(ConfigError, match=rf"model\.device={name}, and .*{says}"):
+            check_device(name)
 
 
 @pytest.mark.parametrize("method", ["fedit", "cenlora"])

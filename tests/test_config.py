@@ -59,6 +59,10 @@ def test_one_pass_for_all_needs_clients_that_come_together(other: str) -> None:
         ("split.min", 0, "split.min=0 is out of range"),
         ("transport.port", 70000, "transport.port=70000 is out of range"),
         ("data.source", "e2e", "data.path is empty; data.source=e2e needs the path"),
+        ("train.micro_batch_size", 9, "train.micro_batch_size=9 is above train.batch_size=8"),
+        ("train.momentum", 0.9, "train.momentum=0.9 is for train.optimizer=sgd, and it is adamw"),
+        ("run.seed", 2**32, "run.seed=4294967296 is out of range"),
+        ("train.rounds", 2**63, "train.rounds=9223372036854775808 is out of range; Flower carries"),
         ("plan.important_share", 1.5, "plan.important_share=1.5 is out of range"),
     ],
 )
@@ -73,6 +77,12 @@ def test_a_quantised_base_stays_as_it_is(key: str, value: Any) -> None:
     Config.from_run_config({key: value})
     with pytest.raises(ConfigError, match=rf"model\.quantise=4bit leaves the weights .* {key}={str(value).lower()}"):
         Config.from_run_config({key: value, "model.quantise": "4bit"})
+
+
+def test_a_deadline_needs_the_exact_planner() -> None:
+    Config.from_run_config({"plan.deadline": 9.0})
+    with pytest.raises(ConfigError, match=r"plan\.deadline=9 needs plan\.planner=exact; greedy knows memory only"):
+        Config.from_run_config({"plan.deadline": 9.0, "plan.planner": "greedy"})
 
 
 def test_split_bounds_in_order() -> None:

@@ -331,6 +331,10 @@ def test_the_number_of_rounds_may_come_with_the_start(tiny_folder: Path, tmp_pat
     [
         ("method.name", "flora", "method.name='flora', and the run in .* has 'hsplitlora'"),
         ("model.quantise", "4bit", "model.quantise='4bit'"),
+        ("run.seed", 7, "run.seed=7, and the run in .* has 0"),
+        ("data.max_length", 64, "data.max_length=64, and the run in .* has 48"),
+        ("data.path", "other", "data.path=other, and .*; a run goes on with the text"),
+        ("evaluation.client_rows", 3, "evaluation.client_rows=3"),
         ("train.rounds", 0, "train.rounds=0, and the run in .* has finished 1"),
         ("method.name", "full", "not possible with method.name=full.*model.path="),
     ],

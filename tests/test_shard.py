@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any, cast
 
 import pytest
 
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.control import EVALUATE, PROBE, TRAIN, Task
-from hsplitlora_flwr.shard import allowance_of, watched
+from hsplitlora_flwr.shard import allowance_of, check_server, watched
 from hsplitlora_flwr.training.allowance import Allowance, Refused
 from hsplitlora_flwr.training.server import ServerTrainer
 from hsplitlora_flwr.transport.frames import Finish, Frame
+from hsplitlora_flwr.transport.stream import StreamError
 
 
 def task(kind: str, **settings: Any) -> Task:
@@ -52,3 +54,14 @@ def test_the_traceback_is_logged_of_what_no_frame_explains(
         watched("ada", cast(ServerTrainer, fails))(Finish(0.0))
     assert ("client ada: a frame could not be answered" in caplog.text) == trace
     assert ("Traceback" in caplog.text and str(error) in caplog.text) == trace
+
+
+def test_a_port_in_use_and_a_device_that_is_not_here_are_told_before_a_run() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = {"transport.address": "127.0.0.1", "transport.port": other.getsockname()[1], "model.device": "cpu"}
+        with pytest.raises(StreamError, match=r"transport\.port=\d+: the port cannot be opened"):
+            check_server(Config.from_run_config(taken))
+        check_server(Config.from_run_config(taken | {"transport.kind": "messages"}))
+    free = Config.from_run_config(taken)
+    check_server(free)
+    check_server(free)  # and it is left free

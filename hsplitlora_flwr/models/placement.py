@@ -17,6 +17,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 from transformers import PreTrainedModel
 
+from hsplitlora_flwr.config import ConfigError
 from hsplitlora_flwr.models.families import Family
 
 Place = Callable[[str], str]
@@ -35,6 +36,19 @@ def pick_devices(name: str) -> list[str]:
     if name == "balanced" and torch.cuda.is_available():
         return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     return [pick_device(name)]
+
+
+def check_device(name: str) -> None:
+    """Raise :class:`ConfigError` if a name of :func:`pick_devices` is of a GPU that is not here."""
+    if not name.startswith("cuda"):
+        return
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(name.partition(":")[2] or 0) >= gpus:
+        raise ConfigError(
+            f"model.device={name}, and "
+            + (f"the GPUs here are cuda:0 to cuda:{gpus - 1}" if gpus else "there is no GPU here that torch can use")
+            + "; name another, or auto"
+        )
 
 
 def spread(model: PreTrainedModel, family: Family, devices: Sequence[str]) -> Place:

@@ -501,6 +501,8 @@ def test_bad_settings_have_status_2_and_one_line(tmp_path):
         "train.rounds=0": "error: train.rounds=0 is out of range; it must be finite and at least 1",
         "data=e2e": "error: data.path is empty; data.source=e2e needs the path of its files",
         "launcher.client_cpus=0": "error: launcher.client_cpus=0 must be a whole number from 1",
+        "launcher.superlink=nowhere": "error: launcher.superlink=nowhere is not in your Flower configuration",
+        "train.micro_batch_size=9": "error: train.micro_batch_size=9 is above train.batch_size=8",
         "launcher.cpus=-1": "error: launcher.cpus=-1 must be a whole number from 1, or 0",
     }.items():
         done = subprocess.run(
