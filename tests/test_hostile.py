@@ -58,24 +58,19 @@ NESTED = b"[" * 5000
 DEEDS: list[tuple[str, Deed, str]] = [
     (DESCRIBE, say(examples=10**15), "examples=1000000000000000, which must be"),
     (DESCRIBE, say(flops=1e-300), "flops=1e-300, which must be"),
-    (DESCRIBE, say(up=float("nan")), "up=nan, which must be"),
     (DESCRIBE, say(longest=10**9), "data.max_length=48 cuts them before"),
     (DESCRIBE, say(name="0"), "another node calls itself client 0"),
     (DESCRIBE, say(name="\x1b[2J\u202e"), "none of them invisible"),
     (DESCRIBE, say(held="[" * 50_000), "cannot be read (RecursionError"),
     (DESCRIBE, lambda content: content.clear(), "holds no ConfigRecord 'description'"),
     (TRAIN, train(lambda t: t * 0 + 1e4), "cannot come from 2 steps"),
-    (TRAIN, train(lambda t: t * 1e15), "cannot come from 2 steps"),
     (TRAIN, train(lambda t: t * torch.nan), "not finite"),
     (TRAIN, train(lambda t: (t * 100).to(torch.int32)), "torch.int32, and not torch.float32"),
-    (TRAIN, train(lambda t: t.T.contiguous()), "not those of its plan"),
     (TRAIN, packet(struct.pack("<Q", len(NESTED)) + NESTED), "cannot be read"),
     (TRAIN, packet(b"\0" * 10**7), "10,000,000 bytes of adapters"),
-    (TRAIN, packet(b"\x93NUMPY", "numpy.ndarray"), "is not safetensors"),
     (TRAIN, metric("losses", losses=[1.0] * 10**6), "1,000,000 losses of 2 steps"),
     (TRAIN, metric("losses", losses=[float("nan")] * 2), "losses are not finite"),
     (TRAIN, metric("metrics", seconds=0.0), "seconds=0"),
-    (TRAIN, metric("metrics", tokens=1e300), "tokens=1e+300"),
     (TRAIN, say(name="2"), "another node calls itself client 2"),
     (TRAIN, say(name="elsewhere"), "a node keeps its name"),
     (TRAIN, lambda content: content.clear(), "neither frames nor an outcome"),
@@ -108,6 +103,7 @@ def test_the_others_end_where_they_end_without_a_client_that_sends_all_of_this(
     for name, nodes in (("without", HONEST), ("with", (10, HOSTILE, 12))):
         changes = {
             "method.name": "hsplitlora-no-armsc",
+            "server.half": "per_client",  # what it trains of a shared half, with frames that are in order, stays there
             "split.point": 2,
             "train.rounds": len(DEEDS),
             "train.steps": 2,
