@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 from hsplitlora_flwr.config import METHODS as NAMES
@@ -17,6 +18,7 @@ from hsplitlora_flwr.models.loading import read_config, read_settled_config
 from hsplitlora_flwr.models.placement import pick_devices
 from hsplitlora_flwr.models.proof import find_family
 from hsplitlora_flwr.planning.cost import CostModel, PlanError, Workload
+from hsplitlora_flwr.planning.floors import keep_depth
 from hsplitlora_flwr.planning.planner import Budget, Plan, make_plan
 from hsplitlora_flwr.planning.uniform import equal_plan, whole_plan
 from hsplitlora_flwr.training.cores import all_cores
@@ -228,10 +230,10 @@ def make_round_plan(
             max_split=split.max or None,
             recompute=train.recompute,
         )
-    return make_plan(
-        budgets,
-        importance,
-        cost,
+    planned = partial(
+        make_plan,
+        importance=importance,
+        cost=cost,
         ranks=config.ranks,
         server=server,
         min_split=split.min,
@@ -244,3 +246,7 @@ def make_round_plan(
         wire=(config.transport.up, config.transport.down),
         recompute=train.recompute,
     )
+    together = planned(budgets)
+    if server is None or plan.deadline or len(together.clients) == 1:
+        return together
+    return keep_depth(together, budgets, lambda budget: planned({"": budget}).clients[""], importance, cost)
