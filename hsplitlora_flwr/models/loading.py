@@ -6,6 +6,7 @@ are read: safetensors files are memory-mapped, so bytes that belong to the other
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,8 @@ from typing import Any, Literal, overload
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import __version__ as transformers_version
 
 from hsplitlora_flwr.models.build import build_causal_lm
 from hsplitlora_flwr.models.checkpoint import ADAPTER_FILE, Checkpoint, ModelFilesError, local_path
@@ -29,8 +31,17 @@ from hsplitlora_flwr.models.conversion import (
     take_quantisation,
 )
 from hsplitlora_flwr.models.families import Family
+from hsplitlora_flwr.models.multimodal import (
+    is_multimodal,
+    name_in_whole,
+    names_in_whole,
+    prove_text_decoder,
+    stands_alone,
+    text_config,
+    whole_model_of,
+)
 from hsplitlora_flwr.models.placement import Place, follow, spread
-from hsplitlora_flwr.models.proof import find_family
+from hsplitlora_flwr.models.proof import brief, find_family
 from hsplitlora_flwr.models.quantisation import QuantisedLinear, check_quantiser, quantise_linears
 from hsplitlora_flwr.models.split import (
     BodyModel,
@@ -203,14 +214,18 @@ def load_tokenizer(path: str) -> Any:
 def read_config(path: str) -> PretrainedConfig:
     """The configuration of a model, without its weights; how they are quantised in files is left out.
 
+    Of a multimodal model it is that of its text decoder.
+
     Raises
     ------
     ModelFilesError
         If ``path`` is neither a model folder nor a model of the hub that can be reached.
+    UnsupportedModelError
+        If the text decoder of a multimodal model is no causal LM of its own.
     """
     config = _full_config(path)
     take_quantisation(config)
-    return config
+    return text_config(config)
 
 
 def _full_config(path: str) -> PretrainedConfig:
@@ -223,11 +238,28 @@ def _full_config(path: str) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise ModelFilesError(
-            f"model.path={path}: no folder of that name, and not readable as a hub name: {error}"
-        ) from error
+        what = f"no folder of that name, and not readable as a hub name: {error}"
+        if Path(folder).is_dir():
+            what = _wrong_config(Path(folder) / "config.json", error)
+        raise ModelFilesError(f"model.path={path}: {what}") from error
     assert isinstance(config, PretrainedConfig)
     return config
+
+
+def _wrong_config(file: Path, error: Exception) -> str:
+    """What is wrong with a ``config.json`` that transformers does not take."""
+    try:
+        kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return f"its config.json is damaged ({brief(error)}); restore it from a copy"
+    if not kind:
+        return "its config.json names no model_type; name a folder of a causal language model in Hugging Face format"
+    if kind not in CONFIG_MAPPING:
+        return (
+            f"its config.json names the model type '{kind}', which transformers {transformers_version} does not know; "
+            "install a newer one, or name another model (code that comes with a model is not run)"
+        )
+    return f"its config.json is not one of a '{kind}': {brief(error)}"
 
 
 def read_settled_config(path: str) -> PretrainedConfig:
@@ -257,12 +289,14 @@ def check_model(path: str, split_min: int = 1, split_max: int = 0) -> Family:
     ModelFilesError, SplitError, UnsupportedModelError
         With the value that is wrong and what to do.
     """
-    config = read_config(path)
+    config, stored = read_config(path), _full_config(path)
     Checkpoint(path)  # whether there are weights at all
+    family = find_family(config)
+    take_quantisation(stored)
+    prove_text_decoder(stored)
     check_split(config, split_min)
     if split_max:
         check_split(config, split_max)
-    family = find_family(config)
     StoredModel(path).check()
     return family
 
@@ -350,8 +384,9 @@ class StoredModel:
     def __init__(
         self, path: str, dtype: str = "float32", quantise: str = "none", *, head: bool = True, fetch: bool = True
     ) -> None:
-        self.config = _full_config(path)
-        quantisation = take_quantisation(self.config)
+        stored = _full_config(path)
+        quantisation = take_quantisation(stored)
+        self.config = text_config(stored)
         self._files = Checkpoint(path, fetch=fetch)
         try:
             dequantiser = find_dequantiser(quantisation) if quantisation else None
@@ -359,7 +394,14 @@ class StoredModel:
             raise self._error(f"{error}; {_UNPACKED}") from error
         self.model = empty_model(self.config, dtype, quantise)
         self._state = self.model.state_dict()
-        self._conversion = Conversion(self.model, self._files.names, dequantiser)
+        self._whole, self._own = self.model, {name: name for name in self._state}
+        if is_multimodal(stored) and not stands_alone(stored):
+            self._whole = whole_model_of(stored, self.config, dtype)
+            inside = names_in_whole(self._whole, self.model, find_family(self.config))
+            self._own = {name_in_whole(name, inside): name for name in self._state}
+        self._conversion = Conversion(self._whole, self._files.names, dequantiser)
+        recipes = self._conversion.recipes
+        self._recipes = {own: recipes[name] for name, own in self._own.items() if name in recipes}
         self._tied = self.model.get_expanded_tied_weights_keys(all_submodels=True)
         if head and not all(map(self._is_one, self._tied, self._tied.values())):
             log.info("model.path=%s: the files hold a head of their own, so it is not tied to the embeddings", path)
@@ -414,7 +456,7 @@ class StoredModel:
 
     def _recipe(self, name: str) -> Recipe | None:
         """What makes a tensor, or one that it is tied to; None for a buffer that files may leave out, and do."""
-        if recipe := self._conversion.recipes.get(self._stored_as(name)):
+        if recipe := self._recipes.get(self._stored_as(name)):
             return recipe
         if not self._state[name].is_meta and _matches(name, self.model._keys_to_ignore_on_load_missing):
             return None
@@ -426,13 +468,13 @@ class StoredModel:
         """The name under which files hold a tensor: its own, or that of one that it is tied to."""
         source = self._tied.get(name, name)
         twins = (name, source, *(target for target, other in self._tied.items() if other == source))
-        return next((twin for twin in twins if twin in self._conversion.recipes), name)
+        return next((twin for twin in twins if twin in self._recipes), name)
 
     def _is_one(self, name: str, other: str) -> bool:
         """Whether two tensors are one, in that files do not hold both, or hold the same numbers twice."""
-        if not {name, other} <= self._conversion.recipes.keys():
+        if not {name, other} <= self._recipes.keys():
             return True
-        one, two = (self._made(self._conversion.recipes[key])[key] for key in (name, other))
+        one, two = (self._made(self._recipes[key])[key] for key in (name, other))
         exact = torch.promote_types(one.dtype, two.dtype)
         return torch.equal(one.to(exact), two.to(exact))
 
@@ -443,17 +485,18 @@ class StoredModel:
     def _make(self, recipe: Recipe, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same of tensors that may be mere outlines."""
         try:
-            made = recipe.make(tensors, self.model)
+            made = recipe.make(tensors, self._whole)
         except PackedWeightsError as error:
             raise self._error(f"{error}; {_UNPACKED}") from error
         except Exception as error:  # each operation of transformers throws its own
             why = f"{type(error).__name__}: {error}".partition("\n")[0]
             raise self._error(f"'{recipe.targets[0]}' cannot be made of {_list(recipe.stored)}: {why}") from error
-        for name in recipe.targets:
-            shape, wanted = tuple(made[name].shape), tuple(self._state[name].shape)
+        own = {self._own[name]: made[name] for name in recipe.targets if name in self._own}
+        for name, tensor in own.items():
+            shape, wanted = tuple(tensor.shape), tuple(self._state[name].shape)
             if shape != wanted:
                 raise self._error(f"'{name}' has shape {shape}, the configuration says {wanted}")
-        return made
+        return own
 
     def _unread(self) -> list[str]:
         """Names in files that mean nothing to the model, and that it does not compute itself."""

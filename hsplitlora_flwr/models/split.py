@@ -433,6 +433,10 @@ class SplitError(ValueError):
 def check_split(config: PretrainedConfig, split: int) -> None:
     """Raise :class:`SplitError` unless ``1 <= split <= L - 1``."""
     last = config.num_hidden_layers - 1
+    if last < 1:
+        raise SplitError(
+            f"split={split} is not possible: a model of one block cannot be cut; name one with two or more"
+        )
     if not 1 <= split <= last:
         raise SplitError(
             f"split={split} is not possible: a {config.model_type} with {last + 1} blocks "

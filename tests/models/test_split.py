@@ -246,5 +246,5 @@ def test_a_wrong_entrance_of_the_head_is_caught() -> None:
 
 
 def test_a_model_of_one_block_cannot_be_cut() -> None:
-    with pytest.raises(SplitError, match="can be cut after 1 to 0"):
+    with pytest.raises(SplitError, match="a model of one block cannot be cut; name one with two or more"):
         check_split(LlamaConfig(num_hidden_layers=1), 1)
