@@ -111,7 +111,9 @@ def converse(
         push(message)
     deadline = time.monotonic() + timeout
     while (waiting or taken or kept) and time.monotonic() < deadline:
-        came = [(waiting.pop(r.metadata.reply_to_message_id), r) for r in grid.pull_messages(list(waiting))]
+        # in the order of their making, so that a death is told first by the message in whose work the worker died
+        replies = sorted(grid.pull_messages(list(waiting)), key=lambda reply: reply.metadata.created_at)
+        came = [(waiting.pop(reply.metadata.reply_to_message_id), reply) for reply in replies]
         due, kept = [*kept, *came], []
         for message, reply in due:
             called = message.metadata.message_type == WAKE

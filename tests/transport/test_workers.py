@@ -47,8 +47,11 @@ def app_of(trained: list[int]) -> ClientApp:
 class Workers(LocalGrid):
     """Gives messages to workers as Flower's simulation does: the one that became idle last gets the next.
 
-    A worker that lives has done its work when replies are looked for again; a dead one fails at once.
+    A worker that lives has done its work when replies are looked for again; a dead one fails at once, and if it is
+    ``quick`` it takes the next message before another worker can.
     """
+
+    quick = False
 
     def __init__(self, app: ClientApp, nodes: int, idle: Sequence[str], dead: Iterable[str] = ()) -> None:
         super().__init__(app, {node: {} for node in range(1, nodes + 1)})
@@ -74,13 +77,13 @@ class Workers(LocalGrid):
                 self.killers.discard(message.metadata.dst_node_id)
                 self.dead.add(worker)
             if worker in self.dead:
-                failed.append(worker)
+                (self.idle if self.quick else failed).append(worker)
                 error = Message(Error(code=0, reason=DIED.format(worker)), reply_to=message)
                 replies.append(self._reply(message_id, error))
             else:
                 self._busy.append((worker, message_id, message))
         self.idle += failed
-        return replies
+        return reversed(replies)  # Flower gives them in any order
 
     def _reply(self, message_id: str, reply: Message) -> Message:
         reply.metadata.__dict__["_reply_to_message_id"] = message_id
@@ -93,11 +96,12 @@ def exchange(grid: Workers, dead: DeadWorkers, nodes: Iterable[int]) -> dict[int
     return {node: reply.has_error() for node, reply in converse(grid, asked, lambda _: None, 30.0, dead)}
 
 
-def test_after_a_death_all_clients_but_one_train_and_then_all(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("quick", [False, True])
+def test_after_a_death_all_clients_but_one_train_and_then_all(quick: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hsplitlora_flwr.transport.messages.time.sleep", lambda seconds: None)
     trained: list[int] = []
     grid, dead = Workers(app_of(trained), 5, ["a", "b"]), DeadWorkers()
-    grid.killers = {2}
+    grid.killers, grid.quick = {2}, quick
     assert exchange(grid, dead, range(1, 6)) == {1: False, 2: True, 3: False, 4: False, 5: False}
     assert not any(exchange(grid, dead, range(1, 6)).values())
     assert sorted(trained) == sorted([1, 3, 4, 5, *range(1, 6)]), "nobody trained twice"
