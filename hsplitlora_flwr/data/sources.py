@@ -89,7 +89,8 @@ def _dialogues(config: DataConfig, seed: int) -> tuple[list[Example], list[Examp
     pairs: dict[tuple[str, str], str] = {}
     for path in sorted(folder.glob("*.yml")):
         for turns in yaml.load(_read(path), loader)["conversations"]:
-            for utterance, answer in itertools.pairwise(turns):
+            # one in trivia is a single line of text, whose letters are no turns
+            for utterance, answer in itertools.pairwise(turns if isinstance(turns, list) else ()):
                 pairs.setdefault((utterance, answer), path.stem)
     if not pairs:
         raise DataError(f"no dialogues in {folder}; reinstall them: pip install 'hsplitlora_flwr[demo]'")

@@ -49,9 +49,10 @@ def test_dialogues_are_all_consecutive_pairs_of_the_package(dialogues: TextData)
     expected = set()
     for path in (Path(package.origin).parent / "data" / "english").iterdir():
         for turns in yaml.safe_load(path.read_text(encoding="utf-8"))["conversations"]:
-            expected |= {(turns[i] + "\n", turns[i + 1]) for i in range(len(turns) - 1)}
+            assert isinstance(turns, list) or "two little ducks" in turns, "the one that is no list of turns"
+            expected |= {(turns[i] + "\n", turns[i + 1]) for i in range(len(turns) - 1) if isinstance(turns, list)}
     assert texts(dialogues.train + dialogues.held_out) == expected
-    assert len(dialogues.train) + len(dialogues.held_out) == len(expected) > 1200
+    assert len(dialogues.train) + len(dialogues.held_out) == len(expected) > 1150
     assert len({example.group for example in dialogues.train}) == 21
 
 
