@@ -1,6 +1,6 @@
 """What a node may use: as its configuration states it, else as the run's settings do, else as measured.
 
-flower-supernode ... --node-config 'memory-gb=6 gflops=900 mbit-up=50 mbit-down=200'
+flower-supernode ... --node-config 'memory-gb=6 gflops=900 mbit-up=50 mbit-down=200 adapter-mb=20'
 flower-supernode ... --node-config 'budget="measured"'
 """
 
@@ -60,6 +60,12 @@ def stated_speeds(context: Context, config: Config) -> tuple[float, float, float
     nobody says them."""
     gflops, up, down = (_speed(context, config, name) for name in _SPEEDS)
     return gflops * 1e9, up * 1e6 / 8, down * 1e6 / 8
+
+
+def adapter_bytes(context: Context, config: Config) -> int:
+    """Adapters that this node may send in a round, in bytes: ``adapter-mb`` of its configuration, else its entry of
+    ``clients.adapter_mb``; 0 where nobody sets a bound."""
+    return int(_speed(context, config, "adapter-mb") * 1e6)
 
 
 def measured_flops(config: Config) -> float:

@@ -13,6 +13,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from hsplitlora_flwr.budget import (
+    adapter_bytes,
     is_measured,
     load_memory_budget,
     measured_flops,
@@ -184,6 +185,7 @@ class _Client:
             flops=flops,
             up=up,
             down=down,
+            adapter_bytes=adapter_bytes(context, config),
             tokens=cut.tokens,
             cut_rows=cut.cut_rows,
             cut_tokens=cut.cut_tokens,

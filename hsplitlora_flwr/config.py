@@ -120,6 +120,9 @@ class ClientsConfig:
     gflops: str = _setting("", "speed in 1e9 operations/s of client 0, 1, ... ; empty = all alike")
     mbit_up: str = _setting("", "link to the server in 1e6 bit/s of client 0, 1, ... ; empty = all alike")
     mbit_down: str = _setting("", "link from the server in 1e6 bit/s of client 0, 1, ... ; empty = all alike")
+    adapter_mb: str = _setting(
+        "", "adapters in MB (1e6 bytes) that client 0, 1, ... may send in a round; empty = no bound"
+    )
 
 
 @dataclass(frozen=True)
@@ -160,11 +163,9 @@ class PlanConfig:
     planner: str = _setting("exact", "how splits and ranks are chosen", choices=("exact", "greedy"))
     probe_batches: int = _setting(2, "batches of a measurement of the importance", low=1)
     probe_every: int = _setting(1, "rounds from one measurement to the next; 0 = before the first round only", low=0)
-    cost: str = _setting("parameters", "what importance is divided by", choices=("parameters", "flops"))
-    beta_max: float = _setting(0.9, "smoothing of the importance: largest weight of its past", low=0.0)
-    half_time: float = _setting(2.0, "smoothing: rounds after which half of that weight is reached", low=1e-6)
+    cost: str = _setting("parameters", "greedy: what importance is divided by", choices=("parameters", "flops"))
     drift: float = _setting(0.1, "plan anew when the importance moved by more (total variation distance)", low=0.0)
-    tolerance: float = _setting(0.01, "exact: value that may be given up for a shorter round, as a share", low=0.0)
+    tolerance: float = _setting(0.01, "exact: value that a client may give up for a shorter round, as a share", low=0.0)
     deadline: float = _setting(0.0, "longest predicted round in seconds, where speeds are stated; 0 = none", low=0.0)
     important_share: float = _setting(
         0.5, "greedy: the top weights that hold this share of the importance get the highest rank first", low=0.0
@@ -351,7 +352,7 @@ class Config:
         return tuple(int(gb * 1e9) for gb in _numbers("clients.memory_gb", self.clients.memory_gb, float))
 
     def speeds(self, key: str) -> tuple[float, ...]:
-        """``gflops``, ``mbit_up`` or ``mbit_down`` of the simulated clients; empty when nothing is stated."""
+        """``gflops``, ``mbit_up``, ``mbit_down`` or ``adapter_mb`` of the simulated clients; empty if not stated."""
         return tuple(_numbers(f"clients.{key}", getattr(self.clients, key), float))
 
     def alpha(self, rank: int) -> float:
@@ -404,7 +405,7 @@ def _coerce(section: str, factory: Any, values: dict[str, Any]) -> dict[str, Any
     return result
 
 
-_LISTS = ("memory_gb", "gflops", "mbit_up", "mbit_down", "ranks", "alpha")
+_LISTS = ("memory_gb", "gflops", "mbit_up", "mbit_down", "adapter_mb", "ranks", "alpha")
 
 
 def _check_value(key: str, spec: dataclasses.Field[Any], value: Any) -> None:
@@ -431,17 +432,15 @@ def _check_lists(config: Config) -> None:
         raise ConfigError(f"lora.dropout={config.lora.dropout!r} is out of range; it must be below 1")
     if config.targets is not None and not config.targets:
         raise ConfigError("lora.targets is empty; write 'auto', 'all-linear' or names such as 'q_proj,v_proj'")
-    for key in ("memory_gb", "gflops", "mbit_up", "mbit_down"):
+    for key in ("memory_gb", "gflops", "mbit_up", "mbit_down", "adapter_mb"):
         text = getattr(config.clients, key)
         if any(not 0 < number < math.inf for number in _numbers(f"clients.{key}", text, float)):
             raise ConfigError(f"clients.{key}={text!r} must hold numbers above 0")
     for key, share in (("important_share", config.plan.important_share), ("tolerance", config.plan.tolerance)):
         if share > 1:
             raise ConfigError(f"plan.{key}={share!r} is out of range; at most 1")
-    if config.plan.beta_max >= 1 or config.train.momentum >= 1:
-        raise ConfigError(
-            f"plan.beta_max={config.plan.beta_max!r} and train.momentum={config.train.momentum!r} must be below 1"
-        )
+    if config.train.momentum >= 1:
+        raise ConfigError(f"train.momentum={config.train.momentum!r} is out of range; it must be below 1")
     if config.split.max and config.split.max < config.split.min:
         raise ConfigError(f"split.max={config.split.max} is below split.min={config.split.min}")
     for key, port in (("port", config.transport.port), ("public_port", config.transport.public_port)):

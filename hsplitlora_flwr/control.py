@@ -105,6 +105,8 @@ class Description:
         How many examples were cut, and how many tokens that cost.
     flops, up, down : float
         Its speed in operations/s, and its link to and from the server in bytes/s; 0 where it states none.
+    adapter_bytes : int
+        Adapters that it may send in a round; 0 for no bound.
     process_bytes : int
         What its process takes before a model is loaded.
     longest : int
@@ -125,6 +127,7 @@ class Description:
     flops: float = 0.0
     up: float = 0.0
     down: float = 0.0
+    adapter_bytes: int = 0
     tokens: int = 0
     cut_rows: int = 0
     cut_tokens: int = 0
@@ -137,7 +140,8 @@ class Description:
     @property
     def budget(self) -> Budget:
         """What a plan may use."""
-        return Budget(self.memory_bytes, self.process_bytes, self.flops or None, self.up or None, self.down or None)
+        speeds = self.flops or None, self.up or None, self.down or None
+        return Budget(self.memory_bytes, self.process_bytes, *speeds, self.adapter_bytes or None)
 
     @property
     def cut(self) -> Cut:
@@ -217,6 +221,7 @@ _CLAIMS: Mapping[str, _Number | _Text] = {
     "flops": _Number(float, 1e6, 1e18, or_zero=True),
     "up": _Number(float, 1, 1e15, or_zero=True),
     "down": _Number(float, 1, 1e15, or_zero=True),
+    "adapter_bytes": _Number(int, 0, 1e15),
     "tokens": _Number(int, 0, 1e15),
     "cut_rows": _Number(int, 0, 1e12),
     "cut_tokens": _Number(int, 0, 1e15),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal
 
 from hsplitlora_flwr.config import METHODS as NAMES
@@ -18,7 +17,6 @@ from hsplitlora_flwr.models.loading import read_config, read_settled_config
 from hsplitlora_flwr.models.placement import pick_devices
 from hsplitlora_flwr.models.proof import find_family
 from hsplitlora_flwr.planning.cost import CostModel, PlanError, Workload
-from hsplitlora_flwr.planning.floors import keep_depth
 from hsplitlora_flwr.planning.planner import Budget, Plan, make_plan
 from hsplitlora_flwr.planning.uniform import equal_plan, whole_plan
 from hsplitlora_flwr.training.cores import all_cores
@@ -143,6 +141,7 @@ def cost_model(config: Config, rows: int, length: int, clients: int = 0) -> Cost
         labels=config.split.labels if method.split else "server",
         in_flight=min(config.transport.in_flight, micro_batches) if method.split else 1,
         quantise=config.model.quantise,
+        half="shared" if shares_half(config) else "per_client",
         # in a joint pass all clients meet; where the labels stay, activations wait for gradients
         passes=None if config.split.labels == "client" or takes_all(config) else passes_at_once(config),
     )
@@ -193,6 +192,7 @@ def make_round_plan(
     server: Budget | None,
     importance: Mapping[str, float],
     cost: CostModel,
+    shares: Mapping[str, float] | None = None,
 ) -> Plan:
     """Splits and ranks of a round, as the method chooses them.
 
@@ -204,6 +204,8 @@ def make_round_plan(
         The server's; unlimited when None.
     importance : Mapping[str, float]
         By absolute layer name; all weights count the same where the method scores none.
+    shares : Mapping[str, float], optional
+        ``p_i`` by client; equal when None.
 
     Raises
     ------
@@ -218,6 +220,7 @@ def make_round_plan(
             ranks=config.ranks if method.ranks == "budget" else (config.lora.rank,),
             over_budget=plan.over_budget,
             recompute=train.recompute,
+            shares=shares,
         )
     if method.ranks == "equal":
         return equal_plan(
@@ -229,24 +232,23 @@ def make_round_plan(
             min_split=split.min,
             max_split=split.max or None,
             recompute=train.recompute,
+            shares=shares,
         )
-    planned = partial(
-        make_plan,
-        importance=importance,
-        cost=cost,
+    return make_plan(
+        budgets,
+        importance,
+        cost,
+        shares=shares,
         ranks=config.ranks,
         server=server,
         min_split=split.min,
         max_split=split.max or None,
         planner=plan.planner,
         important_share=plan.important_share,
+        resource=plan.cost,
         tolerance=plan.tolerance,
         deadline=plan.deadline or None,
         steps=train.steps * math.ceil(train.batch_size / (train.micro_batch_size or train.batch_size)),
         wire=(config.transport.up, config.transport.down),
         recompute=train.recompute,
     )
-    together = planned(budgets)
-    if server is None or plan.deadline or len(together.clients) == 1:
-        return together
-    return keep_depth(together, budgets, lambda budget: planned({"": budget}).clients[""], importance, cost)

@@ -203,9 +203,7 @@ class Participant:
         return training_batches(self.text.train, self.task.config.train.batch_size, self._seed, first_step)
 
     def _scoring(self) -> AbstractContextManager[dict[str, float]]:
-        config = self.task.config
-        probes = self.task.kind == PROBE
-        return scoring(self.model, config.plan.cost, config.lora.rank) if probes else nullcontext({})
+        return scoring(self.model) if self.task.kind == PROBE else nullcontext({})
 
     def _parameters_of_head(self) -> int:
         """Parameters of the head that the blocks' part does not hold: with tied embeddings it has none of its own."""

@@ -214,8 +214,8 @@ class HSplitLoRA(Strategy):
         elif server_round == 1:
             self.importance = self._probe(grid, server_round)
         elif plan.probe_every and (server_round - 1) % plan.probe_every == 0:
-            measured, earlier = self._probe(grid, server_round), (server_round - 1) // plan.probe_every
-            self.importance = smooth(self.importance, measured, earlier, plan.beta_max, plan.half_time)
+            measured = self._probe(grid, server_round)
+            self.importance = smooth(self.importance, measured, server_round - 1, self.config.train.rounds)
 
     def make_plans(self, server_round: int) -> None:
         """Give every client a split point and ranks; a plan is kept until importance or budgets moved."""
@@ -234,7 +234,9 @@ class HSplitLoRA(Strategy):
             self.report.importance(server_round, self.importance, moved)
             return
         server = self._server_budget()
-        plan = make_round_plan(self.config, self.clients.budgets, server, self.importance, self._cost)
+        names = map(self.clients.name, self.clients.descriptions)
+        shares = dict(zip(names, self.clients.shares(self.clients.descriptions), strict=True))
+        plan = make_round_plan(self.config, self.clients.budgets, server, self.importance, self._cost, shares)
         if not may_fragment(server, plan.server_bytes):
             return_freed_memory()
         self.plans = dict(plan.clients)
@@ -455,7 +457,7 @@ class HSplitLoRA(Strategy):
                 plan = ClientPlan(split, {}, 0, recompute=again, server_recompute=again)
                 messages.append(self.dispatch.task(node, PROBE, server_round, plan, config.plan.probe_batches))
                 upper = self.shard.trainer(client.name).model
-                above[node] = stack.enter_context(scoring(upper, config.plan.cost, config.lora.rank))
+                above[node] = stack.enter_context(scoring(upper))
             replies = self.clients.exchange(grid, messages, server_round, self.dispatch.answer)
 
         def read(node: int, records: RecordDict) -> Outcome:

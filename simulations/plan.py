@@ -100,8 +100,9 @@ def _budget(config: Config, client: int, own: int) -> Budget:
         speeds = config.speeds(key)
         return speeds[client % len(speeds)] * unit if speeds else None
 
-    memory = config.memory_bytes[client % len(config.memory_bytes)]
-    return Budget(memory, own, stated("gflops", 1e9), stated("mbit_up", 1e6 / 8), stated("mbit_down", 1e6 / 8))
+    memory, adapters = config.memory_bytes[client % len(config.memory_bytes)], stated("adapter_mb", 1e6)
+    speeds = stated("gflops", 1e9), stated("mbit_up", 1e6 / 8), stated("mbit_down", 1e6 / 8)
+    return Budget(memory, own, *speeds, None if adapters is None else int(adapters))
 
 
 def show(result: Forecast, console: Console) -> None:

@@ -40,7 +40,7 @@ def test_one_pass_for_all_needs_clients_that_come_together(other: str) -> None:
     ("key", "value", "says"),
     [
         ("train.round", 1, "unknown key 'train.round'; did you mean train.rounds?"),
-        ("epochs", 1, "unknown key 'epochs'; known keys: clients.count"),
+        ("epochs", 1, "unknown key 'epochs'; known keys: clients.adapter_mb"),
         ("lr", 1, "unknown key 'lr'; did you mean train.lr?"),
         ("train.lr", "fast", "train.lr='fast' is of type str; it must be a float"),
         ("train.rounds", 1.5, "train.rounds=1.5 is of type float; it must be a int"),

@@ -21,9 +21,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Literal
 
 import torch
 from torch import nn
@@ -42,10 +44,53 @@ OPTIMIZERS = ("adamw", "sgd")
 """Optimizers whose states are known."""
 LABELS = ("server", "client")
 """Who may hold the labels, and with them the final norm and the head."""
+HALVES = ("shared", "per_client")
+"""Whose the server's adapters are: one half that every client's step trains, or one for each client."""
 
 
 class PlanError(ValueError):
     """No plan is possible; the text says for whom, and by how many bytes."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one machine has.
+
+    Parameters
+    ----------
+    memory_bytes : int
+        Memory that its process may take at its peak.
+    process_bytes : int
+        What that process takes before it loads anything (measured).
+    flops : float, optional
+        Speed in FLOP/s; the mean of the stated ones when None.
+    up, down : float, optional
+        Link to and from the server in bytes/s; not limiting when None.
+    adapter_bytes : int, optional
+        Of a client: bytes of adapters that it may send in a round; unbounded when None.
+
+    Raises
+    ------
+    PlanError
+        If a speed is not a finite number above 0, or ``adapter_bytes`` is below 0.
+    """
+
+    memory_bytes: int
+    process_bytes: int = 0
+    flops: float | None = None
+    up: float | None = None
+    down: float | None = None
+    adapter_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("flops", "up", "down"):
+            speed = getattr(self, name)
+            if speed is not None and not 0 < speed < math.inf:
+                raise PlanError(
+                    f"Budget.{name}={speed!r} must be a finite number above 0, or None when it is not known"
+                )
+        if self.adapter_bytes is not None and self.adapter_bytes < 0:
+            raise PlanError(f"Budget.adapter_bytes={self.adapter_bytes!r} must be 0 or more, or None for no bound")
 
 
 @dataclass(frozen=True)
@@ -69,7 +114,9 @@ class Workload:
     quantise : {"none", "8bit", "4bit"}
         How the linear layers of the blocks hold their weights; their products are in ``dtype``.
     passes : int, optional
-        Clients whose activations the server keeps at once; those of all when None.
+        Clients whose activations the server keeps at once; those of all when None. Of a shared half there is one.
+    half : {"shared", "per_client"}
+        Whether the server has one adapter for each of its weights, or one for each of its weights and clients.
 
     Raises
     ------
@@ -86,12 +133,15 @@ class Workload:
     in_flight: int = 1
     quantise: str = "none"
     passes: int | None = None
+    half: Literal["shared", "per_client"] = "shared"
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
             raise PlanError(f"optimizer={self.optimizer!r} is unknown; choose one of {', '.join(OPTIMIZERS)}")
         if self.labels not in LABELS:
             raise PlanError(f"labels={self.labels!r} is not possible; choose one of {', '.join(LABELS)}")
+        if self.half not in HALVES:
+            raise PlanError(f"half={self.half!r} is not possible; choose one of {', '.join(HALVES)}")
         if self.in_flight < 1:
             raise PlanError(f"in_flight={self.in_flight!r} is out of range; at least 1")
         if self.passes is not None and self.passes < 1:
@@ -369,10 +419,17 @@ class CostModel:
     ) -> int:
         """Predicted peak memory of the server.
 
-        One base, the accumulated update, what each client ``(split, ranks)`` has there all the time, and the largest
-        passes that can meet.
+        One base, the accumulated update, frames for each client ``(split, ranks)``, adapters and passes. Of a shared
+        half there are the adapters from the lowest split up, which are those of any client with that split, and one
+        pass from there. With a half for each client there are the adapters of all, and the largest passes that can
+        meet.
         """
         base = self.total_weight_bytes + self.update_bytes(self.num_blocks)
+        if self.workload.half == "shared" and clients:
+            lowest, ranks = min(clients.values(), key=lambda client: client[0])
+            waiting = (len(clients) - 1) * self._frames
+            one = self.held_bytes(lowest, ranks) + self.pass_bytes(lowest, ranks, recompute=recompute)
+            return process_bytes + base + waiting + one
         held = sum(self.held_bytes(split, ranks) for split, ranks in clients.values())
         passes = sorted(self.pass_bytes(split, ranks, recompute=recompute) for split, ranks in clients.values())
         at_once = len(passes) if self.workload.passes is None else self.workload.passes

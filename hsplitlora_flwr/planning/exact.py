@@ -1,329 +1,290 @@
-"""The optimal plan, in two stages.
+"""The best plan: splits and ranks of the clients, and ranks of the server.
 
-First the value ``sum_i sum_m J_m log2(1 + r_im)`` is maximised, then the predicted round is made as short as it gets
-while the value stays within a tolerance. Importance is global, which cuts the problem in two: below its split point a
-client is on its own (:mod:`hsplitlora_flwr.planning.knapsack`), above it clients are alike
-(:mod:`hsplitlora_flwr.planning.program`).
-
-A round lasts as long as the slowest client's own time plus the server's. For a fixed limit on the slowest client, the
-splits and ranks that take longer drop out and the rest is as without it. The limit is one number, searched by branch
-and bound: a longer limit never costs value, nor time of the server.
-
-Where activations may be computed again, each knapsack says which of the two is worth more. The server's side is solved
-for each way in which it may serve (:meth:`hsplitlora_flwr.planning.problem.Problem.serving`), unless one has room for
-everything, and so is the second stage, with the shallowest split of each way that has enough value.
+Every client first gets the split point that it would have alone with the server, where its ranks below and the server's
+above are worth most and, within the tolerance, the round is shortest. That is a floor: what others have can move its
+cut deeper but never above it, save for a deadline. With one shared half the server takes one rank for each of its
+weights, which counts for the clients whose split is at or below it; splits and these ranks follow each other until
+nothing changes. With a half for each client :mod:`hsplitlora_flwr.planning.priced` hands the server's memory out. Last,
+the round is made as short as it gets while every client keeps its own value within the tolerance.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
-from dataclasses import dataclass, replace
-from itertools import count
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
+from hsplitlora_flwr.planning.bound import bound_below
 from hsplitlora_flwr.planning.cost import PlanError
-from hsplitlora_flwr.planning.knapsack import EPS, Knapsack
-from hsplitlora_flwr.planning.mix import Aim, Mix
-from hsplitlora_flwr.planning.problem import Array, Assignment, Problem
-from hsplitlora_flwr.planning.program import solve_program
+from hsplitlora_flwr.planning.frontier import Array, Frontier, Index, Ranks, add_block
+from hsplitlora_flwr.planning.lower import Lower
+from hsplitlora_flwr.planning.priced import Market, half_frontiers
+from hsplitlora_flwr.planning.problem import Assignment, Costs, Problem
 
-GAP = 1e-4
-"""The value is the best to within this share; ``Solution.bound`` proves it."""
-TIME_GAP = 0.02
-"""The round is the shortest to within this share."""
-_KNAPSACKS = 240  # integer programs for single clients, largest gap first, over the number of classes
-_SEARCHES = 30  # limits of the slowest client that are tried
-_SERVINGS = 8  # ranges of the shallowest split that are tried for more value, once there is a plan
+SAME = 1e-12
+"""Values that differ by less are alike."""
+_POINTS = 2000  # choices of the server's ranks that are kept
+_TURNS = 6  # of splits and the server's ranks
+_HALVINGS = 16  # of what a deadline takes
+_SERVER_GIVES = 5  # shares of the tolerance that the server's ranks may give up
+
+Mask = NDArray[np.bool_]
 
 
-@dataclass(frozen=True)
-class Solution:
-    """A plan.
+class Upper(NamedTuple):
+    """The server's ranks, ``(layers,)`` of a shared half or ``(clients, layers)``; with them clients may be split where
+    ``allowed``, ``(clients, splits)``."""
+
+    costs: Costs
+    ranks: Ranks
+    allowed: Mask
+
+
+class Solver:
+    """Plans a problem. Splits are indices into ``Problem.splits``.
 
     Parameters
     ----------
-    mix : Mix
-        Counts of clients by split, and of ranks above it.
-    limit : float
-        Of the knapsacks below.
-    value : float
-        The objective.
-    own : float
-        Seconds of the slowest client.
-    served : float
-        Seconds of the server.
-    bound : float
-        No plan within the same limits has more value.
+    problem : Problem
+    tolerance : float
+        Share of its value that every client may give up for a shorter round.
+    deadline : float or None
+        Longest round in seconds.
     """
 
-    mix: Mix
-    limit: float
-    value: float
-    own: float
-    served: float
-    bound: float = math.inf
+    def __init__(self, problem: Problem, tolerance: float, deadline: float | None) -> None:
+        self.problem, self.tolerance, self.deadline = problem, tolerance, deadline
+        self.lower = Lower(problem, deadline is not None)
+        self.values, _ = self.lower.best()
+        self.alone, self.floor = self._alone()
+        self.outlook = np.array([value for _, value, _ in self.alone])
+        self.proven = math.inf
 
-    @property
-    def seconds(self) -> float:
-        """Of the round."""
-        return self.own + self.served
-
-
-def solve(problem: Problem, deadline: float | None, tolerance: float) -> tuple[Assignment, float]:
-    """The shortest round among the plans whose value is within ``tolerance`` of the best.
-
-    Returns
-    -------
-    assignment : Assignment
-        Split and ranks by client.
-    bound : float
-        No plan has more value.
-
-    Raises
-    ------
-    PlanError
-        If no plan fits the server's memory or meets the deadline; the text says what is missing.
-    """
-    found, bound = _best(problem, deadline)
-    target = (1 - tolerance) * max(best.value for _, best in found)
-    reaching: dict[tuple[bool, bool], tuple[_Planner, Solution]] = {}
-    for planner, best in found:
-        if best.value >= target:  # the first of a way has the shallowest split, and so the most freedom
-            reaching.setdefault((planner.problem.served.recompute, bool(planner.problem.shallowest)), (planner, best))
-    rounds = [(planner, planner.shorten(best, target)) for planner, best in reaching.values()]
-    planner, fastest = min(rounds, key=lambda each: each[1].seconds)
-    # What the shortest round leaves room for goes back to the ranks, and so does a little of its time.
-    spare = TIME_GAP / 4 * fastest.seconds
-    richest = planner.maximise(fastest.own, min(fastest.served + spare, (deadline or math.inf) - fastest.own), 10 * GAP)
-    chosen = max((s for s in (fastest, richest) if s), key=lambda s: s.value)
-    return planner.assign(chosen), bound
-
-
-def _best(problem: Problem, deadline: float | None) -> tuple[list[tuple[_Planner, Solution]], float]:
-    """The most value for the ways of serving that are worth trying, and a bound of all.
-
-    Nothing else is tried where one that forbids nothing and computes nothing twice has room for every adapter at its
-    highest rank. Where the shallowest split decides about room, it is searched by branch and bound.
-    """
-    knapsack, order = Knapsack(problem), count()
-    found: list[tuple[_Planner, Solution]] = []
-    most, bound, late = -math.inf, -math.inf, None
-    first, *deeper = problem.shallowest_splits()
-    ways = [*problem.serving([first])] + [way for way in problem.serving(deeper) if way.shallowest]
-    waiting = [(-math.inf, next(order), way) for way in ways]  # (-bound, tie, way)
-    for tried in count():
-        if not waiting or -waiting[0][0] <= most * (1 + GAP) or (found and tried >= len(ways) + _SERVINGS):
-            break
-        _, _, way = heapq.heappop(waiting)
-        planner = _Planner(way, knapsack)
-        try:
-            best = planner.best(deadline)
-        except PlanError as error:
-            late = late or error
-            continue
-        if best is None:
-            continue
-        highest = max(best.bound, best.value)
-        for part in way.parts(min(split for _, split in best.mix.splits)):
-            heapq.heappush(waiting, (-highest, next(order), part))
-        if len(way.shallowest) <= 1:  # else it is more than the server has room for, and its value a bound
-            found.append((planner, best))
-            most, bound = max(most, best.value), max(bound, highest)
-            if way.served is problem.costs[0] and way.splits == problem.splits and planner.has_room_for_everything():
-                waiting = []
-    if not found:
-        clients = np.bincount(planner.deepest(), problem.sizes, problem.cost.num_blocks).astype(np.int64)
-        raise late or problem.server_too_small(clients)
-    return found, max([bound, *(-highest for highest, _, _ in waiting)])
-
-
-class _Planner:
-    def __init__(self, problem: Problem, knapsack: Knapsack) -> None:
-        self.problem, self.knapsack = problem, knapsack
-        self._knapsacks = _KNAPSACKS // len(problem.classes)
-        self._allowed = np.arange(problem.cost.num_blocks) >= problem.splits[0]
-        self.shortest = np.where(self._allowed, knapsack.shortest, math.inf)
-
-    def best(self, deadline: float | None) -> Solution | None:
-        """The most value; None when the server's memory is too small.
+    def solve(self) -> Assignment:
+        """The plan.
 
         Raises
         ------
         PlanError
-            If no plan meets the deadline.
+            If no plan fits the server's memory or meets the deadline; the text says what is missing.
         """
-        best = self.maximise(math.inf, math.inf)
-        return best if best is None or deadline is None or best.seconds <= deadline else self.maximise_within(deadline)
+        p = self.problem
+        alone = self.alone[int(self.floor[0])]
+        if len(p.names) == 1 and self.deadline is None and math.isfinite(alone[1]):
+            upper = Upper(alone[0], alone[2], np.arange(len(p.splits)) == self.floor[:, None])
+        elif p.cost.workload.half == "shared":
+            upper = self._shared()
+        else:
+            upper = self._per_client()
+        fewer, splits, limit, seconds = self._shortest(upper, self.tolerance)
+        if self.deadline is None or seconds <= self.deadline:
+            return self._fill(fewer, splits, limit)
+        return self._in_time(upper, self.deadline)
 
-    def has_room_for_everything(self) -> bool:
-        """Whether the server's memory holds the highest rank on every layer, wherever the clients are split."""
-        problem, blocks = self.problem, self.problem.cost.num_blocks
-        of_block = np.bincount(problem.block, problem.prices[:, -1], blocks)
-        of_block += np.bincount(problem.input_block, problem.input_bytes, blocks)
-        above = np.cumsum(of_block[::-1])[::-1]  # of the blocks from a split up
-        splits = list(problem.splits)
-        return bool(problem.sizes.sum() * (problem.share + above)[splits].max() <= problem.server_room)
+    def bound(self) -> float:
+        """No plan has more value."""
+        p, held = self.problem, np.isfinite(self.values)
+        more = 0.0 if self.lower.whole else np.where(held, bound_below(p) - np.where(held, self.values, 0.0), 0.0)
+        reached = self.values + more + self.outlook
+        return float(min(p.share @ reached.max(axis=1), self.proven + p.share @ np.max(more + 0.0 * held, axis=1)))
 
-    def maximise(self, limit: float, server_limit: float, gap: float = GAP) -> Solution | None:
-        """The most value, to within a share ``gap``, when a client may take ``limit`` seconds and the server
-        ``server_limit``; None when there is no such plan."""
-        below = self._below(limit)
-        flops = server_limit * (1 + EPS) / self.problem.server_seconds(1.0)
-        aim = Aim(False, self.problem.server_room, flops=flops)
-        bound = math.inf
-        while True:
-            mix = solve_program(self.problem, below, aim, gap / 2)
-            bound = min(bound, -mix.bound)
-            if math.isinf(mix.goal):
-                return None
-            if not self._tighten(mix, below, limit, gap / 2 * bound):
-                return replace(self._solution(mix, limit), bound=bound)
+    # ------------------------------------------------------------------ the server's ranks
 
-    def fewest_seconds(self, limit: float, target: float) -> tuple[float, Solution | None]:
-        """The least time of the server when a client may take ``limit`` seconds and the value is at least ``target``,
-        as a lower bound in seconds, infinite when there is no such plan, and a plan when one was found."""
-        below = self._below(limit)
-        aim, bound, proves = Aim(True, self.problem.server_room, value=target), 0.0, True
-        for _ in range(_SEARCHES):
-            mix = solve_program(self.problem, below, aim, TIME_GAP / 2)
-            if proves:
-                bound = max(bound, self.problem.server_seconds(mix.bound))
-            if math.isinf(mix.goal):
+    def room(self, costs: Costs, clients: int) -> Array:
+        """``(splits,)``; bytes that the server has for adapters of a shared half when the lowest split is this one."""
+        p = self.problem
+        return p.memory_of_server - p.resting - clients * p.frames - costs.passing[p.splits]
+
+    def best_above(self, costs: Costs, weights: Array, rooms: Array) -> Ranks:
+        """``(splits, layers)``; the best ranks of the server from each split up in so many bytes, ``(splits,)``, where
+        the values of a block's layers count ``weights``, ``(L,)``."""
+        p = self.problem
+        values = p.values * weights[p.block, None]
+        most = np.where(values[:, -1] > 0, len(p.ranks) - 1, 0)
+        ranks = np.where(p.block >= p.splits[:, None], most, 0).astype(np.uint8)
+        scarce = p.total(costs.above, ranks) + p.kept(costs.inputs_above, ranks) > rooms
+        if not (scarce & (rooms >= 0)).any():
+            return ranks
+        front, splits = Frontier.empty(len(p.block), 1, _POINTS), p.splits.tolist()
+        ranks[scarce] = 0
+        for block in range(p.cost.num_blocks - 1, splits[int(np.argmax(scarce))] - 1, -1):
+            front = add_block(front, p, block, costs.above, costs.inputs_above, values, float(rooms[scarce].max()))
+            if block in splits and scarce[s := splits.index(block)] and rooms[s] >= 0:
+                ranks[s] = front.ranks[np.searchsorted(front.cost[:, 0], rooms[s], "right") - 1]
+        return ranks
+
+    def _frontier_above(self, upper: Upper) -> Frontier:
+        """The server's choices from the lowest split up, where all that it serves count alike."""
+        p = self.problem
+        front, lowest = Frontier.empty(len(p.block), 1, _POINTS), int(p.splits[upper.allowed.any(axis=0).argmax()])
+        for block in range(p.cost.num_blocks - 1, lowest - 1, -1):
+            front = add_block(front, p, block, upper.costs.above, upper.costs.inputs_above, p.values, math.inf)
+        return front
+
+    def weights(self, splits: Index) -> Array:
+        """``(L,)``; share of the clients whose split is at or below each block."""
+        p = self.problem
+        return np.cumsum(np.bincount(p.splits[splits], p.share, p.cost.num_blocks))
+
+    def _alone(self) -> tuple[list[tuple[Costs, float, Ranks]], Index]:
+        """The server's way, value and ranks for a client alone, by split; and every client's split."""
+        p = self.problem
+        ways: list[list[tuple[Costs, float, Ranks]]] = []
+        for costs in p.costs:
+            rooms = self.room(costs, 1)
+            ranks = self.best_above(costs, np.ones(p.cost.num_blocks), rooms)
+            value = np.where(rooms < 0, -np.inf, np.diag(p.from_split_up(p.values, ranks)))
+            ways.append(list(zip([costs] * len(value), value.tolist(), ranks, strict=True)))
+        alone = [max(way, key=lambda each: each[1]) for way in zip(*ways, strict=True)]
+        above = np.array([value for _, value, _ in alone])
+        reached = self.values + above
+        flops = self._least((1 - self.tolerance) * reached.max(axis=1), above, np.isfinite(reached))
+        parameters = np.diag(p.from_split_up(p.parameters, np.stack([ranks for *_, ranks in alone])))
+        work = np.array([c.served[s] + c.work * n for (c, *_), s, n in zip(alone, p.splits, parameters, strict=True)])
+        seconds = p.own_seconds(flops, p.speed_alone) + p.steps * work / p.server_speed_alone[:, None]
+        deepest_first = seconds[:, ::-1].argmin(axis=1)
+        none = ~np.isfinite(reached).any(axis=1)  # not even alone
+        deepest = np.isfinite(self.values)[:, ::-1].argmax(axis=1)
+        return alone, len(p.splits) - 1 - np.where(none, deepest, deepest_first)
+
+    def _shared(self) -> Upper:
+        """The ranks that all clients share, and where they may be split."""
+        p, count, best = self.problem, len(self.problem.splits), -math.inf
+        held = np.isfinite(self.values)
+        places, floor = np.arange(count), 0 if self.deadline else self.floor[:, None]
+        missing, found = math.inf, None
+        for costs in p.costs:
+            rooms = self.room(costs, len(p.names))
+            for lowest in range(count):
+                allowed = held & (places >= np.maximum(floor, lowest))
+                if not allowed.any(axis=1).all():
+                    break
+                missing = min(missing, -rooms[lowest])
+                if (
+                    rooms[lowest] < 0
+                    or p.share @ np.where(allowed, self.values + self.outlook, -np.inf).max(axis=1) <= best
+                ):
+                    continue
+                only = np.where(places == lowest, rooms, -1.0)
+                for start in (allowed.argmax(axis=1), count - 1 - allowed[:, ::-1].argmax(axis=1)):
+                    splits = start
+                    for _ in range(_TURNS):
+                        ranks = self.best_above(costs, self.weights(splits), only)[lowest]
+                        reached = np.where(allowed, self.values + p.from_split_up(p.values, ranks), -np.inf)
+                        if (value := float(p.share @ reached.max(axis=1))) > best + SAME:
+                            best, found = value, Upper(costs, ranks, allowed)
+                        before, splits = splits, reached.argmax(axis=1)
+                        if (before == splits).all():
+                            break
+        if found is None:
+            raise p.server_too_small(missing)
+        return found
+
+    def _per_client(self) -> Upper:
+        """The ranks of every client's own half, and where it may be split."""
+        p, places = self.problem, np.arange(len(self.problem.splits))
+        held, floor = np.isfinite(self.values), 0 if self.deadline else self.floor[:, None]
+        best, price, missing, found = -math.inf, 0.0, math.inf, None
+        fronts: dict[tuple[bool, int], list[Frontier]] = {}
+        self.proven = -math.inf
+        for lowest in places.tolist():
+            allowed = held & (places >= np.maximum(floor, lowest))
+            if not allowed.any(axis=1).all() or (found and not price):
                 break
-            solution = self._solution(mix, limit)
-            if solution.value >= target * (1 - EPS):
-                return bound, solution
-            if not self._tighten(mix, below, limit, 10 * GAP * target):
-                # What is missing is small: the value below is taken as what was found, no longer as a bound.
-                proves = False
-                for number, split in mix.splits:
-                    below[number, split] = self.knapsack.solve(number, split, limit, math.inf).value
-        return bound, None
+            deepest = p.splits[len(places) - 1 - allowed[:, ::-1].argmax(axis=1)]
+            for costs in p.costs:
+                for number, way in enumerate(p.ways(costs, int(p.splits[lowest]))):
+                    missing = min(missing, float(way.taken[deepest].sum()) - way.room)
+                    if (key := (costs.recompute, number)) not in fronts:
+                        fronts[key] = half_frontiers(p, way)
+                    market = Market(p, way, fronts[key], self.values, allowed)
+                    if market.bound(price) > best + SAME and (handed := market.hand_out()):
+                        self.proven = max(self.proven, market.bound(handed.price))
+                        if handed.value > best + SAME:
+                            best, price = handed.value, handed.price
+                            deeper = places >= (handed.splits[:, None] if price else 0)
+                            found = Upper(costs, handed.ranks, allowed & deeper)
+        if found is None:
+            raise p.server_too_small(missing)
+        return found
 
-    def shorten(self, known: Solution, target: float) -> Solution:
-        """The shortest round with at least ``target`` of value; at worst the ``known`` one."""
-        best, order = known, count()
-        low, high = float(self.shortest.min(axis=1).max()), self._longest()
-        served, found = self.fewest_seconds(high, target)
-        # (bound, tie, low, high, served): with limits in (low, high] the server takes at least `served`
-        intervals = [(low + served, next(order), low, high, served)]
-        for _ in range(_SEARCHES):
-            best = min((s for s in (best, found) if s), key=lambda s: s.seconds)
-            if not intervals or intervals[0][0] >= best.seconds * (1 - TIME_GAP):
-                break
-            _, _, low, high, served = heapq.heappop(intervals)
-            middle = (low + min(high, best.seconds - served)) / 2
-            heapq.heappush(intervals, (middle + served, next(order), middle, high, served))
-            served, found = self.fewest_seconds(middle, target)
-            if found:  # a limit between what was taken and what was given changes nothing
-                heapq.heappush(intervals, (found.own + served, next(order), found.own, middle, served))
-                middle = found.own
-            if middle > low:
-                heapq.heappush(intervals, (low + served, next(order), low, middle, served))
-        return best
+    # ------------------------------------------------------------------ time
 
-    def maximise_within(self, deadline: float) -> Solution:
-        """The most value of a round within ``deadline`` seconds."""
-        best = self._shortest_round()
-        if best.seconds > deadline:
+    def _least(self, target: Array, above: Array, allowed: Mask) -> Array:
+        """``(clients, splits)``; the fewest operations of a client for so much value, ``(clients,)``, with the server's
+        ranks."""
+        possible = allowed & np.isfinite(above)
+        flops, _ = self.lower.least(np.where(possible, target[:, None] - np.where(possible, above, 0.0) - SAME, np.inf))
+        return flops
+
+    def _shortest(self, upper: Upper, tolerance: float) -> tuple[Upper, Index, float, float]:
+        """The shortest round in which every client keeps its value within the tolerance: the server's ranks, splits,
+        and seconds of the slowest client and of the round. The server may give up ranks too."""
+        p, found = self.problem, []
+        above, lowest = p.from_split_up(p.values, upper.ranks), int(upper.allowed.any(axis=0).argmax())
+        reached = (self.values + above)[:, lowest:].max(axis=1)
+        # Where the server has room for all, also what a client would have with a lower split than any has.
+        free = above[..., lowest] >= self.outlook[lowest] - SAME
+        best = np.where(free, (self.values + self.outlook).max(axis=1), reached)
+        target = np.minimum((1 - tolerance) * best, np.where(upper.allowed, self.values + above, -np.inf).max(axis=1))
+        frontier = self._frontier_above(upper) if tolerance else Frontier.empty(len(p.block), 1, 1)
+        for given in np.linspace(0, tolerance, _SERVER_GIVES if tolerance else 1):
+            ranks = upper.ranks
+            if given:
+                enough = (1 - given) * frontier.value[-1] - SAME
+                ranks = np.minimum(ranks, frontier.ranks[np.argmax(frontier.value >= enough)])
+            above = p.from_split_up(p.values, ranks)
+            own = p.own_seconds(self._least(target, above, upper.allowed), p.speed)
+            if np.isfinite(own).any(axis=1).all():
+                work = upper.costs.served[p.splits] + upper.costs.work * p.from_split_up(p.parameters, ranks)
+                served = np.broadcast_to(p.steps * work / p.server_speed, own.shape)
+                found.append((upper._replace(ranks=ranks), *_sweep(own, served)))
+        return min(found, key=lambda each: each[3])
+
+    def _fill(self, upper: Upper, splits: Index, limit: float) -> Assignment:
+        """The best ranks of clients at their splits, for whom a round may take so many seconds."""
+        p, clients = self.problem, np.arange(len(splits))
+        _, choice = self.lower.best((limit * (1 + SAME) / p.steps - p.wire) * p.speed * (1 + SAME))
+        at = p.splits[splits]
+        below = self.lower.ranks(at, choice[clients, splits])
+        return Assignment(at, np.where(p.block < at[:, None], below, upper.ranks).astype(np.uint8))
+
+    def _in_time(self, upper: Upper, deadline: float) -> Assignment:
+        """The plan for a deadline: everybody gives up the same share of its value, as little as will do, and clients
+        take what time is left."""
+        done = self._shortest(upper, 1.0)
+        if done[3] > deadline * (1 + SAME):
             raise PlanError(
-                f"no plan meets the deadline of {deadline:g} s: the shortest possible round takes "
-                f"{best.seconds:.3g} s. Raise plan.deadline, or lower train.steps, train.batch_size or data.max_length"
+                f"no plan meets the deadline of {deadline:g} s: the shortest possible round takes {done[3]:.3g} s. "
+                "Raise plan.deadline, or lower train.steps, train.batch_size or data.max_length"
             )
-        order = count()
-        low, high = float(self.shortest.min(axis=1).max()), min(deadline, self._longest())
-        # (-bound, tie, low, high): limits in [low, high]
-        intervals = [(-math.inf, next(order), low, high)]
-        settled = best.value
-        for _ in range(_SEARCHES):
-            if not intervals or -intervals[0][0] <= best.value * (1 + GAP):
-                break
-            _, _, low, high = heapq.heappop(intervals)
-            loosest = self.maximise(high, deadline - low)
-            if loosest is None:
-                continue
-            if loosest.seconds <= deadline:
-                best = max(best, loosest, key=lambda s: s.value)
-                settled = max(settled, loosest.bound)
-                continue
-            middle = (low + high) / 2
-            if found := self.maximise(middle, deadline - middle):
-                best = max(best, found, key=lambda s: s.value)
-            for part in ((low, middle), (middle, high)):
-                heapq.heappush(intervals, (-loosest.bound, next(order), *part))
-        return replace(best, bound=max([best.value, settled, *(-interval[0] for interval in intervals)]))
+        low, high = self.tolerance, 1.0
+        for _ in range(_HALVINGS):
+            tolerance = (low + high) / 2
+            tried = self._shortest(upper, tolerance)
+            if tried[3] <= deadline:
+                high, done = tolerance, tried
+            else:
+                low = tolerance
+        fewer, splits, limit, seconds = done
+        return self._fill(fewer, splits, limit + max(deadline - seconds, 0.0))
 
-    def deepest(self) -> list[int]:
-        """The deepest split that each class can hold."""
-        return [int(np.flatnonzero(np.isfinite(row))[-1]) for row in self.shortest]
 
-    def _below(self, limit: float) -> Array:
-        """Bounds of the value below every split, minus infinity at those that are not allowed."""
-        return np.where(self._allowed, self.knapsack.bounds(limit), -math.inf)
+def _sweep(own: Array, served: Array) -> tuple[Index, float, float]:
+    """Everybody's split, the seconds of the slowest client and those of the round, which are the least.
 
-    def _tighten(self, mix: Mix, below: Array, limit: float, slack: float) -> bool:
-        """Solve the knapsacks of a plan until together they are within ``slack`` of the bounds that it was made with.
-        True when a bound fell, and another plan may be better."""
-        gaps = []
-        for (number, split), clients in mix.splits.items():
-            ranks = self.knapsack.solve(number, split, limit, math.inf)
-            gaps.append((clients * (float(below[number, split]) - ranks.value), clients, number, split))
-        total, fell = math.fsum(gap for gap, *_ in gaps), 0.0
-        for gap, clients, number, split in sorted(gaps, reverse=True):
-            if total <= slack or not self._knapsacks:
-                break
-            self._knapsacks -= 1
-            ranks = self.knapsack.solve(number, split, limit, GAP / 4 * float(below[number, split]))
-            fell += clients * (float(below[number, split]) - ranks.bound)
-            below[number, split] = ranks.bound
-            total += clients * (ranks.bound - ranks.value) - gap
-        return fell > slack / 2
-
-    def assign(self, solution: Solution) -> Assignment:
-        """The plan by client."""
-        below = {
-            key: (clients, self.knapsack.solve(*key, solution.limit, math.inf).choice)
-            for key, clients in solution.mix.splits.items()
-        }
-        return self.problem.assign(below, solution.mix.ranks)
-
-    def _solution(self, mix: Mix, limit: float) -> Solution:
-        problem = self.problem
-        value, own = float((mix.ranks * problem.values).sum()), 0.0
-        flops = float((mix.ranks * problem.flops).sum())
-        for (number, split), clients in mix.splits.items():
-            ranks = self.knapsack.solve(number, split, limit, math.inf)
-            value += clients * ranks.value
-            flops += clients * float(problem.server_flops[split])
-            own = max(own, problem.seconds(number, split, ranks.choice))
-        return Solution(mix, limit, value, own, problem.server_seconds(flops))
-
-    def _longest(self) -> float:
-        """Seconds of the slowest client at its deepest split with the highest ranks."""
-        problem = self.problem
-        every = {layer.name: int(problem.ranks[-1]) for layer in problem.cost.layers}
-        again = problem.costs[-1].recompute
-        flops = {split: problem.cost.client_flops(split, every, recompute=again) for split in problem.splits}
-        return max(problem.own_seconds(number, flops[split]) for number, split in enumerate(self.deepest()))
-
-    def _shortest_round(self) -> Solution:
-        """The shortest round of all: with a limit on the slowest client, each client takes its deepest split, which
-        also costs the server the least; no adapters above. The limit is the time of some client at some split."""
-        problem, own = self.problem, self.shortest
-        first, total = problem.splits[0], problem.sizes.sum()
-        number, split = np.nonzero(np.isfinite(own))
-        order = np.argsort(own[number, split], kind="stable")
-        number, split = number[order], split[order]
-        limits, size, deeper = own[number, split], problem.sizes[number], split > first
-        saved = np.where(deeper, problem.server_flops[split - 1] - problem.server_flops[split], 0.0)
-        released = np.where(deeper, problem.share[split - 1] - problem.share[split], 0.0)
-        flops = total * problem.server_flops[first] - np.cumsum(size * saved)
-        memory = total * problem.share[first] - np.cumsum(size * released)
-        possible = (limits >= own[:, first].max()) & (memory <= problem.server_room)
-        limit = float(limits[np.argmin(np.where(possible, limits + problem.server_seconds(1.0) * flops, math.inf))])
-        deepest = [int(np.flatnonzero(row <= limit)[-1]) for row in own]
-        splits = {(n, split): int(problem.sizes[n]) for n, split in enumerate(deepest)}
-        none = np.zeros(problem.values.shape, dtype=np.int64)
-        return self._solution(Mix(math.inf, splits, none), limit)
+    Within a limit every client takes the split, among those that take it no longer (``own``), that the server is done
+    with first (``served``). A longer limit takes time off the server, one client after another.
+    """
+    order = np.argsort(own, axis=1, kind="stable")
+    own_, served_ = np.take_along_axis(own, order, 1), np.minimum.accumulate(np.take_along_axis(served, order, 1), 1)
+    least = float(own_[:, 0].max())
+    times, saved = np.maximum(own_[:, 1:].ravel(), least), -np.diff(served_, axis=1).ravel()
+    by_time = np.argsort(times, kind="stable")
+    limits = np.concatenate([[least], times[by_time]])
+    rounds = limits + served_[:, 0].sum() - np.concatenate([[0.0], np.cumsum(saved[by_time])])
+    best = int(np.argmin(rounds))
+    deepest = np.where(own <= limits[best], served, np.inf)[:, ::-1].argmin(axis=1)
+    return own.shape[1] - 1 - deepest, float(limits[best]), float(rounds[best])

@@ -1,95 +1,175 @@
 """The greedy rule of the paper (HSplitLoRA, section ARMSC).
 
-Weights are taken by importance, each with the largest rank that still fits; a client's split point is the deepest at
-which the important weights of its part all get the highest rank. The server's memory bounds the ranks above the split
-points in the same way. Time plays no part. A side computes activations again where that lets it have more.
+Weights are taken by importance over cost (:func:`unit_cost`), each with the largest rank that still fits; a client's
+split point is the deepest at which the important weights of its part all get the highest rank. The server's memory
+bounds the ranks above the split points in the same way. Time and bytes that are sent play no part, but for a limit on
+the adapters of a client. A side computes activations again where that lets it have more.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from hsplitlora_flwr.planning.problem import AdapterCosts, Assignment, Choice, Counts, Problem
+from hsplitlora_flwr.planning.cost import Layer
+from hsplitlora_flwr.planning.frontier import Index, Ranks
+from hsplitlora_flwr.planning.problem import Assignment, Costs, Problem, Way
 
 
-def solve(problem: Problem, important_share: float) -> Assignment:
+def solve(problem: Problem, important_share: float, resource: str = "parameters") -> Assignment:
     """Split and ranks by client; the most important weights that together hold ``important_share`` of the importance
-    are the important ones.
+    are the important ones. ``resource`` is what importance is divided by.
 
     Raises
     ------
     PlanError
         If the server has no room for these splits; the text says how many bytes are missing.
     """
-    order = np.argsort(-problem.importance, kind="stable")
-    held = np.cumsum(problem.importance[order]) - problem.importance[order]  # by those before
-    important = order[held < important_share * problem.importance.sum()]
-    needed = [_bytes_needed(problem, costs, important) for costs in problem.costs]
-    below = {}
-    for number, each in enumerate(problem.classes):
-        options = []
-        for costs, bytes_needed in zip(problem.costs, needed, strict=True):
-            fitting = (split for split in problem.splits if bytes_needed[split] <= each.memory)
-            split = max(fitting, default=problem.splits[0])
-            options.append((split, _fill_client(problem, costs, each.memory, split, order)))
-        split, choice = max(options, key=lambda option: (option[0], problem.value(option[1])))
-        below[number, split] = len(each.members), choice
-    clients = np.zeros(problem.cost.num_blocks, dtype=np.int64)
-    for (_, split), (members, _) in below.items():
-        clients[split] += members
-    above: list[Counts] = []
-    shallowest = int(np.flatnonzero(clients)[0])
-    for served in problem.serving([shallowest]):
-        if served.server_room >= clients @ served.share:
-            above.append(_fill_server(served, clients, order))
-    if not above:
-        raise problem.server_too_small(clients)
-    return problem.assign(below, max(above, key=lambda counts: float((counts * problem.values).sum())))
+    orders = {split: _order(problem, resource, split) for split in problem.splits.tolist()}
+    above = _order(problem, resource, 0)
+    scores = problem.importance[above] / problem.importance.sum()
+    important = above[np.cumsum(scores) - scores < important_share]  # what those before hold
+    chosen = Assignment(
+        np.zeros(len(problem.names), np.intp), np.zeros((len(problem.names), len(problem.block)), np.uint8)
+    )
+    reached = np.full(len(problem.names), -np.inf)
+    for costs in problem.costs:
+        splits = _deepest(problem, costs, important)
+        for split in np.unique(splits).tolist():
+            clients = np.flatnonzero(splits == split)
+            ranks = _fill_clients(problem, costs, split, orders[split], clients)
+            value, before = problem.total(problem.values, ranks), chosen.splits[clients]
+            better = (split > before) | ((split == before) & (value > reached[clients]))
+            reached[clients[better]] = value[better]
+            chosen.splits[clients[better]], chosen.ranks[clients[better]] = split, ranks[better]
+    lowest, missing, plans = int(chosen.splits.min()), math.inf, []
+    for way in (way for costs in problem.costs for way in problem.ways(costs, lowest)):
+        room = way.room - way.taken[chosen.splits].sum()
+        missing = min(missing, -room)
+        if room >= 0:
+            plans.append(_fill_server(problem, way, chosen, room, above))
+    if not plans:
+        raise problem.server_too_small(missing)
+    return max(plans, key=problem.objective)
 
 
-def _bytes_needed(problem: Problem, costs: AdapterCosts, important: NDArray[np.intp]) -> dict[int, float]:
-    """What a client needs at each split for the highest rank on the important layers below it."""
-    rank = len(problem.ranks) - 1
-    wanted = {split: {int(m): rank for m in important if problem.block[m] < split} for split in problem.splits}
-    return {split: max(costs.base[split], problem.client_bytes(costs, split, wanted[split])) for split in wanted}
+def unit_cost(
+    layers: Sequence[Layer], resource: str = "parameters", rank: int = 8, *, server: bool = False
+) -> dict[str, float]:
+    """What one unit of rank on each weight of a side costs, ``c_m``.
+
+    An adapter's own cost is proportional to ``in + out`` in parameters and in FLOPs alike. What differs in FLOPs is how
+    far the frozen backward pass must reach. It runs through block ``j`` of a client only if a weight below ``j`` has an
+    adapter; on the server it reaches the cut in any case. So:
+
+    - ``parameters``: ``in + out``.
+    - ``flops``, per token: ``6 (in + out)`` for the products with ``A`` and ``B``, the gradients of both, and the
+      gradient of the input; on a client, in addition, an equal share of the frozen backward pass through each block
+      above the weight's own: ``F_j / (rank * n_j)`` for every block ``j > b(m)``, where ``F_j = 2 sum of in * out``
+      over the block's linear layers and ``n_j`` is the number of weights below it. This is the Shapley value of the
+      backward pass among the units of rank when every weight holds ``rank`` of them (the "airport game" of Littlechild
+      and Owen, 1973). The way inside the weight's own block, attention scores, norms and activation functions are not
+      counted.
+
+    Parameters
+    ----------
+    layers : Sequence[Layer]
+        All linear layers of the side's blocks, in their order.
+    resource : {"parameters", "flops"}
+        What is counted.
+    rank : int
+        Rank of the adapters that share the backward pass; only ``flops`` depends on it.
+    server : bool
+        Whether the side is the server's.
+
+    Returns
+    -------
+    dict[str, float]
+        By absolute layer name.
+
+    Raises
+    ------
+    ValueError
+        If ``resource`` is unknown or ``rank`` is below 1.
+    """
+    if resource not in ("parameters", "flops"):
+        raise ValueError(f"resource={resource!r} is not known; choose 'parameters' or 'flops'")
+    if rank < 1:
+        raise ValueError(f"rank={rank} must be at least 1")
+    sizes = {layer.name: float(layer.adapter_parameters(1)) for layer in layers}
+    if resource == "parameters":
+        return sizes
+    costs: dict[str, float] = {}
+    below, reach = len(layers), 0.0
+    for block in sorted({layer.block for layer in layers}, reverse=True):
+        of_block = [layer for layer in layers if layer.block == block]
+        costs |= {layer.name: 6 * sizes[layer.name] + reach for layer in of_block}
+        below -= len(of_block)
+        if below and not server:
+            reach += 2.0 * sum(layer.in_features * layer.out_features for layer in of_block) / (rank * below)
+    return costs
 
 
-def _fill_client(problem: Problem, costs: AdapterCosts, memory: float, split: int, order: NDArray[np.intp]) -> Choice:
+def _order(problem: Problem, resource: str, split: int) -> Index:
+    """Layers by importance over cost: those of a client with this split, or, where it is 0, of the server."""
+    layers = [layer for layer in problem.cost.all_layers if not split or layer.block < split]
+    costs = unit_cost(layers, resource, int(problem.ranks[-1]), server=not split)
+    mine = [m for m, layer in enumerate(problem.cost.layers) if layer.name in costs]
+    scores = np.array([problem.importance[m] / costs[problem.cost.layers[m].name] for m in mine])
+    order: Index = np.array(mine)[np.argsort(-scores, kind="stable")]
+    return order
+
+
+def _deepest(problem: Problem, costs: Costs, important: Index) -> Index:
+    """``(clients,)``; the deepest split at which a client can give the important layers the highest rank."""
+    wanted = np.zeros((len(problem.splits), len(problem.block)), np.uint8)
+    wanted[:, important] = len(problem.ranks) - 1
+    wanted[problem.block >= problem.splits[:, None]] = 0
+    lowest = np.where(wanted > 0, problem.block, problem.cost.num_blocks).min(axis=1)
+    needed = costs.base[problem.splits] + np.maximum(problem.splits - lowest, 0) * costs.block_bytes
+    needed += problem.total(costs.below, wanted) + problem.kept(costs.inputs_below, wanted)
+    needed = np.maximum(needed, problem.floor[problem.splits])
+    fits = (needed <= problem.memory[:, None]) & (
+        problem.total(problem.parameters, wanted) <= problem.adapters[:, None]
+    )
+    deepest = len(problem.splits) - 1 - fits[:, ::-1].argmax(axis=1)
+    splits: Index = np.where(fits.any(axis=1), problem.splits[deepest], problem.splits[0])
+    return splits
+
+
+def _fill_clients(problem: Problem, costs: Costs, split: int, order: Index, clients: Index) -> Ranks:
     """Ranks of the weights below the split: by importance, the largest that still fits."""
-    choice: Choice = {}
-    opened: set[int] = set()
-    room, lowest = memory - costs.base[split], split
+    ranks = np.zeros((len(clients), len(problem.block)), np.uint8)
+    room, spare = problem.memory[clients] - costs.base[split], problem.adapters[clients].copy()
+    lowest, opened = np.full(len(clients), split), np.zeros((len(clients), len(problem.input_bytes)), bool)
     for m in order.tolist():
         block, g = int(problem.block[m]), int(problem.input[m])
-        if block >= split:
-            continue
-        kept = max(lowest - block, 0) * costs.block_bytes + (0.0 if g in opened else costs.input_bytes[g])
-        fitting = np.flatnonzero(costs.prices[m] + kept <= room)
-        if len(fitting):
-            choice[m] = int(fitting[-1])
-            room -= costs.prices[m, fitting[-1]] + kept
-            lowest = min(lowest, block)
-            opened.add(g)
-    return choice
+        kept = np.maximum(lowest - block, 0) * costs.block_bytes + ~opened[:, g] * costs.inputs_below[g]
+        fits = (costs.below[m] + kept[:, None] <= room[:, None]) & (problem.parameters[m] <= spare[:, None])
+        k = np.maximum(fits.sum(axis=1) - 1, 0)
+        taken = k > 0
+        ranks[:, m] = k
+        room -= np.where(taken, costs.below[m, k] + kept, 0.0)
+        spare -= problem.parameters[m, k]
+        lowest, opened[:, g] = np.where(taken, np.minimum(lowest, block), lowest), opened[:, g] | taken
+    return ranks
 
 
-def _fill_server(problem: Problem, clients: Counts, order: NDArray[np.intp]) -> Counts:
-    """Ranks of the weights above every split: by importance, for all clients alike, what still fits."""
-    room = problem.server_room - float(clients @ problem.share)
-    counts = np.zeros(problem.values.shape, dtype=np.int64)
-    above = np.cumsum(clients)
-    opened = np.zeros(len(problem.input_bytes), dtype=np.int64)  # clients whose pass an adapter makes keep an input
+def _fill_server(problem: Problem, way: Way, plan: Assignment, room: float, order: Index) -> Assignment:
+    """Ranks of the weights above the splits: by importance, for all clients alike, what still fits."""
+    ranks, shared = plan.ranks.copy(), problem.cost.workload.half == "shared"
+    opened = np.zeros((len(plan.splits), len(problem.input_bytes)), bool)
     for m in order.tolist():
-        g = problem.input[m]
-        shared = opened[g]
-        for waiting, extra in ((shared, 0.0), (above[problem.block[m]] - shared, problem.input_bytes[g])):
-            for k in reversed(range(len(problem.ranks))):
-                price = problem.prices[m, k] + extra
-                taking = waiting if math.isinf(room) else min(waiting, int(room // price))
-                counts[m, k] += taking
-                waiting, room = waiting - taking, room - taking * price
-        opened[g] = max(shared, counts[m].sum())
-    return counts
+        g, above = problem.input[m], plan.splits <= problem.block[m]
+        for cheap in (True, False):
+            waiting = np.flatnonzero(above & (opened[:, g] == cheap))
+            for k in range(len(problem.ranks) - 1, 0, -1):
+                price = way.prices[m, k] + (0.0 if cheap else way.inputs[g])
+                units = 1 if shared else len(waiting)
+                taking = units if math.isinf(room) else min(units, int(room // price))
+                takers, waiting = (waiting, waiting[:0]) if shared and taking else np.split(waiting, [taking])
+                ranks[takers, m], opened[takers, g] = k, True
+                room -= price * taking if len(takers) else 0.0
+    return Assignment(plan.splits, ranks)

@@ -1,13 +1,14 @@
 """Important weight identification (HSplitLoRA, section IWI; METHOD.md, section 1).
 
-The importance of a weight is the resource-normalised gradient-weight product
+The importance of a weight is the gradient-weight product
 
-    I_m = (1 / c_m) * sum over entries of |W_m * dLoss/dW_m|
+    I_m = sum over entries of |W_m * dLoss/dW_m|
 
-on a probe batch; ``c_m`` is what one unit of rank on ``m`` costs. ``W`` is frozen, so its gradient exists nowhere: a
-hook forms it a few rows at a time, reduces them to a number and drops them. Each side scores what it holds. The scores
-of all clients make the global importance (:func:`combine`), which is smoothed over rounds (:func:`smooth`) and compared
-with the one that the plan was made for (:func:`drift`).
+on a probe batch. The paper divides it by what one unit of rank on ``m`` costs; here the planner charges costs by
+itself, and the greedy rule alone divides (:func:`hsplitlora_flwr.planning.greedy.unit_cost`). ``W`` is frozen, so its
+gradient exists nowhere: a hook forms it a few rows at a time, reduces them to a number and drops them. Each side scores
+what it holds. The scores of all clients make the global importance (:func:`combine`), which is smoothed over rounds
+(:func:`smooth`) and compared with the one that the plan was made for (:func:`drift`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hsplitlora_flwr.lora.layers import AdaptedLinear, dense_weight, shape_of
+from hsplitlora_flwr.lora.layers import AdaptedLinear, dense_weight
 from hsplitlora_flwr.models.split import ClientModel, ModelPart
 
 ROWS = 1024
@@ -29,7 +30,7 @@ ROWS = 1024
 
 
 @contextmanager
-def scoring(part: ModelPart, resource: str = "parameters", rank: int = 8) -> Iterator[dict[str, float]]:
+def scoring(part: ModelPart) -> Iterator[dict[str, float]]:
     """Score the linear layers of ``part`` during the backward passes inside the block.
 
     The scores of several backward passes add up. ``|W * gradient|`` is not additive over parts of a batch: the scores
@@ -43,8 +44,6 @@ def scoring(part: ModelPart, resource: str = "parameters", rank: int = 8) -> Ite
     ----------
     part : ModelPart
         Either side, with or without adapters.
-    resource, rank
-        What ``c_m`` counts; as for :func:`unit_cost`.
 
     Yields
     ------
@@ -52,11 +51,7 @@ def scoring(part: ModelPart, resource: str = "parameters", rank: int = 8) -> Ite
         The importance by absolute layer name; filled by the backward passes.
     """
     scores: dict[str, float] = {}
-    costs = unit_cost(part, resource, rank)
-    hooks = [
-        linear.register_forward_hook(partial(_watch, scores=scores, name=name, cost=costs[name]))
-        for name, linear in part.linears()
-    ]
+    hooks = [linear.register_forward_hook(partial(_watch, scores=scores, name=name)) for name, linear in part.linears()]
     if isinstance(part, ClientModel):
         # Adapters or not, gradients are to reach every weight: they flow because the embeddings ask for them.
         part.decoder.enable_input_require_grads()
@@ -67,65 +62,6 @@ def scoring(part: ModelPart, resource: str = "parameters", rank: int = 8) -> Ite
             part.decoder.disable_input_require_grads()
         for hook in hooks:
             hook.remove()
-
-
-def unit_cost(part: ModelPart, resource: str = "parameters", rank: int = 8) -> dict[str, float]:
-    """What one unit of rank on each weight of ``part`` costs, ``c_m``.
-
-    An adapter's own cost is proportional to ``in + out`` in parameters and in FLOPs alike. What differs in FLOPs is how
-    far the frozen backward pass must reach. It runs through block ``j`` of a client only if a weight below ``j`` has an
-    adapter; on the server it reaches the cut in any case. So:
-
-    - ``parameters``: ``in + out``.
-    - ``flops``, per token: ``6 (in + out)`` for the products with ``A`` and ``B``, the gradients of both, and the
-      gradient of the input; on a client, in addition, an equal share of the frozen backward pass through each block
-      above the weight's own: ``F_j / (rank * n_j)`` for every block ``j > b(m)``, where ``F_j = 2 sum of in * out``
-      over the block's linear layers and ``n_j`` is the number of weights below it. This is the Shapley value of the
-      backward pass among the units of rank when every weight holds ``rank`` of them (the "airport game" of Littlechild
-      and Owen, 1973). The way inside the weight's own block, attention scores, norms and activation functions are not
-      counted.
-
-    Parameters
-    ----------
-    part : ModelPart
-        Either side.
-    resource : {"parameters", "flops"}
-        What is counted.
-    rank : int
-        Rank of the adapters that share the backward pass; only ``flops`` depends on it.
-
-    Returns
-    -------
-    dict[str, float]
-        By absolute layer name.
-
-    Raises
-    ------
-    ValueError
-        If ``resource`` is unknown or ``rank`` is below 1.
-    """
-    if resource not in ("parameters", "flops"):
-        raise ValueError(f"resource={resource!r} is not known; choose 'parameters' or 'flops'")
-    if rank < 1:
-        raise ValueError(f"rank={rank} must be at least 1")
-    shapes = {name: shape_of(_base(linear)) for name, linear in part.linears()}
-    if resource == "parameters":
-        return {name: float(sum(shape)) for name, shape in shapes.items()}
-    own = {name: 6.0 * sum(shape) for name, shape in shapes.items()}
-    if not isinstance(part, ClientModel):
-        return own
-    blocks = [
-        [name for name in shapes if name.startswith(f"{part.family.block_name(index)}.")]
-        for index in range(len(part.blocks))
-    ]
-    costs: dict[str, float] = {}
-    below, reach = len(shapes), 0.0
-    for names in reversed(blocks):
-        costs |= {name: own[name] + reach for name in names}
-        below -= len(names)
-        if below:
-            reach += 2.0 * sum(math.prod(shapes[name]) for name in names) / (rank * below)
-    return costs
 
 
 def combine(measured: Iterable[tuple[float, Mapping[str, float]]]) -> dict[str, float]:
@@ -148,25 +84,21 @@ def combine(measured: Iterable[tuple[float, Mapping[str, float]]]) -> dict[str, 
     return _normalised(total)
 
 
-def smooth(
-    previous: Mapping[str, float], measured: Mapping[str, float], t: int, beta_max: float, half_time: float
-) -> dict[str, float]:
-    """The importance smoothed over rounds, ``J_m(t) = beta_m(t) J_m(t-1) + (1 - beta_m(t)) I_m(t)``.
+def smooth(previous: Mapping[str, float], measured: Mapping[str, float], t: int, rounds: int) -> dict[str, float]:
+    """The importance smoothed over rounds, ``J_m(t) = g J_m(t-1) + (1 - g) I_m(t)``.
 
-    ``beta_m(t) = beta_max * t / (t + half_time) * exp(-|I_m(t) - J_m(t-1)| / J_m(t-1))``: the past weighs more as
-    training goes on, and less for a weight whose importance has just moved (METHOD.md, section 1).
+    ``g = 1 - exp(-I_m(t) t / (J_m(t-1) T))``, the paper's rule at second hand (METHOD.md, section 1): the past weighs
+    more as training goes on, up to 0.63 for a steady weight, and more for one whose importance jumps up.
 
     Parameters
     ----------
     previous, measured : Mapping[str, float]
         ``J(t-1)`` and ``I(t)`` by absolute layer name; both are normalised to sum 1 first. A weight that ``previous``
-        does not have starts at its measured value; one that was not measured keeps its past.
+        does not have, or has at 0, starts at its measured value; one that was not measured keeps its past.
     t : int
-        Number of measurements before this one; at 0 the past has no weight.
-    beta_max : float
-        Largest weight of the past, in ``[0, 1)``.
-    half_time : float
-        Measurements after which half of ``beta_max`` is reached.
+        Number of rounds before this one; at 0 the past has no weight.
+    rounds : int
+        Their number in all, ``T``.
 
     Returns
     -------
@@ -176,20 +108,17 @@ def smooth(
     Raises
     ------
     ValueError
-        If an importance is not a finite number, or ``t``, ``beta_max`` or ``half_time`` is out of range.
+        If an importance is not a finite number, ``t`` is below 0 or ``rounds`` below 1.
     """
-    if t < 0 or not 0 <= beta_max < 1 or not half_time > 0:
-        raise ValueError(
-            f"t={t}, beta_max={beta_max}, half_time={half_time}: needed are t >= 0, 0 <= beta_max < 1 and half_time > 0"
-        )
+    if t < 0 or rounds < 1:
+        raise ValueError(f"t={t}, rounds={rounds}: needed are t >= 0 and rounds >= 1")
     past, present = _normalised(previous), _normalised(measured)
-    stage = beta_max * t / (t + half_time)
     smoothed = past | present
     for name, j in past.items():
         if j > 0 and name in present:
             i = present[name]
-            beta = stage * math.exp(-abs(i - j) / j)
-            smoothed[name] = beta * j + (1 - beta) * i
+            g = -math.expm1(-i * t / (j * rounds))
+            smoothed[name] = g * j + (1 - g) * i
     return _normalised(smoothed)
 
 
@@ -231,11 +160,9 @@ def gradient_weight_product(linear: nn.Module, inputs: Tensor, gradient: Tensor)
     return float(total)
 
 
-def _watch(
-    linear: nn.Module, args: tuple[Any, ...], output: Tensor, *, scores: dict[str, float], name: str, cost: float
-) -> Tensor:
+def _watch(linear: nn.Module, args: tuple[Any, ...], output: Tensor, *, scores: dict[str, float], name: str) -> Tensor:
     def score(inputs: Tensor, gradient: Tensor) -> None:
-        scores[name] = scores.get(name, 0.0) + gradient_weight_product(linear, inputs, gradient) / cost
+        scores[name] = scores.get(name, 0.0) + gradient_weight_product(linear, inputs, gradient)
 
     if not output.requires_grad:
         return output

@@ -1,10 +1,10 @@
 """Adaptive rank and model split configuration (HSplitLoRA, section ARMSC): budgets become split points and ranks.
 
-A plan maximises ``sum_i sum_m J_m log2(1 + r_im)`` under every client's memory, the server's memory and, when given, a
-deadline; among the plans that come within a tolerance of that it takes the shortest round
-(:mod:`hsplitlora_flwr.planning.exact`). So a client with room takes blocks off the server, and a weak one spends its
-memory on the few weights that matter. The greedy rule of the paper (:mod:`hsplitlora_flwr.planning.greedy`) is the
-named alternative, and its value stands beside every plan.
+A plan maximises ``sum_i p_i sum_m J_m log2(1 + r_im)`` under every client's memory and the bytes that it may send, the
+server's memory and, when given, a deadline; among the plans in which every client comes within a tolerance of that it
+takes the shortest round (:mod:`hsplitlora_flwr.planning.exact`). So a client with room takes blocks off the server, and
+a weak one spends its memory on the few weights that matter. The greedy rule of the paper
+(:mod:`hsplitlora_flwr.planning.greedy`) is the named alternative, and its value stands beside every plan.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
-from hsplitlora_flwr.planning import exact, greedy
-from hsplitlora_flwr.planning.cost import CostModel, PlanError
-from hsplitlora_flwr.planning.problem import Assignment, Budget, Problem
+import numpy as np
+
+from hsplitlora_flwr.planning import greedy
+from hsplitlora_flwr.planning.cost import Budget, CostModel, PlanError
+from hsplitlora_flwr.planning.exact import Solver
+from hsplitlora_flwr.planning.problem import Assignment, Problem
 
 __all__ = ["Budget", "ClientPlan", "Plan", "make_plan", "probe_split"]
 
@@ -67,7 +69,7 @@ class Plan:
     left_out : Mapping[str, int]
         Clients that no plan fits, with the bytes that they miss.
     objective : float
-        ``sum_i sum_m J_m log2(1 + r_im)``.
+        ``sum_i p_i sum_m J_m log2(1 + r_im)``.
     server_bytes : int
         Predicted peak memory of the server.
     greedy_objective : float
@@ -92,12 +94,14 @@ def make_plan(
     importance: Mapping[str, float],
     cost: CostModel,
     *,
+    shares: Mapping[str, float] | None = None,
     ranks: Sequence[int] = (0, 2, 4, 8, 16, 32),
     server: Budget | None = None,
     min_split: int = 1,
     max_split: int | None = None,
     planner: str = "exact",
     important_share: float = 0.5,
+    resource: str = "parameters",
     tolerance: float = 0.01,
     deadline: float | None = None,
     steps: int = 1,
@@ -115,6 +119,8 @@ def make_plan(
         no layer has any.
     cost : CostModel
         What plans cost.
+    shares : Mapping[str, float], optional
+        ``p_i`` by client in any unit, as its number of examples; equal when None.
     ranks : Sequence[int]
         The set ``Q``.
     server : Budget, optional
@@ -125,8 +131,10 @@ def make_plan(
         How splits and ranks are chosen.
     important_share : float
         Greedy: the most important weights that together hold this share of the importance are to get the highest rank.
+    resource : {"parameters", "flops"}
+        Greedy: what importance is divided by; see :func:`hsplitlora_flwr.planning.greedy.unit_cost`.
     tolerance : float
-        Exact: share of the objective that may be given up for a shorter round, from 0 to 1.
+        Exact: share of its value that every client may give up for a shorter round, from 0 to 1.
     deadline : float, optional
         Exact: longest predicted round in seconds.
     steps : int
@@ -140,8 +148,7 @@ def make_plan(
     Returns
     -------
     Plan
-        No budget is exceeded by the cost model. At ``tolerance`` 0 the exact plan is proven to be within ``exact.GAP``
-        of the optimum for a few clients of a small model, typically within ten times that else; ``bound`` tells.
+        No budget is exceeded by the cost model.
 
     Raises
     ------
@@ -167,6 +174,7 @@ def make_plan(
         able,
         server,
         importance,
+        shares,
         cost,
         ranks=ranks,
         min_split=min_split,
@@ -175,18 +183,16 @@ def make_plan(
         wire=wire,
         recompute=choices,
     )
-    bound = math.inf
     if planner == "greedy":
-        assignment = greedy.solve(problem, important_share)
-        greedy_objective = problem.objective(assignment)
-    else:
-        assignment, bound = exact.solve(problem, deadline, tolerance)
-        bound *= problem.total_importance
-        try:
-            greedy_objective = problem.objective(greedy.solve(problem, important_share))
-        except PlanError:
-            greedy_objective = 0.0
-    return _plan(problem, able, assignment, left_out, greedy_objective, bound)
+        plan = greedy.solve(problem, important_share, resource)
+        return _plan(problem, able, plan, left_out, problem.objective(plan), math.inf)
+    solver = Solver(problem, tolerance, deadline)
+    plan = solver.solve()
+    try:
+        greedy_objective = problem.objective(greedy.solve(problem, important_share, resource))
+    except PlanError:
+        greedy_objective = 0.0
+    return _plan(problem, able, plan, left_out, greedy_objective, solver.bound() * problem.total_importance)
 
 
 def recompute_choices(recompute: str) -> tuple[bool, ...]:
@@ -233,31 +239,27 @@ def _plan(
     greedy_objective: float,
     bound: float,
 ) -> Plan:
-    """The plan with what it costs, by the cost model itself."""
-    cost, server = problem.cost, problem.server
-    choices = [costs.recompute for costs in problem.costs]
-    number = {client: n for n, each in enumerate(problem.classes) for client in each.members}
-    served, server_again = first_fitting(
-        partial(cost.server_bytes, assignment, server.process_bytes if server else 0),
-        choices,
-        server.memory_bytes if server else math.inf,
-    )
+    """The plan with what it costs. A side computes nothing again that it can keep."""
+    taken, flops, again = problem.of_clients(assignment)
+    sides = [(*problem.of_server(costs, assignment), costs.recompute) for costs in problem.costs]
+    served, work, server_again = next((s for s in sides if s[0] <= problem.memory_of_server), min(sides))
+    own = problem.own_seconds(flops[:, None], problem.speed)[:, 0]
+    names, ranks = [layer.name for layer in problem.cost.layers], problem.ranks.tolist()
     plans: dict[str, ClientPlan] = {}
-    for client, budget in budgets.items():
-        split, ranks = assignment[client]
-        memory = partial(cost.client_bytes, split, ranks, budget.process_bytes)
-        taken, again = first_fitting(memory, choices, budget.memory_bytes)
-        own = problem.own_seconds(number[client], cost.client_flops(split, ranks, recompute=again))
-        plans[client] = ClientPlan(split, ranks, taken, own, again, server_again)
-    flops = math.fsum(cost.server_flops(*plan, recompute=server_again) for plan in assignment.values())
+    for i, (client, budget) in enumerate(budgets.items()):
+        chosen = {names[m]: ranks[assignment.ranks[i, m]] for m in np.flatnonzero(assignment.ranks[i]).tolist()}
+        memory = int(taken[i]) + budget.process_bytes
+        plans[client] = ClientPlan(
+            int(assignment.splits[i]), chosen, memory, float(own[i]), bool(again[i]), server_again
+        )
     return Plan(
         plans,
         left_out,
         problem.objective(assignment),
-        served,
+        int(served),
         greedy_objective,
         bound,
-        max(plan.predicted_seconds for plan in plans.values()) + problem.server_seconds(flops),
+        float(own.max()) + problem.steps * work / problem.server_speed,
     )
 
 

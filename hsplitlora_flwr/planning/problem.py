@@ -1,112 +1,70 @@
-"""The planning problem in numbers: what every split point, rank and kept input costs, and what a rank is worth.
+"""The planning problem in numbers: what every split point and rank costs, and what a rank is worth.
 
-Read once from the cost model, which is linear in them: for fixed splits the memory and the time of a client, and its
-share of the server's memory and time, are a constant plus a price for each adapter, plus a price for each input that an
-adapter makes autograd keep. Arrays run over layers ``m`` (of ``CostModel.layers``), ranks ``k`` (those above 0,
-ascending), inputs ``g`` and split points ``l``. Clients with equal budgets are one class with members.
+Read once from the cost model, which is linear in them: for a fixed split the memory and the time of a client, and what
+the server takes, are a constant plus a price for each adapter, plus a price for each input that an adapter makes
+autograd keep. Arrays run over clients ``i``, layers ``m`` (of ``CostModel.layers``), ranks ``k`` (ascending, 0 first),
+inputs ``g`` and split points ``l``.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Mapping, Sequence
 from statistics import fmean
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hsplitlora_flwr.planning.cost import CostModel, PlanError
+from hsplitlora_flwr.planning.cost import Budget, CostModel, PlanError
+from hsplitlora_flwr.planning.frontier import Array, Index, Ranks
 
 NOMINAL_FLOPS = 1e12
 """FLOP/s of every machine where no speed is stated. Only ratios matter then."""
 
-Array = NDArray[np.float64]
-Counts = NDArray[np.int64]
-Choice = dict[int, int]
-"""Ranks, as an index into ``Problem.ranks``, by layer, as an index into ``CostModel.layers``."""
-Assignment = dict[str, tuple[int, dict[str, int]]]
-"""Split point and ranks by layer name, of both sides, by client."""
+
+class Assignment(NamedTuple):
+    """Split point, ``(clients,)``, and ranks of both sides, ``(clients, layers)``, of every client."""
+
+    splits: Index
+    ranks: Ranks
 
 
-@dataclass(frozen=True)
-class Budget:
-    """What one machine has.
-
-    Parameters
-    ----------
-    memory_bytes : int
-        Memory that its process may take at its peak.
-    process_bytes : int
-        What that process takes before it loads anything (measured).
-    flops : float, optional
-        Speed in FLOP/s; the mean of the stated ones when None.
-    up, down : float, optional
-        Link to and from the server in bytes/s; not limiting when None.
-
-    Raises
-    ------
-    PlanError
-        If a speed is not a finite number above 0.
-    """
-
-    memory_bytes: int
-    process_bytes: int = 0
-    flops: float | None = None
-    up: float | None = None
-    down: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("flops", "up", "down"):
-            speed = getattr(self, name)
-            if speed is not None and not 0 < speed < math.inf:
-                raise PlanError(
-                    f"Budget.{name}={speed!r} must be a finite number above 0, or None when it is not known"
-                )
-
-
-@dataclass(frozen=True)
-class ClientClass:
-    """Clients with one and the same budget: ``memory`` in bytes beside the process, ``flops`` in FLOP/s, ``wire`` in
-    seconds a step."""
-
-    members: tuple[str, ...]
-    memory: int
-    flops: float
-    wire: float
-
-
-@dataclass(frozen=True)
-class AdapterCosts:
-    """What adapters cost where activations are kept for backward, or where they are computed again.
-
-    Parameters
-    ----------
-    recompute : bool
-        Which of the two.
-    prices, flops : Array
-        ``(layers, ranks)``; bytes, and operations of a step.
-    input_bytes : Array
-        ``(inputs,)``; bytes that the first adapter on an input adds to its price.
-    base : Array
-        ``(L,)``; bytes of a client that trains, by split, beside its adapters and the activations that it keeps.
-    block_bytes, backward : float
-        Bytes and operations for every block from the lowest adapted one up.
-    """
+class Costs(NamedTuple):
+    """What adapters cost where activations are kept for backward, or where they are computed again."""
 
     recompute: bool
-    prices: Array
-    flops: Array
-    input_bytes: Array
+    below: Array
+    """``(layers, ranks)``; bytes of an adapter on a client, and ``above`` on the server."""
+    above: Array
+    inputs_below: Array
+    """``(inputs,)``; bytes that the first adapter on an input adds on a client, and ``inputs_above`` on the server."""
+    inputs_above: Array
     base: Array
+    """``(L,)``; bytes of a client that trains, by split, beside its adapters and the activations that it keeps."""
     block_bytes: float
+    """Of a client, for every block from the lowest adapted one up; ``backward`` is its operations."""
     backward: float
+    work: float
+    """Operations of a step for every parameter of an adapter."""
+    passing: Array
+    """``(L,)``; bytes of a pass of the server without adapters, by split; ``served`` is its operations."""
+    served: Array
+
+
+class Way(NamedTuple):
+    """How the server may serve: what adapters and their inputs cost there, what every client takes by split, ``(L,)``,
+    and the bytes that there are for all of it."""
+
+    costs: Costs
+    prices: Array
+    inputs: Array
+    taken: Array
+    room: float
 
 
 class Problem:
-    """Budgets, importance and costs as arrays. Values are in units of the importance of all layers together.
+    """Budgets, shares, importance and costs as arrays. Values are in units of the importance of all layers together.
 
     Parameters
     ----------
@@ -116,6 +74,8 @@ class Problem:
         The server's; memory without bound when None.
     importance : Mapping[str, float]
         ``J_m`` by layer name; uniform when it is 0 everywhere.
+    shares : Mapping[str, float] or None
+        ``p_i`` by client, in any unit; equal when None.
     cost : CostModel
         What plans cost.
     ranks : Sequence[int]
@@ -135,6 +95,7 @@ class Problem:
         budgets: Mapping[str, Budget],
         server: Budget | None,
         importance: Mapping[str, float],
+        shares: Mapping[str, float] | None,
         cost: CostModel,
         *,
         ranks: Sequence[int],
@@ -145,73 +106,44 @@ class Problem:
         recompute: Sequence[bool] = (False,),
     ) -> None:
         self.cost, self.server, self.steps = cost, server, steps
-        self.ranks = np.array(sorted({rank for rank in ranks if rank > 0}))
-        self.splits = range(min_split, max_split + 1)
-        self._read_speeds(budgets, server, wire)
+        self.ranks = np.array([0, *sorted({rank for rank in ranks if rank > 0})])
+        self.splits = np.arange(min_split, max_split + 1)
+        self.names = list(budgets)
+        self._read_clients(list(budgets.values()), shares, wire)
         self._read_layers(importance)
-        self._read_splits()
-        self.costs = tuple(map(self._adapter_costs, recompute))
+        self.floor, self.forward = np.zeros(cost.num_blocks), np.zeros(cost.num_blocks)
+        for split in self.splits.tolist():  # without adapters, where nothing is kept or computed again
+            self.floor[split] = cost.client_bytes(split, {})
+            self.forward[split] = cost.client_flops(split, {})
+        self.costs = tuple(map(self._costs, recompute))
+        self.frames = cost.held_bytes(cost.num_blocks - 1, {})
+        self.resting = cost.server_bytes({}, server.process_bytes if server else 0)
+        self.memory_of_server = float(server.memory_bytes) if server else math.inf
 
-    def shallowest_splits(self) -> list[int]:
-        """Where the shallowest split of a plan may lie: at those that every client can hold."""
-        least = min(each.memory for each in self.classes)
-        return [split for split in self.splits if self.floor[split] <= least]
-
-    def serving(self, shallowest: Sequence[int]) -> Iterator[Problem]:
-        """The same problem for each way in which the server may serve its clients, with its prices.
-
-        It may keep their activations or compute them again, as the clients may. And it may have room for the
-        activations of every client; or for as many passes as can meet, each as large as at the shallowest split of all.
-        Then clients are split there or deeper.
-
-        Parameters
-        ----------
-        shallowest : Sequence[int]
-            Where the shallowest split may lie, ascending. The passes are those at the last of them: where there is more
-            than one, the problem is easier than it is, and its optimum a bound. Without any there is no plan.
-        """
-        clients, passes = int(self.sizes.sum()), self.cost.workload.passes
-        for costs in self.costs if shallowest else ():
-            in_turn = passes is not None and passes < clients
-            if in_turn:
-                yield self._served(costs, shallowest)
-            least = clients * self.cost.pass_bytes(self.splits[-1], {}, recompute=costs.recompute)
-            if not in_turn or least < self._reserve(costs.recompute, shallowest[0]):
-                yield self._served(costs, ())
-
-    def parts(self, split: int) -> list[Problem]:
-        """The same way of serving with the shallowest split before, at and after one of several; none for a single."""
-        if len(self.shallowest) <= 1:
-            return []
-        at = self.shallowest.index(min(split, self.shallowest[-1]))
-        parts = self.shallowest[:at], self.shallowest[at : at + 1], self.shallowest[at + 1 :]
-        return [self._served(self.served, part) for part in parts if part]
-
-    def _served(self, costs: AdapterCosts, shallowest: Sequence[int]) -> Problem:
-        other = copy.copy(self)
-        other._serve(costs, shallowest)
-        return other
-
-    def _reserve(self, recompute: bool, split: int) -> int:
-        """Bytes of the passes that can meet when none is of a shallower split."""
-        every = {layer.name: int(self.ranks[-1]) for layer in self.cost.layers}
-        return (self.cost.workload.passes or 0) * self.cost.pass_bytes(split, every, recompute=recompute)
-
-    def _read_speeds(self, budgets: Mapping[str, Budget], server: Budget | None, wire: tuple[str, str]) -> None:
-        machines = [*budgets.values(), *([server] if server else [])]
-        mean = fmean([machine.flops for machine in machines if machine.flops] or [NOMINAL_FLOPS])
+    def _read_clients(
+        self, budgets: Sequence[Budget], shares: Mapping[str, float] | None, wire: tuple[str, str]
+    ) -> None:
         up, down = self.cost.wire_bytes(*wire)
-        members: dict[tuple[int, float, float], list[str]] = {}
-        for name, budget in budgets.items():
-            seconds = (up / budget.up if budget.up else 0.0) + (down / budget.down if budget.down else 0.0)
-            key = budget.memory_bytes - budget.process_bytes, budget.flops or mean, seconds
-            members.setdefault(key, []).append(name)
-        self.classes = [ClientClass(tuple(names), *key) for key, names in members.items()]
-        self.sizes = np.array([len(each.members) for each in self.classes])
-        self.server_speed = (server.flops if server else None) or mean
+        stated = [machine.flops for machine in (*budgets, self.server) if machine and machine.flops]
+        mean, server = fmean(stated or [NOMINAL_FLOPS]), self.server.flops if self.server else None
+        self.memory = np.array([budget.memory_bytes - budget.process_bytes for budget in budgets], float)
+        limits = (math.inf if b.adapter_bytes is None else b.adapter_bytes for b in budgets)
+        self.adapters = np.floor(np.array(list(limits), float) / self.cost.workload.adapter_item)
+        self.speed = np.array([budget.flops or mean for budget in budgets])
+        self.wire = np.array([(up / b.up if b.up else 0.0) + (down / b.down if b.down else 0.0) for b in budgets])
+        self.server_speed = server or mean
+        # Alone with the server, what is not stated is as for the other of the two.
+        self.speed_alone = np.array([budget.flops or server or NOMINAL_FLOPS for budget in budgets])
+        self.server_speed_alone = np.full(len(budgets), server) if server else self.speed_alone
+        share = np.array([1.0 if shares is None else shares[name] for name in self.names])
+        if not (np.isfinite(share) & (share >= 0)).all() or not share.any():
+            raise PlanError(
+                f"shares={dict(zip(self.names, share.tolist(), strict=True))} must be 0 or more, and one above"
+            )
+        self.share = share / share.sum()
 
     def _read_layers(self, importance: Mapping[str, float]) -> None:
-        layers, ranks = self.cost.layers, self.ranks
+        layers = self.cost.layers
         scores = np.array([importance.get(layer.name, 0.0) for layer in layers], float)
         if not np.isfinite(scores).all() or (scores < 0).any():
             wrong = next(layer.name for layer, score in zip(layers, scores, strict=True) if not 0 <= score < math.inf)
@@ -219,150 +151,144 @@ class Problem:
         scores = scores if scores.any() else np.full(len(layers), 1 / len(layers))
         self.total_importance = float(scores.sum())
         self.importance = scores / self.total_importance
-        self.values: Array = self.importance[:, None] * np.log2(1 + ranks)
+        self.values: Array = self.importance[:, None] * np.log2(1 + self.ranks)
+        self.parameters = np.array(
+            [[layer.adapter_parameters(rank) for rank in self.ranks.tolist()] for layer in layers]
+        )
         self.block = np.array([layer.block for layer in layers])
         inputs = {(layer.block, layer.input_id): layer.input_bytes for layer in layers}
         number = {key: g for g, key in enumerate(inputs)}
         self.input = np.array([number[layer.block, layer.input_id] for layer in layers])
-        self._input_bytes: Array = np.array(list(inputs.values()), float)
+        self.input_bytes: Array = np.array(list(inputs.values()), float)
         self.input_block = np.array([block for block, _ in inputs])
+        self._reads = np.eye(len(inputs))[self.input]  # (layers, inputs)
+        self._lies_in = np.eye(self.cost.num_blocks)[self.block]  # (layers, L)
+        self.by_block: list[dict[int, list[int]]] = [{} for _ in range(self.cost.num_blocks)]
+        for m, (block, g) in enumerate(zip(self.block.tolist(), self.input.tolist(), strict=True)):
+            self.by_block[block].setdefault(g, []).append(m)  # layers by block and input
 
-    def _read_splits(self) -> None:
-        cost = self.cost
-        self.floor, self.forward = np.zeros(cost.num_blocks), np.zeros(cost.num_blocks)
-        for split in self.splits:  # without adapters, where nothing is kept or computed again
-            self.floor[split] = cost.client_bytes(split, {})
-            self.forward[split] = cost.client_flops(split, {})
-
-    def _adapter_costs(self, recompute: bool) -> AdapterCosts:
-        cost, layers, ranks = self.cost, self.cost.layers, self.ranks.tolist()
-        # On the server the backward pass runs anyway, so what an adapter adds is its own; layers of a size cost alike.
-        # A server that had all blocks, the first one too, has layers of every size.
-        alone = cost.server_flops(0, {}, recompute=recompute)
-        of_size = {(layer.in_features, layer.out_features): layer.name for layer in layers}
-        by_size = {
-            size: [cost.server_flops(0, {name: rank}, recompute=recompute) - alone for rank in ranks]
-            for size, name in of_size.items()
-        }
-        flops = np.array([by_size[layer.in_features, layer.out_features] for layer in layers], float)
+    def _costs(self, recompute: bool) -> Costs:
+        cost, first, flight = self.cost, self.cost.layers[0], self.cost.workload.in_flight
         # A client's peak is either `floor`, the accumulated update, or `base` and what training adds to it. At a rank
         # that outweighs every update it is the latter.
-        first, base = layers[0], np.zeros(cost.num_blocks)
+        base, passing, served = np.zeros((3, cost.num_blocks))
         huge = {first.name: 2**40}
-        for split in self.splits:
-            added = cost.adapter_bytes(huge, 0, split) + cost.kept_bytes(huge, 0, split, recompute=recompute)
-            base[split] = cost.client_bytes(split, huge, recompute=recompute) - added
-        split = max(self.splits[0], first.block + 1)
-        trained = cost.client_flops(split, {first.name: ranks[0]}, recompute=recompute)
-        return AdapterCosts(
+        for split in self.splits.tolist():
+            trained = cost.adapter_bytes(huge, 0, split) + cost.kept_bytes(huge, 0, split, recompute=recompute)
+            base[split] = cost.client_bytes(split, huge, recompute=recompute) - trained
+            passing[split] = cost.pass_bytes(split, {}, recompute=recompute)
+            served[split] = cost.server_flops(split, {}, recompute=recompute)
+        one = {first.name: int(self.ranks[1])}
+        # On a server, with all blocks, the backward pass runs anyway: what an adapter adds is its own.
+        alone = cost.server_flops(0, {}, recompute=recompute)
+        work = (cost.server_flops(0, one, recompute=recompute) - alone) / cost.adapter_parameters(one)
+        split = max(int(self.splits[0]), first.block + 1)
+        added = cost.client_flops(split, one, recompute=recompute) - cost.client_flops(split, {})
+        backward = (added - work * cost.adapter_parameters(one)) / (split - first.block)
+
+        def prices(micro_batches: int) -> Array:
+            kept = 0 if recompute else micro_batches
+            return np.array(
+                [[cost.adapter_price(layer, rank, kept) for rank in self.ranks.tolist()] for layer in cost.layers],
+                float,
+            )
+
+        on_server = cost.server_micro_batches
+        return Costs(
             recompute,
-            self._prices(0 if recompute else cost.workload.in_flight),
-            flops,
-            np.zeros_like(self._input_bytes) if recompute else self._input_bytes,
+            prices(flight),
+            prices(on_server),
+            np.zeros_like(self.input_bytes) if recompute else self.input_bytes,
+            np.zeros_like(self.input_bytes) if recompute else self.input_bytes * on_server / flight,
             base,
             cost.block_bytes(recompute),
-            (trained - cost.client_flops(split, {}) - flops[0, 0]) / (split - first.block),
+            backward,
+            work,
+            passing,
+            served,
         )
 
-    def _prices(self, micro_batches: int) -> Array:
-        """Bytes of an adapter by layer and rank, ``(layers, ranks)``, when so many micro-batches are kept."""
-        price, ranks = self.cost.adapter_price, self.ranks.tolist()
-        return np.array([[price(layer, rank, micro_batches) for rank in ranks] for layer in self.cost.layers], float)
+    def own_seconds(self, flops: Array, speed: Array) -> Array:
+        """Time of a round of clients whose step takes ``flops`` operations, ``(clients, splits)``."""
+        seconds: Array = self.steps * (flops / speed[:, None] + self.wire[:, None])
+        return seconds
 
-    def _serve(self, costs: AdapterCosts, shallowest: Sequence[int]) -> None:
-        """What clients and their adapters cost the server, and what room it has for that; see :meth:`serving`."""
-        cost, again, in_turn = self.cost, costs.recompute, bool(shallowest)
-        self.served, self.shallowest = costs, shallowest
-        reserve = self._reserve(again, shallowest[-1]) if in_turn else 0
-        if in_turn:
-            self.splits = range(shallowest[0], self.splits.stop)
-        kept = 0 if in_turn else cost.server_micro_batches
-        self.prices, self.flops = self._prices(0 if again else kept), costs.flops
-        self.input_bytes = costs.input_bytes * (kept / cost.workload.in_flight)
-        self.share, self.server_flops = np.zeros(cost.num_blocks), np.zeros(cost.num_blocks)
-        for split in self.splits:
-            passing = 0 if in_turn else cost.pass_bytes(split, {}, recompute=again)
-            self.share[split] = cost.held_bytes(split, {}) + passing
-            self.server_flops[split] = cost.server_flops(split, {}, recompute=again)
-        memory = self.server.memory_bytes if self.server else math.inf
-        process = self.server.process_bytes if self.server else 0
-        self.server_room = memory - cost.server_bytes({}, process) - reserve
+    def total(self, table: Array, ranks: Ranks) -> Array:
+        """``(...,)``; the sum over layers of what ``table`` has for their rank."""
+        totals: Array = table[np.arange(len(self.block)), ranks].sum(axis=-1)
+        return totals
 
-    def own_seconds(self, number: int, flops: float) -> float:
-        """Time of a round of a client of class ``number`` whose step takes ``flops`` operations."""
-        each = self.classes[number]
-        return self.steps * (flops / each.flops + each.wire)
+    def kept(self, inputs: Array, ranks: Ranks) -> Array:
+        """``(...,)``; bytes of the inputs that adapters make autograd keep."""
+        kept: Array = ((ranks > 0) @ self._reads > 0) @ inputs
+        return kept
 
-    def server_seconds(self, flops: float) -> float:
-        """Time of the server for ``flops`` operations in every step of a round."""
-        return self.steps * flops / self.server_speed
+    def from_split_up(self, table: Array, ranks: Ranks) -> Array:
+        """``(..., splits)``; the sum over layers from each split up of what ``table`` has for their rank."""
+        blocks = table[np.arange(len(self.block)), ranks] @ self._lies_in
+        sums: Array = np.cumsum(blocks[..., ::-1], axis=-1)[..., ::-1][..., self.splits]
+        return sums
 
-    def client_bytes(self, costs: AdapterCosts, split: int, choice: Choice) -> float:
-        """Peak memory of a client with ranks below its split, beside the process."""
-        if not choice:
-            return float(self.floor[split])
-        blocks = split - min(int(self.block[m]) for m in choice)
-        adapters = sum(costs.prices[m, k] for m, k in choice.items())
-        inputs = sum(costs.input_bytes[g] for g in {int(self.input[m]) for m in choice})
-        return float(max(self.floor[split], costs.base[split] + blocks * costs.block_bytes + adapters + inputs))
+    def of_clients(self, plan: Assignment) -> tuple[Array, Array, NDArray[np.bool_]]:
+        """``(clients,)``; bytes beside the process, operations of a step, and whether activations are computed again:
+        only where they could not be kept."""
+        splits = plan.splits
+        below = np.where(self.block < splits[:, None], plan.ranks, 0)
+        blocks = np.maximum(splits - np.where(below > 0, self.block, self.cost.num_blocks).min(axis=1), 0)
+        parameters = self.total(self.parameters, below)
+        taken, flops, again = np.full(len(splits), np.inf), np.zeros(len(splits)), np.zeros(len(splits), bool)
+        for costs in self.costs:
+            training = costs.base[splits] + blocks * costs.block_bytes + self.total(costs.below, below)
+            training += self.kept(costs.inputs_below, below)
+            needed = np.where(blocks > 0, np.maximum(self.floor[splits], training), self.floor[splits])
+            fewer = (taken > self.memory) & (needed < taken)
+            work = self.forward[splits] + blocks * costs.backward + costs.work * parameters
+            taken, flops = np.where(fewer, needed, taken), np.where(fewer, work, flops)
+            again = np.where(fewer, costs.recompute, again)
+        return taken, flops, again
 
-    def costs_of(self, number: int, split: int, choice: Choice) -> AdapterCosts:
-        """What a client of class ``number`` pays for its ranks: it computes nothing again that it can keep."""
-        memory = self.classes[number].memory
-        fitting = (costs for costs in self.costs if self.client_bytes(costs, split, choice) <= memory)
-        return next(fitting, self.costs[-1])
+    def of_server(self, costs: Costs, plan: Assignment) -> tuple[float, float]:
+        """Bytes, and operations of a step of every client."""
+        above = np.where(self.block >= plan.splits[:, None], plan.ranks, 0)
+        parameters, clients = self.total(self.parameters, above), len(plan.splits)
+        adapters = parameters * self.cost.workload.adapter_parameter_bytes
+        passes = costs.passing[plan.splits] + self.total(costs.above, above) - adapters
+        passes += self.kept(costs.inputs_above, above)
+        if self.cost.workload.half == "shared":
+            lowest = [int(plan.splits.argmin())]
+            adapters, passes = adapters[lowest], passes[lowest]
+        together = np.sort(passes)[-(self.cost.workload.passes or clients) :]
+        flops = costs.served[plan.splits].sum() + costs.work * parameters.sum()
+        return self.resting + clients * self.frames + adapters.sum() + together.sum(), float(flops)
 
-    def server_too_small(self, clients: Counts) -> PlanError:
-        """The error for a server without room for so many clients at each split, even without adapters."""
-        assert self.server is not None
-        shallowest = int(np.flatnonzero(clients)[0])
-        ways = self.serving([shallowest])
-        missing = int(min(clients @ served.share - served.server_room for served in ways))
-        return PlanError(
-            f"the server has {self.server.memory_bytes:,} bytes and misses {missing:,} to serve {clients.sum()} "
-            "client(s) even without adapters. Raise plan.server_memory_gb, or lower train.batch_size or data.max_length"
-        )
+    def ways(self, costs: Costs, lowest: int) -> list[Way]:
+        """How the server may serve clients none of whom has a lower split than ``lowest``.
 
-    def seconds(self, number: int, split: int, choice: Choice) -> float:
-        """Time of a round of a client of class ``number`` with ranks below its split."""
-        costs = self.costs_of(number, split, choice)
-        blocks = split - min((int(self.block[m]) for m in choice), default=split)
-        flops = self.forward[split] + blocks * costs.backward + sum(costs.flops[m, k] for m, k in choice.items())
-        return self.own_seconds(number, float(flops))
-
-    def value(self, choice: Choice) -> float:
-        """What ranks on layers are worth."""
-        return math.fsum(self.values[m, k] for m, k in choice.items())
-
-    def assign(self, below: Mapping[tuple[int, int], tuple[int, Choice]], above: Counts) -> Assignment:
-        """Hand counts out to clients.
-
-        Parameters
-        ----------
-        below : Mapping[tuple[int, int], tuple[int, Choice]]
-            By (class, split): how many clients, and their ranks below it.
-        above : Counts
-            ``(layers, ranks)``; how many clients take a rank on a layer above their split.
+        With a half for each client it needs room for as many passes as can meet, each of them as large as the largest
+        from there; or for one of every client, where that is less.
         """
-        names = [layer.name for layer in self.cost.layers]
-        assignment: Assignment = {}
-        waiting = [iter(each.members) for each in self.classes]
-        for (number, split), (clients, choice) in below.items():
-            ranks = {names[m]: int(self.ranks[k]) for m, k in choice.items()}
-            for _ in range(clients):
-                assignment[next(waiting[number])] = split, dict(ranks)
-        reached = [[c for c, (split, _) in assignment.items() if split <= b] for b in range(self.cost.num_blocks)]
-        for m, row in enumerate(above):
-            # Layers with one input share it when the same clients take them: always the first ones.
-            takers = iter(reached[self.block[m]])
-            for k in np.flatnonzero(row)[::-1]:
-                for client in islice(takers, int(row[k])):
-                    assignment[client][1][names[m]] = int(self.ranks[k])
-        return assignment
+        clients, workload = len(self.names), self.cost.workload
+        frames, room = np.full(self.cost.num_blocks, float(self.frames)), self.memory_of_server - self.resting
+        if workload.half == "shared":
+            return [Way(costs, costs.above, costs.inputs_above, frames, room - costs.passing[lowest])]
+        ways = [Way(costs, costs.above, costs.inputs_above, frames + costs.passing, room)]
+        if workload.passes is not None and workload.passes < clients:
+            every = np.where(self.block >= lowest, len(self.ranks) - 1, 0)
+            adapters = self.parameters * float(workload.adapter_parameter_bytes)
+            largest = costs.passing[lowest] + self.total(costs.above - adapters, every)
+            largest += self.kept(costs.inputs_above, every)
+            ways.append(
+                Way(costs, adapters, np.zeros_like(self.input_bytes), frames, room - workload.passes * float(largest))
+            )
+        return ways
 
-    def objective(self, assignment: Assignment) -> float:
-        """``sum_i sum_m J_m log2(1 + r_im)``."""
-        score = {layer.name: value for layer, value in zip(self.cost.layers, self.importance.tolist(), strict=True)}
-        return self.total_importance * math.fsum(
-            score[name] * math.log2(1 + rank) for _, ranks in assignment.values() for name, rank in ranks.items()
+    def objective(self, plan: Assignment) -> float:
+        """``sum_i p_i sum_m J_m log2(1 + r_im)``, in units of the importance as it was given."""
+        return self.total_importance * math.fsum(self.share * self.total(self.values, plan.ranks))
+
+    def server_too_small(self, missing: float) -> PlanError:
+        """The error for a server without room for its clients even without adapters."""
+        return PlanError(
+            f"the server has {self.memory_of_server:,.0f} bytes and misses {missing:,.0f} to serve {len(self.names)} "
+            "client(s) even without adapters. Raise plan.server_memory_gb, or lower train.batch_size or data.max_length"
         )

@@ -29,17 +29,20 @@ def whole_plan(
     ranks: Sequence[int],
     over_budget: bool = False,
     recompute: str = "off",
+    shares: Mapping[str, float] | None = None,
 ) -> Plan:
     """No split: every client holds the whole model, with one rank for all its weights.
 
     Parameters
     ----------
     ranks : Sequence[int]
-        A client gets the highest of them that its memory holds.
+        A client gets the highest of them that its memory holds and that it may send.
     over_budget : bool
-        A client whose memory does not hold even the lowest gets that one instead of being left out.
+        A client whose budget does not hold even the lowest gets that one instead of being left out.
     recompute : {"off", "on", "auto"}
         As for :func:`~hsplitlora_flwr.planning.planner.make_plan`.
+    shares : Mapping[str, float], optional
+        ``p_i`` by client; equal when None.
 
     Raises
     ------
@@ -54,16 +57,17 @@ def whole_plan(
         for offer in reversed(offers):
             memory = partial(cost.whole_bytes, offer, budget.process_bytes)
             price, again = first_fitting(memory, choices, budget.memory_bytes)
-            if price <= budget.memory_bytes:
+            missing = _missing(budget, price, cost, offer, cost.num_blocks)
+            if missing <= 0:
                 break
-        if price <= budget.memory_bytes or over_budget:
+        if missing <= 0 or over_budget:
             plans[client] = ClientPlan(cost.num_blocks, offer, price, recompute=again)
         else:
-            left_out[client] = price - budget.memory_bytes
+            left_out[client] = missing
     if not plans:
         remedy = "Set plan.over_budget, raise clients.memory_gb (memory-gb of the node), lower the ranks"
         raise nobody_fits(budgets, left_out, "the whole model", remedy)
-    return Plan(plans, left_out, _objective(plans, cost))
+    return Plan(plans, left_out, _objective(plans, cost, shares))
 
 
 def equal_plan(
@@ -76,6 +80,7 @@ def equal_plan(
     min_split: int = 1,
     max_split: int | None = None,
     recompute: str = "off",
+    shares: Mapping[str, float] | None = None,
 ) -> Plan:
     """One split point and one rank for all weights of all clients.
 
@@ -87,6 +92,8 @@ def equal_plan(
         The server's budget; unlimited when None.
     recompute : {"off", "on", "auto"}
         As for :func:`~hsplitlora_flwr.planning.planner.make_plan`.
+    shares : Mapping[str, float], optional
+        ``p_i`` by client; equal when None.
 
     Raises
     ------
@@ -101,20 +108,20 @@ def equal_plan(
             partial(cost.client_bytes, depth, offer, budget.process_bytes), choices, budget.memory_bytes
         )
 
-    able = [budget for budget in budgets.values() if price(min_split, budget)[0] <= budget.memory_bytes]
+    def missing(depth: int, budget: Budget) -> int:
+        return _missing(budget, price(depth, budget)[0], cost, offer, depth)
+
+    able = [budget for budget in budgets.values() if missing(min_split, budget) <= 0]
     deeper = range(max_split or cost.num_blocks - 1, min_split, -1) if able and not split else ()
-    depth = next(
-        (depth for depth in deeper if all(price(depth, budget)[0] <= budget.memory_bytes for budget in able)),
-        split or min_split,
-    )
+    depth = next((depth for depth in deeper if all(missing(depth, budget) <= 0 for budget in able)), split or min_split)
     plans: dict[str, ClientPlan] = {}
     left_out: dict[str, int] = {}
     for client, budget in budgets.items():
         taken, again = price(depth, budget)
-        if taken <= budget.memory_bytes:
+        if (lacking := missing(depth, budget)) <= 0:
             plans[client] = ClientPlan(depth, offer, taken, recompute=again)
         else:
-            left_out[client] = taken - budget.memory_bytes
+            left_out[client] = lacking
     if not plans:
         remedy = "Raise clients.memory_gb (memory-gb of the node), lower lora.rank"
         raise nobody_fits(budgets, left_out, f"{depth} block(s) with adapters of rank {rank}", remedy)
@@ -130,10 +137,18 @@ def equal_plan(
             f"{len(plans)} client(s) with adapters of rank {rank}. Raise plan.server_memory_gb or lower lora.rank"
         )
     plans = {client: replace(plan, server_recompute=server_again) for client, plan in plans.items()}
-    return Plan(plans, left_out, _objective(plans, cost), served)
+    return Plan(plans, left_out, _objective(plans, cost, shares), served)
 
 
-def _objective(plans: Mapping[str, ClientPlan], cost: CostModel) -> float:
+def _missing(budget: Budget, taken: int, cost: CostModel, ranks: Mapping[str, int], split: int) -> int:
+    """Bytes of memory, or of adapters that may be sent, that a client lacks; 0 or less where there are enough."""
+    sent = sum(layer.adapter_parameters(ranks[layer.name]) for layer in cost.layers if layer.block < split)
+    unsent = 0 if budget.adapter_bytes is None else sent * cost.workload.adapter_item - budget.adapter_bytes
+    return max(taken - budget.memory_bytes, unsent)
+
+
+def _objective(plans: Mapping[str, ClientPlan], cost: CostModel, shares: Mapping[str, float] | None) -> float:
     """The planner's objective where all weights count the same."""
-    values = (math.log2(1 + rank) for plan in plans.values() for rank in plan.ranks.values())
-    return sum(values) / len(cost.layers)
+    weights = {client: 1.0 if shares is None else shares[client] for client in plans}
+    values = (weights[client] * math.log2(1 + rank) for client, plan in plans.items() for rank in plan.ranks.values())
+    return sum(values) / sum(weights.values()) / len(cost.layers)

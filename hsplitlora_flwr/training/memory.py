@@ -27,7 +27,7 @@ from hsplitlora_flwr.models.build import build_causal_lm
 from hsplitlora_flwr.models.families import tiny_config
 from hsplitlora_flwr.models.proof import find_family
 from hsplitlora_flwr.models.split import client_part
-from hsplitlora_flwr.planning.problem import Budget
+from hsplitlora_flwr.planning.cost import Budget
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 
 T = TypeVar("T")

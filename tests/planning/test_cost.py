@@ -291,12 +291,23 @@ def test_no_more_passes_meet_on_the_server_than_it_computes_at_once() -> None:
     every = {layer.name: 8 for layer in cost_of("llama").layers}
     clients = {"a": (1, every), "b": (3, every), "c": (2, {}), "d": (1, {})}
     for passes in (None, 1, 2, 3, 4, 9):
-        cost = CostModel(config, find_family(config), Workload(ROWS, LENGTH, passes=passes))
+        cost = CostModel(config, find_family(config), Workload(ROWS, LENGTH, passes=passes, half="per_client"))
         held = sum(cost.held_bytes(*client) for client in clients.values())
         largest = sorted((cost.pass_bytes(*client) for client in clients.values()), reverse=True)
         assert cost.server_bytes(clients, 7) - cost.server_bytes({}, 7) == held + sum(largest[:passes])
     with pytest.raises(PlanError, match="passes=0"):
         Workload(ROWS, LENGTH, passes=0)
+
+
+def test_a_shared_half_is_there_once_from_the_lowest_split_up() -> None:
+    cost = cost_of("llama")
+    every = {layer.name: 8 for layer in cost.layers}
+    for splits in ((2,), (3, 2), (2, 3, 3, 2)):
+        clients = {str(i): (split, every) for i, split in enumerate(splits)}
+        once = cost.adapter_bytes(every, 2, 4) + cost.pass_bytes(2, every) + len(splits) * frames_of(cost)
+        assert cost.server_bytes(clients, 7) == cost.server_bytes({}, 7) + once
+    with pytest.raises(PlanError, match="half='both' is not possible; choose one of shared, per_client"):
+        Workload(ROWS, LENGTH, half="both")  # type: ignore[arg-type]
 
 
 def test_activations_count_for_every_micro_batch_in_flight() -> None:
@@ -494,10 +505,12 @@ def test_settings_of_a_run_reach_the_cost_model(tiny_folder: Path) -> None:
     assert (cost.workload.labels, cost.workload.in_flight) == ("client", 3), "a batch of 9 has three micro-batches"
     assert cost_model(config, 1, LENGTH).workload.in_flight == 4
     assert cost.workload.passes is None, "where labels stay, activations of all clients wait"
-    alone = settings | {"split.labels": "server"}
+    assert cost.workload.half == "shared"
+    alone = settings | {"split.labels": "server", "server.half": "per_client"}
     for joint, passes, expected in (("off", 3, 3), ("auto", 0, all_cores()), ("on", 3, None)):
         given = alone | {"train.joint": joint, "train.passes": passes, "model.device": "cpu"}
-        assert cost_model(Config.from_run_config(given), 4, LENGTH).workload.passes == expected
+        workload = cost_model(Config.from_run_config(given), 4, LENGTH).workload
+        assert (workload.passes, workload.half) == (expected, "per_client")
     unsplit = cost_model(Config.from_run_config(settings | {"method.name": "fedit"}), 4, LENGTH).workload
     assert (unsplit.labels, unsplit.in_flight) == ("server", 1)
     plan = make_round_plan(config, {"a": Budget(10**12, 0, 1e9, 1e6, 2e6)}, None, {}, cost).clients["a"]

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from hsplitlora_flwr import methods
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.methods import cost_model, make_round_plan
 from hsplitlora_flwr.planning import Budget, Plan
@@ -16,9 +15,14 @@ from hsplitlora_flwr.planning.cost import CostModel
 Case = tuple[Config, CostModel, dict[str, Budget], Budget, dict[str, float]]
 
 
-def case(folder: Path, seed: int, **changes: float) -> Case:
+def case(folder: Path, seed: int, **changes: float | str) -> Case:
     """Two clients, and a third that says it has little memory and is slower than any machine."""
-    settings = {"model.path": str(folder), "data.max_length": 48, "lora.ranks": "0,2,4", "train.batch_size": 4}
+    settings: dict[str, float | str] = {
+        "model.path": str(folder),
+        "data.max_length": 48,
+        "lora.ranks": "0,2,4",
+        "train.batch_size": 4,
+    }
     config = Config.from_run_config(settings | changes)
     cost, draw = cost_model(config, 4, 48, 3), random.Random(seed)
     low = cost.client_bytes(1, {})
@@ -39,10 +43,9 @@ def planned(
 
 
 @pytest.mark.parametrize("seed", [17, 20, 23])
-def test_no_cut_comes_before_that_of_a_client_alone(
-    seed: int, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config, cost, budgets, server, scores = case(tiny_folder, seed)
+@pytest.mark.parametrize("half", ["shared", "per_client"])
+def test_no_cut_comes_before_that_of_a_client_alone(half: str, seed: int, tiny_folder: Path) -> None:
+    config, cost, budgets, server, scores = case(tiny_folder, seed, **{"server.half": half})
     plan = planned(config, cost, budgets, server, scores)
     for name in "ab":
         alone = planned(config, cost, {name: budgets[name]}, server, scores)
@@ -51,12 +54,3 @@ def test_no_cut_comes_before_that_of_a_client_alone(
         assert cost.client_bytes(each.split, dict(each.ranks)) <= each.predicted_bytes <= budgets[name].memory_bytes
     taken = {name: (each.split, dict(each.ranks)) for name, each in plan.clients.items()}
     assert cost.server_bytes(taken, 0) <= server.memory_bytes
-    monkeypatch.setattr(methods, "keep_depth", lambda plan, *_: plan)
-    before = planned(config, cost, budgets, server, scores)
-    assert before.clients["a"].split < plan.clients["a"].split, "the case is one where it matters"
-
-
-def test_a_stated_deadline_goes_before_it(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, cost, budgets, server, scores = case(tiny_folder, 20, **{"plan.deadline": 1e18})
-    monkeypatch.setattr(methods, "keep_depth", lambda *_: pytest.fail("the deadline may need an earlier cut"))
-    assert planned(config, cost, budgets, server, scores).clients

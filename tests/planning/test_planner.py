@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -12,23 +12,27 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from hsplitlora_flwr.models import find_family
 from hsplitlora_flwr.planning import Budget, CostModel, Plan, PlanError, Workload, make_plan
-from hsplitlora_flwr.planning.exact import GAP, TIME_GAP
+from hsplitlora_flwr.planning.frontier import Array
 from hsplitlora_flwr.planning.planner import probe_split
-from hsplitlora_flwr.planning.problem import NOMINAL_FLOPS, Array
+from hsplitlora_flwr.planning.problem import NOMINAL_FLOPS
 from tests.tiny import tiny_model
 
 CONFIG = tiny_model("llama").config
 
 
-def cost_of(targets: tuple[str, ...] | None = None, dtype: str = "float32", passes: int | None = None) -> CostModel:
-    return CostModel(CONFIG, find_family(CONFIG), Workload(4, 16, dtype, passes=passes), targets)
+def cost_of(
+    targets: tuple[str, ...] | None = None, dtype: str = "float32", passes: int | None = None, half: Any = "shared"
+) -> CostModel:
+    return CostModel(CONFIG, find_family(CONFIG), Workload(4, 16, dtype, passes=passes, half=half), targets)
 
 
 COST = cost_of()
-NAMES = [layer.name for layer in COST.layers]
+LAYERS = COST.layers
+NAMES = [layer.name for layer in LAYERS]
 RANKS = (0, 2, 4, 8)
 FLOOR = COST.client_bytes(1, {})
 CEILING = COST.client_bytes(3, dict.fromkeys(NAMES, 8))
@@ -57,6 +61,8 @@ def served(plan: Plan) -> dict[str, tuple[int, Any]]:
     st.sampled_from(("exact", "greedy")),
     st.sampled_from(("off", "on", "auto")),
     st.sampled_from((None, 1, 2)),
+    st.sampled_from(("shared", "per_client")),
+    st.one_of(st.none(), st.integers(0, 10**5)),
 )
 def test_no_budget_is_exceeded(
     memories: list[int],
@@ -67,10 +73,14 @@ def test_no_budget_is_exceeded(
     planner: str,
     recompute: str,
     passes: int | None,
+    half: str,
+    adapters: int | None,
 ) -> None:
-    cost = cost_of(passes=passes)
-    budgets = {str(i): Budget(memory + process, process) for i, memory in enumerate(memories)}
-    base = COST.server_bytes({str(i): (1, {}) for i in range(len(memories))}, recompute=recompute == "on")
+    cost = cost_of(passes=passes, half=half)
+    budgets = {str(i): Budget(memory + process, process, adapter_bytes=adapters) for i, memory in enumerate(memories)}
+    base = cost_of(half="per_client").server_bytes(
+        {str(i): (1, {}) for i in range(len(memories))}, recompute=recompute == "on"
+    )
     server = Budget(base + room)
     try:
         plan = make_plan(
@@ -90,6 +100,8 @@ def test_no_budget_is_exceeded(
     for name, client in plan.clients.items():
         assert 1 <= client.split <= 3
         assert set(client.ranks.values()) <= set(RANKS) - {0}
+        below = sum(layer.adapter_parameters(client.ranks.get(layer.name, 0)) for layer in LAYERS[: 7 * client.split])
+        assert adapters is None or 4 * below <= adapters
         taken = partial(COST.client_bytes, client.split, client.ranks, process)
         assert client.predicted_bytes == taken(recompute=client.recompute) <= budgets[name].memory_bytes
         if recompute == "auto":
@@ -101,173 +113,256 @@ def test_no_budget_is_exceeded(
     [again] = {client.server_recompute for client in plan.clients.values()}
     assert again == (recompute == "on") or recompute == "auto"
     assert plan.server_bytes == cost.server_bytes(served(plan), recompute=again) <= server.memory_bytes
-
-
-@dataclass(frozen=True)
-class Options:
-    """Every plan of one client: its memory, what it takes on the server all the time, in a pass and in the largest pass
-    from its split, operations of both sides, and ranks."""
-
-    memory: Array
-    held: Array
-    passing: Array
-    largest: Array
-    own: Array
-    served: Array
-    ranks: Array  # (plans, layers)
+    if half == "shared":
+        for layer in LAYERS:
+            above = (client.ranks.get(layer.name, 0) for client in plan.clients.values() if client.split <= layer.block)
+            assert len(set(above)) <= 1, "one adapter serves all"
 
 
 CHOICES = {"off": (False,), "on": (True,), "auto": (False, True)}
+TARGETS = ("q_proj", "v_proj")
+"""Two layers a block that read the same input."""
+
+
+@dataclass(frozen=True)
+class Own:
+    """Every plan of one client below every split: split, memory, parameters, operations and ranks."""
+
+    split: NDArray[np.intp]
+    memory: Array
+    parameters: Array
+    flops: Array
+    ranks: Array  # (plans, layers)
+
+
+@dataclass(frozen=True)
+class Served:
+    """Every choice of ranks of the server: what it takes from each split up, all the time and in a pass, operations of
+    a step, and ranks."""
+
+    held: Array  # (splits, choices)
+    passing: Array
+    flops: Array
+    ranks: Array  # (choices, layers)
 
 
 @cache
-def options(
-    dtype: str, passes: int | None = None, recompute: str = "off", server_recompute: bool = False
-) -> tuple[CostModel, Options]:
-    """All splits and ranks of two layers a block that read the same input, and what clients compute again."""
-    cost = cost_of(("q_proj", "v_proj"), dtype, passes)
-    rows, every = [], {layer.name: 8 for layer in cost.layers}
-    for split, again, chosen in itertools.product(
-        range(1, 4), CHOICES[recompute], itertools.product((0, 8), repeat=len(cost.layers))
-    ):
-        ranks = {layer.name: rank for layer, rank in zip(cost.layers, chosen, strict=True) if rank}
-        rows.append(
-            (
-                cost.client_bytes(split, ranks, recompute=again),
-                cost.held_bytes(split, ranks),
-                cost.pass_bytes(split, ranks, recompute=server_recompute),
-                cost.pass_bytes(split, every, recompute=server_recompute),
-                cost.client_flops(split, ranks, recompute=again),
-                cost.server_flops(split, ranks, recompute=server_recompute),
-                *chosen,
-            )
-        )
+def own_plans(dtype: str, recompute: str) -> Own:
+    cost, rows = cost_of(TARGETS, dtype), []
+    for again, split in itertools.product(CHOICES[recompute], range(1, 4)):
+        for chosen in itertools.product((0, 8), repeat=2 * split):
+            ranks = {layer.name: rank for layer, rank in zip(cost.layers, chosen, strict=False) if rank}
+            memory, flops = (f(split, ranks, recompute=again) for f in (cost.client_bytes, cost.client_flops))
+            padded = (*chosen, *(0,) * (len(cost.layers) - len(chosen)))
+            rows.append((split, memory, cost.adapter_parameters(ranks), flops, *padded))
     table = np.array(rows, float)
-    return cost, Options(*table[:, :6].T, ranks=table[:, 6:])
+    return Own(table[:, 0].astype(int), *table[:, 1:4].T, ranks=table[:, 4:])
+
+
+@cache
+def server_plans(dtype: str, recompute: bool) -> Served:
+    cost, rows = cost_of(TARGETS, dtype), []
+    every = list(itertools.product((0, 8), repeat=len(cost.layers) - 2))
+    for chosen in every:
+        ranks = {layer.name: rank for layer, rank in zip(cost.layers[2:], chosen, strict=True) if rank}
+        rows.append(
+            [
+                (
+                    cost.held_bytes(split, ranks),
+                    cost.pass_bytes(split, ranks, recompute=recompute),
+                    cost.server_flops(split, ranks, recompute=recompute),
+                )
+                for split in range(4)
+            ]
+        )
+    table = np.array(rows, float).transpose(2, 1, 0)
+    return Served(*table, ranks=np.array([(0, 0, *chosen) for chosen in every], float))
 
 
 @dataclass(frozen=True)
 class BruteForce:
-    """Every pair of plans of two clients that fits."""
+    """Every plan of two clients that fits: split and value of both, seconds of the round, and whether the server's
+    ranks are the highest."""
 
-    values: Array
+    split: NDArray[np.intp]  # (plans, 2)
+    value: Array  # (plans, 2)
     seconds: Array
+    highest: NDArray[np.bool_]
 
     @classmethod
-    def of(cls, recompute: str, **instance: Any) -> BruteForce:
-        """Of an instance; without ``deeper``, room is kept for passes from the shallowest split of all plans."""
-        of = instance["dtype"], instance["passes"], recompute
-        both = [cls.one(options(*of, again), **instance) for again in CHOICES[recompute]]
-        return cls(*(np.concatenate(arrays) for arrays in zip(*((b.values, b.seconds) for b in both), strict=True)))
+    def of(cls, instance: dict[str, Any]) -> BruteForce:
+        both = [cls.one(again, **instance) for again in CHOICES[instance["recompute"]]]
+        return cls(*(np.concatenate([getattr(b, name) for b in both]) for name in vars(both[0])))
 
     @classmethod
     def one(
         cls,
-        options_: tuple[CostModel, Options],
+        again: bool,
+        half: str,
         dtype: str,
         passes: int | None,
+        recompute: str,
         importance: dict[str, float],
         budgets: dict[str, Budget],
         server: Budget,
         steps: int,
-        deeper: bool = True,
+        shares: dict[str, float],
     ) -> BruteForce:
-        cost, every = options_
-        value = np.log2(1 + every.ranks) @ np.array([importance[layer.name] for layer in cost.layers])
-        a, b = (np.flatnonzero(every.memory <= budget.memory_bytes) for budget in budgets.values())
-        assert server.flops
+        cost, own, upper = (
+            cost_of(TARGETS, dtype, passes, half),
+            own_plans(dtype, recompute),
+            server_plans(dtype, again),
+        )
+        scores = np.array([importance[layer.name] for layer in cost.layers])
+        blocks = np.array([layer.block for layer in cost.layers])
+        below = np.log2(1 + own.ranks) @ scores
+        above = np.stack(
+            [np.log2(1 + upper.ranks) @ np.where(blocks >= split, scores, 0.0) for split in range(4)]
+        )  # (splits, choices)
+        # Without what lies below the split: every plan once.
+        distinct = [~(upper.ranks[:, blocks < split] > 0).any(axis=1) for split in range(4)]
         up, down = cost.wire_bytes()
-        own = []
-        for budget, held in zip(budgets.values(), (a, b), strict=True):
+        resting, found = cost.server_bytes({}), []
+        plans, seconds = [], []
+        for budget in budgets.values():
+            limit = np.inf if budget.adapter_bytes is None else budget.adapter_bytes
+            plans.append(np.flatnonzero((own.memory <= budget.memory_bytes) & (4 * own.parameters <= limit)))
             assert budget.flops and budget.up and budget.down
-            own.append(every.own[held] / budget.flops + up / budget.up + down / budget.down)
-        seconds = np.maximum(own[0][:, None], own[1][None])
-        seconds = steps * (seconds + (every.served[a][:, None] + every.served[b][None]) / server.flops)
-        staying: Array = every.held[a][:, None] + every.held[b][None]
-        passing: Array = every.passing[a][:, None] + every.passing[b][None]
-        if passes:  # one of two at a time, and there is room for the largest from the shallower split
-            largest: Array = np.maximum(every.largest[a][:, None], every.largest[b][None])
-            passing = passing.clip(max=largest if deeper else every.largest.max())
-        fits = staying + passing + cost.server_bytes({}) <= server.memory_bytes
-        return cls((value[a][:, None] + value[b][None])[fits], seconds[fits])
+            seconds.append(own.flops / budget.flops + up / budget.up + down / budget.down)
+        assert server.flops
+        for a, b in itertools.product(range(1, 4), range(1, 4)):
+            first, second = (p[own.split[p] == split] for p, split in zip(plans, (a, b), strict=True))
+            if half == "shared":
+                low = min(a, b)
+                choice = np.flatnonzero(distinct[low])
+                taken = upper.held[low, choice] + upper.passing[low, choice] + upper.held[low, 0]  # and frames of one
+                tops = [(above[a, choice], above[b, choice])]
+                work = [upper.flops[a, choice] + upper.flops[b, choice]]
+                most = choice == distinct[low].nonzero()[0][-1]
+            else:
+                one, two = (np.flatnonzero(distinct[split]) for split in (a, b))
+                passing = upper.passing[a, one][:, None] + upper.passing[b, two]
+                if passes == 1:  # there is room for the largest from the lower split
+                    passing = passing.clip(max=upper.passing[min(a, b), -1])
+                taken = (upper.held[a, one][:, None] + upper.held[b, two] + passing).ravel()
+                top = np.broadcast_arrays(above[a, one][:, None], above[b, two])
+                tops = [(top[0].ravel(), top[1].ravel())]
+                work = [(upper.flops[a, one][:, None] + upper.flops[b, two]).ravel()]
+                most = ((one == one[-1])[:, None] & (two == two[-1])).ravel()
+            fits = resting + taken <= server.memory_bytes
+            (top_a, top_b), served = (top[fits] for top in tops[0]), work[0][fits] / server.flops
+            i, j, k = (g.ravel() for g in np.meshgrid(first, second, np.arange(fits.sum()), indexing="ij"))
+            value = np.stack([below[i] + top_a[k], below[j] + top_b[k]], axis=1)
+            slowest = np.maximum(seconds[0][i], seconds[1][j])
+            found.append((np.tile([a, b], (len(i), 1)), value, steps * (slowest + served[k]), most[fits][k]))
+        return cls(*(np.concatenate(part) for part in zip(*found, strict=True)))
 
 
 @st.composite
-def instances(draw: st.DrawFn) -> dict[str, Any]:
+def instances(draw: st.DrawFn, half: str = "") -> dict[str, Any]:
     """Two clients and a server, all of them short of memory or not."""
+    half = half or draw(st.sampled_from(("shared", "per_client")))
     dtype = draw(st.sampled_from(("float32", "bfloat16")))
     recompute = draw(st.sampled_from(tuple(CHOICES)))
-    passes = draw(st.sampled_from((None, 1)))
-    cost, every = options(dtype, passes, recompute)
-    low, high = int(every.memory.min()), int(every.memory.max() * 1.1)
-    budgets = {name: Budget(draw(st.integers(low, high)), 0, draw(SPEEDS), draw(SPEEDS), draw(SPEEDS)) for name in "ab"}
-    base, share = cost.server_bytes({}), every.held + every.passing
+    cost, own, upper = cost_of(TARGETS, dtype), own_plans(dtype, recompute), server_plans(dtype, False)
+    low, high = int(own.memory.min()), int(own.memory.max() * 1.1)
+    adapters = st.one_of(st.none(), st.integers(0, int(4.4 * own.parameters.max())))
+    budgets = {
+        name: Budget(draw(st.integers(low, high)), 0, draw(SPEEDS), draw(SPEEDS), draw(SPEEDS), draw(adapters))
+        for name in "ab"
+    }
+    base, share = cost.server_bytes({}), upper.held[1:] + upper.passing[1:]
     memory = draw(st.integers(base + 2 * int(share.min()), base + int(2.1 * share.max())))
-    importance = draw(importances(cost))
     return {
+        "half": half,
         "dtype": dtype,
-        "passes": passes,
+        "passes": draw(st.sampled_from((None, 1))),
         "recompute": recompute,
         "budgets": budgets,
         "server": Budget(memory, 0, draw(SPEEDS)),
-        "importance": importance,
+        "importance": draw(importances(cost)),
         "steps": draw(st.integers(1, 5)),
+        "shares": {"a": draw(st.integers(1, 100)), "b": draw(st.integers(1, 100))},
     }
 
 
-def plan_of(instance: dict[str, Any], **options_: Any) -> Plan:
-    cost, _ = options(instance["dtype"], instance["passes"])
-    given = {key: value for key, value in instance.items() if key in ("server", "steps", "recompute")}
-    return make_plan(instance["budgets"], instance["importance"], cost, ranks=(0, 8), **given, **options_)
+def plan_of(instance: dict[str, Any], **options: Any) -> Plan:
+    cost = cost_of(TARGETS, instance["dtype"], instance["passes"], instance["half"])
+    given = {key: instance[key] for key in ("budgets", "server", "steps", "recompute", "shares")} | options
+    return make_plan(given.pop("budgets"), instance["importance"], cost, ranks=(0, 8), **given)
 
 
-@settings(max_examples=15, deadline=None)
+def plan_shares(instance: dict[str, Any]) -> Array:
+    shares = np.array(list(instance["shares"].values()), float)
+    return shares / shares.sum()
+
+
+def alone(instance: dict[str, Any], **options: Any) -> list[int]:
+    """The splits that clients have when nobody else takes part."""
+    cuts = []
+    for name, budget in instance["budgets"].items():
+        cuts.append(plan_of(instance, budgets={name: budget}, **options).clients[name].split)
+    return cuts
+
+
+GAP = 1e-4
+"""What small plans may lack of the best."""
+
+
+@settings(max_examples=20, deadline=None)
 @given(instances())
 def test_the_exact_objective_is_that_of_brute_force(instance: dict[str, Any]) -> None:
     assume(any(instance["importance"].values()))
-    every = BruteForce.of(**instance)
-    if not len(every.values):
+    every = BruteForce.of(instance)
+    if not len(every.seconds):
         with pytest.raises(PlanError, match="the server has"):
             plan_of(instance)
         return
     plan = plan_of(instance, tolerance=0.0)
-    best = float(every.values.max())
-    assert best * (1 - GAP) - 1e-12 <= plan.objective <= best * (1 + 1e-9)
-    assert plan.objective <= plan.bound * (1 + 1e-9)
-    assert best <= plan.bound * (1 + 1e-9) <= best * (1 + GAP) + 1e-9
-    assert 0 <= plan.greedy_objective <= best * (1 + 1e-9)
+    value = every.value @ plan_shares(instance)
+    deeper = (every.split >= alone(instance, tolerance=0.0)).all(axis=1)
+    assert plan.objective >= value[deeper].max() * (1 - GAP) - 1e-12
+    assert plan.objective <= value.max() * (1 + 1e-9) <= plan.bound * (1 + 1e-9) + 1e-12
+    assert 0 <= plan.greedy_objective <= value.max() * (1 + 1e-9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(instances(), st.floats(0, 0.5))
+def test_nobody_moves_the_cut_of_another_above_what_it_has_alone(instance: dict[str, Any], tolerance: float) -> None:
+    try:
+        plan = plan_of(instance, tolerance=tolerance)
+    except PlanError:
+        return
+    for name, split in zip(instance["budgets"], alone(instance, tolerance=tolerance), strict=True):
+        assert plan.clients[name].split >= split
 
 
 @settings(max_examples=15, deadline=None)
 @given(instances(), st.floats(0.02, 0.5))
 def test_the_round_is_the_shortest_within_the_tolerance(instance: dict[str, Any], tolerance: float) -> None:
-    assume(any(instance["importance"].values()))
-    every = BruteForce.of(**instance)
-    assume(len(every.values))
+    instance |= {"server": replace(instance["server"], memory_bytes=10**9)}
+    instance["importance"] = {name: score + 1e-3 for name, score in instance["importance"].items()}
+    every = BruteForce.of(instance)
     plan = plan_of(instance, tolerance=tolerance)
-    assert plan.objective >= (1 - tolerance) * every.values.max() * (1 - GAP)
-    # Deeper shallowest splits are tried for more value, not for a shorter round.
-    known = BruteForce.of(**instance, deeper=False)
-    good = known.values >= (1 - tolerance) * every.values.max() * (1 + 1e-9)
-    assume(good.any())
-    # The proof allows for TIME_GAP, and a quarter of it is given back to the ranks.
-    assert plan.seconds <= known.seconds[good].min() * (1 + 1.5 * TIME_GAP)
+    deeper = (every.split >= alone(instance, tolerance=tolerance)).all(axis=1)
+    value, best = every.value[deeper], every.value.max(axis=0)
+    assert plan.objective >= (1 - tolerance) * best @ plan_shares(instance) * (1 - 1e-9)
+    good = (value >= (1 - tolerance) * best).all(axis=1) & every.highest[deeper]
+    assert plan.seconds <= every.seconds[deeper][good].min() * (1 + 1e-9), "the server's ranks being the highest"
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(instances(), st.floats(0, 1))
-def test_a_deadline_is_met_by_the_best_plan_within_it(instance: dict[str, Any], looseness: float) -> None:
+def test_a_deadline_is_met_where_it_can_be(instance: dict[str, Any], looseness: float) -> None:
     assume(any(instance["importance"].values()))
-    every = BruteForce.of(**instance)
-    assume(len(every.values))
+    every = BruteForce.of(instance)
+    assume(len(every.seconds))
     shortest, longest = float(every.seconds.min()), float(every.seconds.max())
     deadline = shortest * (1 + 1e-6) + looseness * (longest - shortest)
     plan = plan_of(instance, deadline=deadline, tolerance=0.0)
     assert plan.seconds <= deadline * (1 + 1e-6)
-    best = float(every.values[every.seconds <= deadline].max())
-    assert plan.objective <= best * (1 + 1e-6) + 1e-12
-    assert best <= plan.bound * (1 + 1e-6) + 1e-9
-    assert plan.objective >= best * (1 - 100 * GAP) - 1e-12
+    best = float((every.value @ plan_shares(instance))[every.seconds <= deadline].max())
+    assert plan.objective <= best * (1 + 1e-9) + 1e-12
     with pytest.raises(PlanError, match=r"no plan meets the deadline .* shortest possible round takes"):
         plan_of(instance, deadline=shortest * 0.99)
 
@@ -332,7 +427,7 @@ def test_room_for_everything_gives_everything(planner: str) -> None:
 
 @pytest.mark.parametrize("planner", ["exact", "greedy"])
 def test_deeper_splits_serve_more_clients_than_passes_where_the_server_is_small(planner: str) -> None:
-    cost, names = cost_of(passes=1), "abc"
+    cost, names = cost_of(passes=1, half="per_client"), "abc"
     every = dict.fromkeys(NAMES, 8)
     least = cost.server_bytes(dict.fromkeys(names, (3, {}))) - cost.pass_bytes(3, {}) + cost.pass_bytes(3, every)
     assert least < cost.server_bytes(dict.fromkeys(names, (2, {}))) < cost.server_bytes(dict.fromkeys(names, (1, {})))
@@ -351,7 +446,7 @@ def test_clients_take_blocks_off_a_slow_server_and_leave_them_to_a_fast_one() ->
     for server_flops, splits in ((1e8, {3}), (1e12, {1})):
         plan = make_plan(budgets, dict.fromkeys(NAMES, 1.0), COST, ranks=RANKS, server=Budget(10**9, 0, server_flops))
         assert {client.split for client in plan.clients.values()} == splits
-        assert plan.objective >= 3 * FULL * 0.99
+        assert plan.objective >= FULL * 0.99
 
 
 def test_predicted_seconds() -> None:
@@ -400,7 +495,7 @@ def test_activations_are_computed_again_where_memory_asks_for_it() -> None:
     make = partial(make_plan, budgets, dict.fromkeys(NAMES, 1.0), COST, ranks=RANKS, min_split=3, tolerance=0.0)
     for planner in ("exact", "greedy"):
         plan = make(recompute="auto", planner=planner)
-        assert plan.objective == pytest.approx(2 * FULL)
+        assert plan.objective == pytest.approx(FULL)
         assert {name: client.recomputing for name, client in plan.clients.items()} == {
             "tight": "client",
             "roomy": "none",
@@ -410,8 +505,8 @@ def test_activations_are_computed_again_where_memory_asks_for_it() -> None:
             "tight": "both",
             "roomy": "server",
         }
-        assert plan.objective == pytest.approx(2 * FULL)
-        assert make(recompute="off", planner=planner).objective < 2 * FULL * 0.99
+        assert plan.objective == pytest.approx(FULL)
+        assert make(recompute="off", planner=planner).objective < FULL * 0.99
     slower, faster = make(recompute="on"), make(recompute="auto")
     assert slower.clients["roomy"].predicted_seconds > faster.clients["roomy"].predicted_seconds
     assert slower.clients["tight"].predicted_seconds == faster.clients["tight"].predicted_seconds

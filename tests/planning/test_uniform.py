@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from hsplitlora_flwr.models import find_family
@@ -87,3 +89,22 @@ def test_a_whole_model_that_fits_only_when_activations_are_computed_again() -> N
     assert {name: c.recomputing for name, c in plan.clients.items()} == {"tight": "client", "roomy": "none"}
     left_out = whole_plan(budgets, COST, ranks=(8,)).left_out
     assert left_out == {"tight": COST.whole_bytes(offer(8)) - COST.whole_bytes(offer(8), recompute=True)}
+
+
+def test_adapters_that_may_not_be_sent_are_not_planned() -> None:
+    whole = 4 * COST.adapter_parameters(offer(4))
+    budgets = {"a": Budget(10**12, adapter_bytes=whole), "b": Budget(10**12, adapter_bytes=whole - 1)}
+    plan = whole_plan(budgets, COST, ranks=(2, 4, 8))
+    assert {name: set(client.ranks.values()) for name, client in plan.clients.items()} == {"a": {4}, "b": {2}}
+    below = 4 * sum(layer.adapter_parameters(4) for layer in COST.layers if layer.block < 2)
+    plan = equal_plan({"a": Budget(10**12, adapter_bytes=below), "b": Budget(10**12)}, COST, rank=4)
+    assert {client.split for client in plan.clients.values()} == {2}
+    assert equal_plan({"a": Budget(10**12, adapter_bytes=below)}, COST, rank=4, split=2).clients
+    with pytest.raises(PlanError, match=r"client a has [\d,]+ bytes and misses 1"):
+        equal_plan({"a": Budget(10**12, adapter_bytes=below - 1)}, COST, rank=4, split=2)
+
+
+def test_the_objective_weighs_clients_by_their_shares() -> None:
+    budgets = {"a": Budget(COST.whole_bytes(offer(2))), "b": Budget(10**12)}
+    plan = whole_plan(budgets, COST, ranks=(2, 8), shares={"a": 3, "b": 1})
+    assert plan.objective == pytest.approx((3 * math.log2(3) + math.log2(9)) / 4)
