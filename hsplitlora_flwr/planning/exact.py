@@ -11,6 +11,7 @@ the round is made as short as it gets while every client keeps its own value wit
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -253,23 +254,48 @@ class Solver:
 
     def _in_time(self, upper: Upper, deadline: float) -> Assignment:
         """The plan for a deadline: everybody gives up the same share of its value, as little as will do, and clients
-        take what time is left."""
-        done = self._shortest(upper, 1.0)
-        if done[3] > deadline * (1 + SAME):
+        take what time is left.
+
+        Raises
+        ------
+        PlanError
+            If there is none.
+        """
+        plans, shortest = [], math.inf
+        for each in (upper, *self._lowest_cuts()):
+            done = self._shortest(each, 1.0)
+            shortest = min(shortest, done[3])
+            if done[3] > deadline * (1 + SAME):
+                continue
+            low, high = self.tolerance, 1.0
+            for _ in range(_HALVINGS):
+                tolerance = (low + high) / 2
+                tried = self._shortest(each, tolerance)
+                if tried[3] <= deadline:
+                    high, done = tolerance, tried
+                else:
+                    low = tolerance
+            fewer, splits, limit, seconds = done
+            plans.append(self._fill(fewer, splits, limit + max(deadline - seconds, 0.0)))
+        if not plans:
             raise PlanError(
-                f"no plan meets the deadline of {deadline:g} s: the shortest possible round takes {done[3]:.3g} s. "
+                f"no plan meets the deadline of {deadline:g} s: the shortest possible round takes {shortest:.3g} s. "
                 "Raise plan.deadline, or lower train.steps, train.batch_size or data.max_length"
             )
-        low, high = self.tolerance, 1.0
-        for _ in range(_HALVINGS):
-            tolerance = (low + high) / 2
-            tried = self._shortest(upper, tolerance)
-            if tried[3] <= deadline:
-                high, done = tolerance, tried
-            else:
-                low = tolerance
-        fewer, splits, limit, seconds = done
-        return self._fill(fewer, splits, limit + max(deadline - seconds, 0.0))
+        return max(plans, key=self.problem.objective)
+
+    def _lowest_cuts(self) -> Iterator[Upper]:
+        """Without any ranks on the server, where clients may be split in all places that it has room for."""
+        p = self.problem
+        for costs in p.costs:
+            ways = [p.ways(costs, split) for split in p.splits.tolist()]
+            room = [
+                any(len(p.names) * way.taken[split] <= way.room for way in each)
+                for split, each in zip(p.splits.tolist(), ways, strict=True)
+            ]
+            allowed = np.isfinite(self.values) & room
+            if allowed.any(axis=1).all():
+                yield Upper(costs, np.zeros(len(p.block), np.uint8), allowed)
 
 
 def _sweep(own: Array, served: Array) -> tuple[Index, float, float]:
