@@ -350,7 +350,7 @@ class HSplitLoRA(Strategy):
         """Write the PEFT adapter and what else was asked for; then the run is finished."""
         changes, path = self.delta.changes(), self.config.model.path
         self.report.status("writing the adapter")
-        save_peft_adapter(changes, self.folder / "adapter", self.base.model, path)
+        save_peft_adapter(changes, self.folder / "adapter", self.base.model, path, self.base.inside)
         if self.config.run.merged:
             save_merged_model(self.base.merged(), load_tokenizer(path), self.folder / "merged")
         self.report.finished(ADAPTER_FILES, adapter={"folder": "adapter", "relative_error": TOLERANCE})

@@ -15,7 +15,13 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    Gemma3Config,
+    PreTrainedModel,
+)
 
 from hsplitlora_flwr import strategy
 from hsplitlora_flwr.central import CentralTraining
@@ -573,6 +579,31 @@ def test_what_is_cut_is_said_before_training_and_stays_in_the_summary(
         rows = summary["plans"][0]["clients"]
         assert sum(row["cut_rows"] for row in rows) == summary["text"]["training"]["cut_rows"]
         assert all(0 < row["cut_share"] < 1 for row in rows)
+
+
+def test_of_a_multimodal_base_the_adapter_fits_the_whole_and_the_merged_model_is_the_decoder(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_folder, tmp_path / "model")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "head_dim": 8}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 257}
+    sight = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sight |= {"image_size": 28, "patch_size": 14}
+    model = AutoModelForImageTextToText.from_config(
+        Gemma3Config(text_config=sizes, vision_config=sight, mm_tokens_per_image=4)
+    )
+    model.save_pretrained(base)
+    run(settings(base, tmp_path, **{"run.merged": True, "train.rounds": 1}), tmp_path)
+
+    ids = torch.arange(3, 25).reshape(2, 11)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    whole = AutoModelForCausalLM.from_pretrained(base)
+    assert type(whole) is type(model)
+    before = whole(**inputs).logits
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(**inputs).logits
+    tuned = PeftModel.from_pretrained(whole, tmp_path / "adapter")(**inputs).logits
+    torch.testing.assert_close(tuned, after, rtol=1e-4, atol=1e-5)
+    assert (after - before).abs().max() > 1e-2
 
 
 def test_a_node_whose_model_lacks_a_token_says_so(tiny_folder: Path, tmp_path: Path) -> None:

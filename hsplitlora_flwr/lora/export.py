@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hsplitlora_flwr.lora.delta import Change, Delta, DeltaError, Patch, digest, thin
 from hsplitlora_flwr.lora.layers import shape_of
+from hsplitlora_flwr.models.multimodal import name_in_whole
 from hsplitlora_flwr.models.quantisation import QuantisedLinear
 from hsplitlora_flwr.models.split import is_linear
 
@@ -34,7 +35,11 @@ TOLERANCE = 1e-6
 
 
 def save_peft_adapter(
-    changes: Mapping[str, Change], folder: Path | str, model: PreTrainedModel, base_name: str = ""
+    changes: Mapping[str, Change],
+    folder: Path | str,
+    model: PreTrainedModel,
+    base_name: str = "",
+    inside: Mapping[str, str] | None = None,
 ) -> None:
     """Write the accumulated update as a PEFT LoRA adapter.
 
@@ -48,6 +53,9 @@ def save_peft_adapter(
         The base model (its weights are not read): it tells which layers are GPT-2's Conv1D.
     base_name : str
         What the adapter names as its base model: the hub name or the folder.
+    inside : Mapping[str, str], optional
+        For an adapter over a multimodal model whose text decoder ``model`` is: how parts of it are called there, as
+        :class:`~hsplitlora_flwr.models.loading.StoredModel` knows.
     """
     from peft import LoraConfig  # takes seconds to import, and a client never gets here
 
@@ -57,6 +65,8 @@ def save_peft_adapter(
         name = next(name for name, module in model.named_modules() if is_linear(module))
         rows, columns = shape_of(model.get_submodule(name))
         factors = {name: (torch.zeros(rows, 1), torch.zeros(1, columns))}
+    transposed = any(_is_conv1d(model.get_submodule(name)) for name in factors)
+    factors = {name_in_whole(name, inside or {}): pair for name, pair in factors.items()}
     ranks = {name: b.shape[1] for name, (b, _) in factors.items()}
     default = max(ranks.values())
     # PEFT reads the keys of a pattern as regular expressions that end a layer's name.
@@ -71,7 +81,7 @@ def save_peft_adapter(
         alpha_pattern=dict(pattern),
         lora_dropout=0.0,
         bias="none",
-        fan_in_fan_out=any(_is_conv1d(model.get_submodule(name)) for name in factors),
+        fan_in_fan_out=transposed,
         inference_mode=True,
     )
     folder = Path(folder)

@@ -374,6 +374,9 @@ class StoredModel:
         The model's.
     model : PreTrainedModel
         All of it; see :func:`empty_model`.
+    inside : dict[str, str]
+        Where transformers loads all of a multimodal model of which this is the text decoder: how parts of it are called
+        there, as of :func:`~hsplitlora_flwr.models.multimodal.names_in_whole`. Empty otherwise.
 
     Raises
     ------
@@ -394,11 +397,11 @@ class StoredModel:
             raise self._error(f"{error}; {_UNPACKED}") from error
         self.model = empty_model(self.config, dtype, quantise)
         self._state = self.model.state_dict()
-        self._whole, self._own = self.model, {name: name for name in self._state}
+        self._whole, self.inside = self.model, dict[str, str]()
         if is_multimodal(stored) and not stands_alone(stored):
             self._whole = whole_model_of(stored, self.config, dtype)
-            inside = names_in_whole(self._whole, self.model, find_family(self.config))
-            self._own = {name_in_whole(name, inside): name for name in self._state}
+            self.inside = names_in_whole(self._whole, self.model, find_family(self.config))
+        self._own = {name_in_whole(name, self.inside): name for name in self._state}
         self._conversion = Conversion(self._whole, self._files.names, dequantiser)
         recipes = self._conversion.recipes
         self._recipes = {own: recipes[name] for name, own in self._own.items() if name in recipes}

@@ -74,6 +74,11 @@ class SharedBase:
         if self._in_place:
             self._merge([name for name in before if name not in changes])
 
+    @property
+    def inside(self) -> Mapping[str, str]:
+        """As of :class:`~hsplitlora_flwr.models.loading.StoredModel`."""
+        return self._stored.inside
+
     def client_part(self, split: int) -> ClientModel:
         """Embeddings and blocks below ``split``, around the shared tensors."""
         return self._with_changes(client_part(self.model, self.family, split))

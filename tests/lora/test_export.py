@@ -9,17 +9,44 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors import safe_open
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Mistral3Config,
+    PreTrainedModel,
+    Qwen3_5Config,
+)
 
 from hsplitlora_flwr.lora import Delta, save_peft_adapter
 from hsplitlora_flwr.lora.delta import DeltaError
-from hsplitlora_flwr.lora.export import load_delta, save_delta
+from hsplitlora_flwr.lora.export import load_delta, save_delta, save_merged_model
 from hsplitlora_flwr.lora.layers import shape_of
-from hsplitlora_flwr.models import split_model
+from hsplitlora_flwr.models import load_causal_lm, split_model
+from hsplitlora_flwr.models.loading import StoredModel, load_tokenizer
+from tests.models.test_multimodal import CONFIGS, IDS, MASK, SMALL, VISION
 from tests.tiny import random_batches, tiny_model
+
+MULTIMODAL = CONFIGS | {
+    "mistral3": Mistral3Config(
+        text_config=SMALL | {"model_type": "mistral", "head_dim": 8},
+        vision_config=VISION | {"model_type": "pixtral", "head_dim": 8},
+    ),
+    "qwen3_5": Qwen3_5Config(
+        text_config=SMALL
+        | {"head_dim": 8, "layer_types": ["linear_attention", "full_attention", "full_attention"]}
+        | {"linear_num_key_heads": 2, "linear_num_value_heads": 2}
+        | {"linear_key_head_dim": 8, "linear_value_head_dim": 8},
+        vision_config={"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32},
+    ),
+}
 
 
 def random_delta(name: str, ranks: tuple[int, ...]) -> Delta:
-    model = tiny_model(name, dtype=torch.float32)
+    return random_delta_of(tiny_model(name, dtype=torch.float32), ranks)
+
+
+def random_delta_of(model: PreTrainedModel, ranks: tuple[int, ...]) -> Delta:
     client, server = split_model(model, 2)
     delta, generator, cycle = Delta(), torch.Generator().manual_seed(0), itertools.cycle(ranks)
     update = {}
@@ -50,6 +77,33 @@ def test_stock_peft_computes_with_the_update(name: str, tmp_path: Path) -> None:
     got, wanted = loaded(**inputs).logits, expected(**inputs).logits
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
     assert (wanted - tiny_model(name, dtype=torch.float32)(**inputs).logits).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", MULTIMODAL)
+def test_stock_peft_computes_with_the_update_of_a_text_decoder_over_what_transformers_loads(
+    name: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    base, config = str(tmp_path / "base"), MULTIMODAL[name]
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(base)
+    expected = load_causal_lm(base)
+    delta, inside = random_delta_of(expected, (2, 0, 5, 40, 1)), StoredModel(base).inside
+    assert bool(inside) == (name != "qwen3_5")  # of which transformers loads the text decoder alone
+    with torch.no_grad():
+        before = expected(input_ids=IDS, attention_mask=MASK).logits
+        for layer, change in delta.changes().items():
+            expected.get_parameter(f"{layer}.weight").add_(change.dense())
+        after = expected(input_ids=IDS, attention_mask=MASK).logits
+        assert (after - before).abs().max() > 1e-2
+        kind = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+        for number, changes in enumerate([delta.changes(), {}]):
+            save_peft_adapter(changes, tmp_path / str(number), expected, base, inside)
+            loaded = PeftModel.from_pretrained(kind.from_pretrained(base), tmp_path / str(number)).eval()
+            logits = loaded(input_ids=IDS, attention_mask=MASK).logits
+            torch.testing.assert_close(logits, after if changes else before, rtol=1e-4, atol=1e-5)
+        save_merged_model(expected, load_tokenizer(str(tiny_folder)), tmp_path / "merged")
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        torch.testing.assert_close(merged(input_ids=IDS, attention_mask=MASK).logits, after)
 
 
 def test_an_update_of_zero_is_a_valid_adapter(tmp_path: Path) -> None:
