@@ -34,7 +34,7 @@ from hsplitlora_flwr.budget import free_bytes
 from hsplitlora_flwr.clients import Clients
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.control import EVALUATE, PROBE, TRAIN, Outcome, ReplyError
-from hsplitlora_flwr.data.collate import evaluation_batches
+from hsplitlora_flwr.data.collate import evaluation_batches, prompts_inside_tokens
 from hsplitlora_flwr.data.fit import Cut, fit_text
 from hsplitlora_flwr.data.sources import Example
 from hsplitlora_flwr.dispatch import Dispatch
@@ -484,8 +484,9 @@ class HSplitLoRA(Strategy):
         self.clients.refuse(flaws, len(outcomes), server_round)
 
     def _report_text(self, training: Cut) -> None:
-        """Say what of the text does not fit, while the run can still be stopped."""
-        self.report.text(self.config.data.max_length, training, Cut.of(self._held_out_tokens))
+        """Say what of the text does not fit, or is not written after as it is trained, while the run can be stopped."""
+        inside = prompts_inside_tokens(self._held_out, load_tokenizer(self.config.model.path))
+        self.report.text(self.config.data.max_length, training, Cut.of(self._held_out_tokens), inside)
 
     def _report_plan(self, server_round: int, reason: str, plan: Plan) -> None:
         figures = {"objective": plan.objective, "server_predicted_bytes": plan.server_bytes}

@@ -570,7 +570,8 @@ def test_what_is_cut_is_said_before_training_and_stays_in_the_summary(
         lengths = [len((example.prompt + example.completion).encode()) + 1 for example in examples]  # and EOS
         lost = [length - 24 for length in lengths if length > 24]
         found = {"rows": len(lengths), "tokens": sum(lengths), "cut_rows": len(lost), "cut_tokens": sum(lost)}
-        assert summary["text"][name] == found | {"cut_share": sum(lost) / sum(lengths)}
+        more = {"prompts_inside_tokens": 0} if name == "held_out" else {}  # a token is a byte
+        assert summary["text"][name] == found | {"cut_share": sum(lost) / sum(lengths)} | more
     events, _ = read_events(tmp_path / EVENTS_FILE, 0)
     told = [event.get("text", event["kind"]).partition(":")[0] for event in events]
     training, held_out = (f"{name} text is cut to data.max_length=24" for name in ("training", "held-out"))
@@ -579,6 +580,25 @@ def test_what_is_cut_is_said_before_training_and_stays_in_the_summary(
         rows = summary["plans"][0]["clients"]
         assert sum(row["cut_rows"] for row in rows) == summary["text"]["training"]["cut_rows"]
         assert all(0 < row["cut_share"] < 1 for row in rows)
+
+
+def test_prompts_that_end_inside_a_token_are_told_of(tiny_folder: Path, tmp_path: Path) -> None:
+    file = shutil.copytree(tiny_folder, tmp_path / "model") / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["ĠJ"] = vocabulary.pop("ÿ")  # a byte that no text has
+    tokenizer["model"]["merges"] = [["Ġ", "J"]]
+    file.write_text(json.dumps(tokenizer))
+    for part, names in {"train": ["Ann", "Joe", "Joan"], "held_out": ["John", "Mary", "Jane"]}.items():
+        rows = [json.dumps({"prompt": "Name: ", "completion": name}) for name in names]
+        (tmp_path / f"{part}.jsonl").write_text("\n".join(rows))
+    changes = {"method.name": "cenlora", "data.source": "jsonl", "data.partition": "iid", "data.train_rows": 0}
+    changes |= {"data.path": str(tmp_path / "train.jsonl"), "data.eval_path": str(tmp_path / "held_out.jsonl")}
+    summary = run(settings(tmp_path / "model", tmp_path, **changes), tmp_path)
+    assert summary["text"]["held_out"]["prompts_inside_tokens"] == 2
+    events, _ = read_events(tmp_path / EVENTS_FILE, 0)
+    [told] = [event["text"] for event in events if "inside a token" in event.get("text", "")]
+    assert told.startswith("the prompts of 2 of 3 held-out rows end inside a token of theirs")
 
 
 def test_of_a_multimodal_base_the_adapter_fits_the_whole_and_the_merged_model_is_the_decoder(

@@ -10,7 +10,8 @@ mask and never by its id, because many models pad with EOS.
 Prompt and completion are tokenized as the one text that they are: tokenizers in the manner of SentencePiece put a space
 before every text, and a completion on its own would have one that the data do not have. Where a token holds the end of
 the prompt and the start of the completion, it counts to the completion, all of which is learnt. A text is written after
-the tokens that its prompt has alone, so prompts had better end where tokens end, as at a line break.
+the tokens that its prompt has alone, so prompts had better end where tokens end, as at a line break;
+:func:`prompts_inside_tokens` counts those that do not.
 """
 
 from __future__ import annotations
@@ -127,6 +128,18 @@ def tokenize(examples: Sequence[Example], tokenizer: Any, max_length: int) -> li
             raise DataError(f"example {len(rows)} ({example.completion[:40]!r}) has no token that can be predicted")
         rows.append(Tokens(array("i", kept), masked, whole - len(kept)))
     return rows
+
+
+def prompts_inside_tokens(examples: Sequence[Example], tokenizer: Any) -> int:
+    """How many examples have a prompt that ends inside a token of theirs: ``"Name: "`` before ``"John"``, for instance.
+
+    The tokens of such a prompt alone, after which a text is written, are not those that the example starts with, after
+    which a completion is learnt.
+    """
+    prompted = [example for example in examples if example.prompt]
+    prompts = _ids(tokenizer, [example.prompt for example in prompted]) if prompted else []
+    wholes = (ids for _, ids, _ in _whole_texts(tokenizer, prompted))
+    return sum(whole[: len(prompt)] != prompt for prompt, whole in zip(prompts, wholes, strict=True))
 
 
 def collate(rows: Sequence[Tokens], pad_id: int = 0) -> Batch:

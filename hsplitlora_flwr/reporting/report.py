@@ -48,14 +48,23 @@ class RunReport:
         self._summary.resume(run_folder, server_round)
         self._events.emit("status", text=f"going on after round {server_round} of {run_folder}")
 
-    def text(self, max_length: int, training: Cut, held_out: Cut) -> None:
-        """What of the text is cut to ``max_length`` tokens."""
+    def text(self, max_length: int, training: Cut, held_out: Cut, inside: int) -> None:
+        """What of the text is cut to ``max_length`` tokens, and how many held-out prompts end ``inside`` a token."""
         parts = {"training": training, "held_out": held_out}
-        self._summary.save(text={name: {**vars(part), "cut_share": part.share} for name, part in parts.items()})
+        figures = {name: {**vars(part), "cut_share": part.share} for name, part in parts.items()}
+        figures["held_out"]["prompts_inside_tokens"] = inside
+        self._summary.save(text=figures)
         for name, part in parts.items():
             if part.cut_rows:
                 text = f"{name.replace('_', '-')} text is cut to data.max_length={max_length}: {part}"
                 self._events.emit("status", text=text)
+        if inside:
+            text = (
+                f"the prompts of {inside} of {held_out.rows} held-out rows end inside a token of theirs, so a text is "
+                "written after other tokens than the completion is learnt after; end prompts where tokens end, as at a "
+                "line break, and start completions with the space"
+            )
+            self._events.emit("status", text=text)
 
     def importance(self, server_round: int, importance: Mapping[str, float], drift: float) -> None:
         """The importance of every weight, and how far it moved since the plan was made."""

@@ -27,6 +27,7 @@ from hsplitlora_flwr.data.collate import (
     Tokens,
     collate,
     evaluation_batches,
+    prompts_inside_tokens,
     tokenize,
     training_batches,
 )
@@ -220,6 +221,15 @@ def test_a_token_over_the_border_is_learnt(name: str) -> None:
     [row] = tokenize([Example("ab", "cx", "")], tokenizer, 64)
     assert tokenizer.convert_ids_to_tokens(row.input_ids) == ["a", "bc", "x", "</s>"]
     assert row.masked == 1
+
+
+@pytest.mark.parametrize("name", ["byte-level", "byte-level, offsets without spaces", "metaspace never", "slow"])
+def test_prompts_that_end_inside_a_token_are_counted(name: str) -> None:
+    inside = [Example("ab", "cx", ""), Example("x ", "ax", "")]
+    others = [Example("a\n", "bc", ""), Example("x", " ax", ""), Example("", "bc", ""), Example("bc", "ab", "")]
+    assert prompts_inside_tokens(others, TOKENIZERS[name]) == 0
+    assert prompts_inside_tokens([*inside, *others], TOKENIZERS[name]) == 2
+    assert prompts_inside_tokens([], TOKENIZERS[name]) == 0
 
 
 @pytest.mark.parametrize(
