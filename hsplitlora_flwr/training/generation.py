@@ -88,9 +88,10 @@ def generate(
     """What the model writes after every prompt: the likeliest tokens, until EOS.
 
     Nothing is drawn by chance, and what the model brings as its own generation settings (sampling, penalties, other
-    ends of a text) does not count. A prompt has the tokens that it has in training; when it would not leave room for
-    ``max_new_tokens`` among the model's positions it is cut as there, on its left behind the special tokens. The text
-    of a prompt does not depend on the batch, up to rounding.
+    ends of a text) does not count. A prompt has the tokens that it has alone, which are those of training unless it
+    ends inside a token (:func:`hsplitlora_flwr.data.collate.prompts_inside_tokens`); when it would not leave room for
+    ``max_new_tokens`` among the model's positions it is cut as in training, on its left behind the special tokens. The
+    text of a prompt does not depend on the batch, up to rounding.
 
     Parameters
     ----------
