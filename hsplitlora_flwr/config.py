@@ -130,7 +130,9 @@ class SplitConfig:
     """Where a model may be cut."""
 
     min: int = _setting(1, "fewest blocks on a client; a floor for privacy", low=1)
-    max: int = _setting(0, "most blocks on a client; 0 = all but one", low=0)
+    max: int = _setting(
+        0, "most blocks on a client; 0 = half of them where server.half=shared, else all but one", low=0
+    )
     labels: str = _setting(
         "server",
         "who computes the loss; client = it holds norm and head too, and its labels stay",

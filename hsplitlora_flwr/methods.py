@@ -160,6 +160,17 @@ def cost_model(config: Config, rows: int, length: int, clients: int = 0) -> Cost
     return CostModel(model, family, workload, targets, update_rank, highest)
 
 
+def split_bounds(config: Config, num_blocks: int) -> tuple[int, int]:
+    """Fewest and most blocks on a client.
+
+    Without a stated limit a client of a shared half holds no more than half of the blocks: what it holds learns from
+    its own steps, what the server holds from everybody's, and a plan weighs both alike.
+    """
+    least = config.split.min
+    most = num_blocks // 2 if shares_half(config) else num_blocks - 1
+    return least, config.split.max or max(most, least)
+
+
 def starts_along_update(config: Config) -> bool:
     """Whether ``A`` starts along the last round's update."""
     chosen = METHODS[config.method.name].init if config.lora.init == "auto" else config.lora.init
@@ -222,6 +233,7 @@ def make_round_plan(
             recompute=train.recompute,
             shares=shares,
         )
+    least, most = split_bounds(config, cost.num_blocks)
     if method.ranks == "equal":
         return equal_plan(
             budgets,
@@ -229,8 +241,8 @@ def make_round_plan(
             rank=config.lora.rank,
             split=split.point,
             server=server,
-            min_split=split.min,
-            max_split=split.max or None,
+            min_split=least,
+            max_split=most,
             recompute=train.recompute,
             shares=shares,
         )
@@ -241,8 +253,8 @@ def make_round_plan(
         shares=shares,
         ranks=config.ranks,
         server=server,
-        min_split=split.min,
-        max_split=split.max or None,
+        min_split=least,
+        max_split=most,
         planner=plan.planner,
         important_share=plan.important_share,
         resource=plan.cost,

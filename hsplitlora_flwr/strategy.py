@@ -42,7 +42,7 @@ from hsplitlora_flwr.lora.aggregation import Factors, aggregate, directions
 from hsplitlora_flwr.lora.delta import Delta
 from hsplitlora_flwr.lora.export import TOLERANCE, save_merged_model, save_peft_adapter
 from hsplitlora_flwr.lora.limits import SizeLimit, capped_weights, update_norm, update_size
-from hsplitlora_flwr.methods import METHODS, cost_model, make_round_plan, shares_half, starts_along_update
+from hsplitlora_flwr.methods import METHODS, cost_model, make_round_plan, shares_half, split_bounds, starts_along_update
 from hsplitlora_flwr.models.loading import load_tokenizer, read_config
 from hsplitlora_flwr.models.placement import pick_devices
 from hsplitlora_flwr.models.quantisation import check_quantiser
@@ -447,7 +447,7 @@ class HSplitLoRA(Strategy):
         """One measurement: every client scores the weights below a provisional split, the server those above."""
         self.report.status("measuring which weights matter")
         config, messages, again = self.config, [], self.config.train.recompute == "on"
-        bounds = config.split.min, config.split.max or None
+        bounds = split_bounds(config, self._cost.num_blocks)
         above = dict[int, dict[str, float]]()
         with ExitStack() as stack:
             for node, client in self.clients.descriptions.items():
