@@ -245,7 +245,7 @@ class ServerTrainer:
 
     def _answer(self, frame: Frame) -> Frame:
         torch.set_num_threads(self._threads())  # of the calling thread
-        if self.finished or self._closed:
+        if self._closed or (self.finished and self._allowance.steps is not None):
             raise Refused(f"{type(frame).__name__} came after the end of the training")
         if isinstance(frame, Activation):
             return self._forward(frame)
@@ -329,6 +329,7 @@ class ServerTrainer:
             raise Refused(f"it ends in the middle of step {self._step.number}")
         self._allowance.check_finish(self._step)
         self._settle(frame.previous_square)
+        self._step = Step(self._step.number + 1)  # of a client that says itself how many there are
         self.finished = True
         self._seat.leave()
         return Finished()
