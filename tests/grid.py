@@ -30,7 +30,7 @@ class LocalGrid(Grid):
         self.contexts: dict[int, Context] = {}
         self.described: dict[int, RecordDict] = {}
         self.beside: Callable[[Message], Message] | None = None
-        """Where it is set, what answers a message that nodes work on at the same time."""
+        """Where it is set, what answers in the place of :meth:`answer`; nodes then train at the same time."""
         self._waiting: dict[str, Message] = {}
         self._working: dict[str, Future[Message]] = {}
         self._threads = ThreadPoolExecutor()
@@ -58,7 +58,7 @@ class LocalGrid(Grid):
             if message and self.beside and message.metadata.message_type in ("train.probe", "train"):
                 self._working[message_id] = self._threads.submit(self.beside, message)
             elif message:
-                replies.append(self._named(self.answer(message), message_id))
+                replies.append(self._named((self.beside or self.answer)(message), message_id))
             elif message_id in self._working and self._working[message_id].done():
                 replies.append(self._named(self._working.pop(message_id).result(), message_id))
         return replies

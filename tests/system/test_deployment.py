@@ -17,9 +17,10 @@ import pytest
 from simulations.deployment import CONNECTION, Deployment, deploy, free_port
 from tests.system.conftest import PROJECT
 from tests.test_strategy import GB, grid_of, run, settings
-from tests.test_transports import adapter, assert_same
+from tests.test_transports import adapter, assert_same, train_at_once
 
 SETTINGS = {"plan.probe_every": 0, "train.steps": 1, "transport.bind": "127.0.0.1"}
+SETTINGS |= {"server.order": "fixed", "server.patience": 600.0}  # however long a node takes to start
 OPEN, BEHIND_A_PROXY = "127.0.0.1", "localhost"
 """Names of the server: one that every node reaches, and one that the third node looks for behind its proxy."""
 
@@ -48,9 +49,10 @@ def test_a_deployment_trains_what_a_simulation_does(deployment: Deployment, tiny
     goes_on = "going on over messages: "
     assert [goes_on in (deployment.folder / f"node{i}.log").read_text() for i in GB] == [False, False, True]
 
-    run(
-        settings(tiny_folder, tmp_path / "here", **SETTINGS | {"transport.address": OPEN}), tmp_path / "here", grid_of()
-    )
+    here, grid = settings(tiny_folder, tmp_path / "here", **SETTINGS | {"transport.address": OPEN}), grid_of()
+    with pytest.MonkeyPatch.context() as patch:
+        train_at_once(grid, patch)
+        run(here, tmp_path / "here", grid)
     assert_same(adapter(tmp_path / "run"), adapter(tmp_path / "here"))
     secrets = re.compile(r"PRIVATE KEY|BEGIN CERTIFICATE|hsplitlora-token|[\"\']token[\"\']")
     for file in (tmp_path / "run").glob("*.*"):
