@@ -121,31 +121,30 @@ class Launcher:
 
     def federation(self, config: Config) -> str:
         """The settings of a simulation, as ``flwr run --federation-config`` takes them."""
-        clients = config.clients.count
-        settings = {"num-supernodes": clients, "client-resources-num-cpus": self.client_cpus}
-        if self._all_at_once(config):
-            default = clients * self.client_cpus
-        else:  # other machines know their own
-            default = 0 if self.ray_address or self.superlink else all_cores()
-        if cpus := self.cpus or default:
+        settings = {"num-supernodes": config.clients.count, "client-resources-num-cpus": self.client_cpus}
+        if cpus := self._counted_cpus(config):
             settings["init-args-num-cpus"] = cpus
         return " ".join(f"{key}={value}" for key, value in settings.items())
 
     def in_order(self, config: Config) -> Config:
         """The settings with an order of steps that can be kept: where not all clients can train at the same time, one
         would wait for another that only starts when it has finished."""
-        if self.ray_address or not takes_turns(config) or self._all_at_once(config):
+        cpus = self._counted_cpus(config)
+        if not cpus or not takes_turns(config) or config.clients.count * self.client_cpus <= cpus:
             return config
         return dataclasses.replace(config, server=dataclasses.replace(config.server, order="arrival"))
 
-    def _all_at_once(self, config: Config) -> bool:
-        """Whether all clients can be simulated at the same time, on more CPUs than there are if need be."""
-        wanted = config.clients.count * self.client_cpus
-        if self.cpus or not takes_turns(config):
-            return wanted <= (self.cpus or all_cores())
+    def _counted_cpus(self, config: Config) -> int:
+        """CPUs that Ray is to count with: more than there are where steps take turns and memory holds all clients; 0
+        where other machines know their own."""
+        if self.cpus or self.ray_address or self.superlink:
+            return self.cpus
+        wanted, cores = config.clients.count * self.client_cpus, all_cores()
+        if wanted <= cores or not takes_turns(config):
+            return cores
         budgets = itertools.cycle(config.memory_bytes or (_UNSTATED_BYTES,))
         taken = sum(itertools.islice(budgets, config.clients.count))
-        return taken <= _SHARE_OF_MEMORY * psutil.virtual_memory().available
+        return wanted if taken <= _SHARE_OF_MEMORY * psutil.virtual_memory().available else cores
 
 
 def takes_turns(config: Config) -> bool:

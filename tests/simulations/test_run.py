@@ -200,7 +200,7 @@ def test_clients_are_simulated_on_the_machines_of_a_ray_cluster(app, tmp_path, c
 
 
 def test_clients_whose_steps_take_turns_are_simulated_at_the_same_time_where_memory_holds_them(monkeypatch):
-    cores = os.cpu_count() or 1
+    cores = all_cores()
     count = cores + 3
 
     def config(**values):
@@ -214,13 +214,15 @@ def test_clients_whose_steps_take_turns_are_simulated_at_the_same_time_where_mem
     assert f"init-args-num-cpus={count}" in launcher.federation(config())
     assert launcher.in_order(config()) == config()
     available(needed / 0.8 - 0.1)
-    assert "init-args-num-cpus" not in launcher.federation(config())
+    assert f"init-args-num-cpus={cores}" in launcher.federation(config())
     assert launcher.in_order(config()).server.order == "arrival"
     # nobody waits for anybody
     for others in ({"server.half": "per_client"}, {"method.name": "fedit"}, {"transport.kind": "messages"}):
         assert launcher.in_order(config(**others)) == config(**others)
-        assert "init-args-num-cpus" not in launcher.federation(config(**others))
-    assert Launcher(ray_address="host:1").in_order(config()) == config(), "the cluster has room of its own"
+        assert f"init-args-num-cpus={cores}" in launcher.federation(config(**others))
+    for elsewhere in (Launcher(ray_address="host:1"), Launcher(superlink="hospital")):  # which knows what it has
+        assert elsewhere.in_order(config()) == config()
+        assert "init-args-num-cpus" not in elsewhere.federation(config())
     assert Launcher(cpus=count).in_order(config()) == config()
 
 
@@ -457,7 +459,7 @@ def test_a_start_that_is_interrupted_leaves_no_process(app, tmp_path):
 def test_before_flower_starts_an_interrupted_run_says_so(number, tmp_path):
     code = (
         "import sys; from simulations import run\n"
-        "run.prepare = lambda config, console: (print('preparing', flush=True), sys.stdin.read())\n"
+        "run.prepare = lambda *settings, **more: (print('preparing', flush=True), sys.stdin.read())\n"
         f"sys.argv = ['run', 'run.dir={tmp_path / 'run'}']\nrun.command()"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
