@@ -248,6 +248,8 @@ class ServerTrainer:
         if self._closed or (self.finished and self._allowance.steps is not None):
             raise Refused(f"{type(frame).__name__} came after the end of the training")
         if isinstance(frame, Activation):
+            if self.finished:  # a client that says itself how many steps there are trains anew
+                self._step, self.finished = Step(frame.step), False
             return self._forward(frame)
         if isinstance(frame, HiddenGradient):
             return self._backward(frame)
@@ -329,7 +331,6 @@ class ServerTrainer:
             raise Refused(f"it ends in the middle of step {self._step.number}")
         self._allowance.check_finish(self._step)
         self._settle(frame.previous_square)
-        self._step = Step(self._step.number + 1)  # of a client that says itself how many there are
         self.finished = True
         self._seat.leave()
         return Finished()
