@@ -1,7 +1,7 @@
 """A round of split training written out: no cut, no server, no stream, and none of the product's training code.
 
 Adapters are plain tensors that hooks add to an unsplit model: below a client's split point its own, above it those of
-the half that all share, or its own as well. Each owner has a stock AdamW.
+the half that all share, or its own as well. Each owner has a stock optimizer.
 """
 
 from __future__ import annotations
@@ -70,8 +70,10 @@ class PlainRound:
             }
             for owner, own in adapters.items()
         }
-        self.adamw = {
+        self.optimizers: dict[str, torch.optim.Optimizer] = {
             owner: torch.optim.AdamW(self._trained(owner), weight_decay=train.weight_decay)
+            if train.optimizer == "adamw"
+            else torch.optim.SGD(self._trained(owner), weight_decay=train.weight_decay, momentum=train.momentum)
             for owner in self.factors
             if self.factors[owner]
         }
@@ -125,13 +127,13 @@ class PlainRound:
         return sum(float(f.grad.double().square().sum()) for f in self._trained(owner) if f.grad is not None)
 
     def _step(self, owner: str, step: int, square: float) -> None:
-        if owner not in self.adamw:
+        if owner not in self.optimizers:
             return
         if self.config.clip:
             factor = min(1.0, self.config.clip / (math.sqrt(square) + 1e-6))
             for parameter in self._trained(owner):
                 if parameter.grad is not None:
                     parameter.grad *= factor
-        self.adamw[owner].param_groups[0]["lr"] = learning_rate(self.config, self.first_step + step)
-        self.adamw[owner].step()
-        self.adamw[owner].zero_grad()
+        self.optimizers[owner].param_groups[0]["lr"] = learning_rate(self.config, self.first_step + step)
+        self.optimizers[owner].step()
+        self.optimizers[owner].zero_grad()

@@ -234,7 +234,9 @@ FEDERATED = [name for name in NAMES if not METHODS[name].central]
     ("name", "init"), [*((name, "auto") for name in FEDERATED), ("hsplitlora", "kaiming"), ("flora", "update")]
 )
 def test_a_run_is_its_rounds_calculated_plainly(name: str, init: str, tiny_folder: Path, tmp_path: Path) -> None:
-    config = settings(tiny_folder, tmp_path, **DOUBLE | {"method.name": name, "lora.init": init})
+    # AdamW would make steps of the rounding of gradients that are nearly zero
+    smooth = {"train.optimizer": "sgd", "train.lr": 0.5}
+    config = settings(tiny_folder, tmp_path, **DOUBLE | smooth | {"method.name": name, "lora.init": init})
     summary = run(config, tmp_path)
     assert summary["status"] == "finished"
     assert summary["perplexity_after"] < summary["perplexity_before"]
@@ -244,7 +246,7 @@ def test_a_run_is_its_rounds_calculated_plainly(name: str, init: str, tiny_folde
     moved = 0.0
     for layer, expected in expected_update(config, summary).items():
         found = (merged.get_submodule(layer).weight - base.get_submodule(layer).weight).detach().double().numpy()
-        assert np.linalg.norm(found - expected) < 2e-3 * np.linalg.norm(expected) + 1e-6, layer
+        assert np.linalg.norm(found - expected) < 1e-4 * np.linalg.norm(expected) + 1e-6, layer
         moved += float(np.abs(expected).sum())
     assert moved > 1
 
@@ -270,7 +272,7 @@ def test_a_quantised_base_with_an_exact_update_beside_it(tiny_folder: Path, tmp_
     moved = 0.0
     for layer, expected in expected_update(settings(dequantised, tmp_path, **DOUBLE), summary).items():
         found = (merged.get_submodule(layer).weight - base.get_submodule(layer).weight).detach().double().numpy()
-        assert np.linalg.norm(found - expected) < 2e-3 * np.linalg.norm(expected) + 1e-6, layer
+        assert np.linalg.norm(found - expected) < 1e-4 * np.linalg.norm(expected) + 1e-6, layer
         moved += float(np.abs(expected).sum())
     assert moved > 1
 
