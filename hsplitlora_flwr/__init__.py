@@ -13,13 +13,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hsplitlora_flwr.client_app import split_client_app
+    from hsplitlora_flwr.client.handlers import split_client_app
     from hsplitlora_flwr.config import Config
-    from hsplitlora_flwr.strategy import HSplitLoRA
+    from hsplitlora_flwr.server.strategy import HSplitLoRA
 
 __all__ = ["Config", "HSplitLoRA", "split_client_app"]
 
-_HOMES = {"Config": "config", "HSplitLoRA": "strategy", "split_client_app": "client_app"}
+_HOMES = {"Config": "config", "HSplitLoRA": "server.strategy", "split_client_app": "client.handlers"}
 
 
 def __getattr__(name: str) -> Any:

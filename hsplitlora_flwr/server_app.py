@@ -10,15 +10,15 @@ import platformdirs
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from hsplitlora_flwr.central import CentralTraining
-from hsplitlora_flwr.checks import check_model_settings, check_text
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.data.sources import load_text
 from hsplitlora_flwr.methods import METHODS
 from hsplitlora_flwr.reporting.report import RunReport, cause_of, failed_outside
-from hsplitlora_flwr.resume import check_resume
-from hsplitlora_flwr.shard import check_server
-from hsplitlora_flwr.strategy import HSplitLoRA
+from hsplitlora_flwr.server.central import CentralTraining
+from hsplitlora_flwr.server.checkpoint import check_resume
+from hsplitlora_flwr.server.preflight import check_model_settings, check_text
+from hsplitlora_flwr.server.shard import check_server
+from hsplitlora_flwr.server.strategy import HSplitLoRA
 
 app = ServerApp()
 

@@ -40,7 +40,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from hsplitlora_flwr.training.cores import all_cores
+from hsplitlora_flwr.models.cores import all_cores
 from simulations.benchmarks.aggregate import aggregate
 from simulations.benchmarks.clients import clients
 from simulations.benchmarks.common import Benchmark, Row, Setup

@@ -28,10 +28,11 @@ from rich.console import Console
 from rich.table import Table
 
 from hsplitlora_flwr.config import Config, ConfigError
-from hsplitlora_flwr.methods import METHODS, cost_model, make_round_plan
+from hsplitlora_flwr.methods import METHODS
 from hsplitlora_flwr.models.loading import read_config
 from hsplitlora_flwr.models.quantisation import check_quantiser
 from hsplitlora_flwr.planning import Budget, CostModel, Plan
+from hsplitlora_flwr.planning.round import cost_model, make_round_plan
 from hsplitlora_flwr.reporting.events import format_bytes
 from hsplitlora_flwr.training.memory import process_bytes, resting_bytes
 from simulations.overrides import keys_of, start

@@ -35,9 +35,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hsplitlora_flwr.config import Config, ConfigError, unknown_key
+from hsplitlora_flwr.models.cores import all_cores
 from hsplitlora_flwr.reporting import EVENTS_FILE, RunConsole, read_events
 from hsplitlora_flwr.reporting.events import Event
-from hsplitlora_flwr.training.cores import all_cores
 from simulations.interrupts import Interrupted, held, interruptible, obey
 from simulations.overrides import keys_of, start
 from simulations.superlink import (
@@ -193,7 +193,7 @@ def launch(config: Config, app: Path, launcher: Launcher, console: Listener, sup
 
 
 def _launch(config: Config, app: Path, launcher: Launcher, console: Listener, superlink: SuperLink | None) -> int:
-    from hsplitlora_flwr.node import forget_run
+    from hsplitlora_flwr.client.store import forget_run
 
     folder = Path(config.run.dir)
     settled = launcher.in_order(config)
@@ -232,7 +232,7 @@ def _launch(config: Config, app: Path, launcher: Launcher, console: Listener, su
 def _end(config: Config, console: Listener, cause: str) -> None:
     """Tell the end of a run that has no results: what is kept, how to go on, and last of all the cause."""
     from hsplitlora_flwr.reporting.report import failed_outside
-    from hsplitlora_flwr.resume import last_round
+    from hsplitlora_flwr.server.checkpoint import last_round
 
     folder = Path(config.run.dir)
     if folder.is_dir():
@@ -445,11 +445,11 @@ def prepare(config: Config, console: Listener, *, simulated: bool = True) -> Non
     simulated : bool
         The server and its clients will be on this machine, and share its devices, its ports and the training text.
     """
-    from hsplitlora_flwr.checks import check_model_settings, check_parts, check_text
     from hsplitlora_flwr.data.sources import load_text
     from hsplitlora_flwr.models.demo import DemoModelError, demo_model, is_demo_model
-    from hsplitlora_flwr.resume import check_resume
-    from hsplitlora_flwr.shard import check_server
+    from hsplitlora_flwr.server.checkpoint import check_resume
+    from hsplitlora_flwr.server.preflight import check_model_settings, check_parts, check_text
+    from hsplitlora_flwr.server.shard import check_server
     from hsplitlora_flwr.transport.certificates import CertificateError
     from hsplitlora_flwr.transport.stream import StreamError
 

@@ -12,10 +12,10 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from safetensors.torch import load_file
 
-from hsplitlora_flwr.client_app import split_client_app
-from hsplitlora_flwr.control import DESCRIBE, PACKET_TYPE, TRAIN, take_tensors, to_arrays
+from hsplitlora_flwr.client.handlers import split_client_app
+from hsplitlora_flwr.messages import DESCRIBE, PACKET_TYPE, TRAIN, take_tensors, to_arrays
 from tests.grid import LocalGrid
-from tests.test_strategy import run, settings
+from tests.server.test_strategy import run, settings
 
 HONEST, HOSTILE = (10, 12), 11
 Deed = Callable[[RecordDict], None]

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from hsplitlora_flwr.config import Config
-from hsplitlora_flwr.control import EVALUATE, TRAIN, Task
 from hsplitlora_flwr.lora import AdapterSpec, extract, inject
 from hsplitlora_flwr.lora.aggregation import Factors
-from hsplitlora_flwr.shard import Shard
+from hsplitlora_flwr.messages import EVALUATE, TRAIN, Task
+from hsplitlora_flwr.server.shard import Shard
 from hsplitlora_flwr.training.client import ClientTrainer, load_client, train_client
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.transport import stream

@@ -17,7 +17,7 @@ from hsplitlora_flwr.reporting import EVENTS_FILE, read_events
 from hsplitlora_flwr.reporting.report import failed_outside
 from hsplitlora_flwr.reporting.summary import STOPPED
 from tests.grid import LocalGrid
-from tests.test_strategy import grid_of, settings
+from tests.server.test_strategy import grid_of, settings
 
 PROCESS = """
 import sys, threading, time
@@ -66,7 +66,7 @@ def test_a_run_that_fails_while_it_is_set_up_says_why(
     def broken(*arguments: Any) -> LocalGrid:
         raise MemoryError("no room")
 
-    monkeypatch.setattr("hsplitlora_flwr.strategy.Delta", broken)  # after the summary began
+    monkeypatch.setattr("hsplitlora_flwr.server.strategy.Delta", broken)  # after the summary began
     with pytest.raises(MemoryError):
         server_app.app(grid_of(), context(settings(tiny_folder, tmp_path).to_run_config()))
     summary = json.loads((tmp_path / "summary.json").read_text())

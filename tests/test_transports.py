@@ -20,15 +20,15 @@ from flwr.app import Message
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from hsplitlora_flwr.control import DESCRIBE, EVALUATE, FORGET, PROBE, TRAIN, TURN
-from hsplitlora_flwr.methods import make_round_plan
+from hsplitlora_flwr.messages import DESCRIBE, EVALUATE, FORGET, PROBE, TRAIN, TURN
 from hsplitlora_flwr.models.split import ClientModel, ModelPart
 from hsplitlora_flwr.planning import Plan
+from hsplitlora_flwr.planning.round import make_round_plan
 from hsplitlora_flwr.training.client import ClientTrainer, TrainingRecord, train_client
 from hsplitlora_flwr.training.joint import JointPass
 from hsplitlora_flwr.training.server import MicroBatch
 from tests.grid import LocalGrid
-from tests.test_strategy import DOUBLE, GB, grid_of, run, settings
+from tests.server.test_strategy import DOUBLE, GB, grid_of, run, settings
 
 STEPS, ROUNDS = 3, 2
 SAME = {"lora.dropout": 0.1, "server.order": "fixed", **DOUBLE}
@@ -60,7 +60,7 @@ def same_run(tiny_folder: Path, tmp_path: Path, **changes: Any) -> tuple[dict[st
     grid = grid_of()
     with pytest.MonkeyPatch.context() as patch:
         train_at_once(grid, patch)
-        patch.setattr("hsplitlora_flwr.shard.all_cores", lambda: 1)  # here all nodes and the server share MKL's threads
+        patch.setattr("hsplitlora_flwr.server.shard.all_cores", lambda: 1)  # all share MKL's threads
         summary = run(settings(tiny_folder, tmp_path, **SAME | changes), tmp_path, grid)
     return summary, grid
 
@@ -75,7 +75,7 @@ def test_computing_activations_again_gives_the_same_adapters(tiny_folder: Path, 
 def test_each_side_computes_again_what_its_plan_says(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parts: dict[str, list[ModelPart]] = {"participant": [], "shard": []}
+    parts: dict[str, list[ModelPart]] = {"client.task": [], "server.shard": []}
 
     def planned(*arguments: Any) -> Plan:
         plan = make_round_plan(*arguments)
@@ -85,15 +85,15 @@ def test_each_side_computes_again_what_its_plan_says(
         }
         return replace(plan, clients=clients)
 
-    monkeypatch.setattr("hsplitlora_flwr.strategy.make_round_plan", planned)
+    monkeypatch.setattr("hsplitlora_flwr.server.strategy.make_round_plan", planned)
     for module, seen in parts.items():
         monkeypatch.setattr(f"hsplitlora_flwr.{module}.recompute_blocks", seen.append)
     same_plan = {"method.name": "hsplitlora-no-armsc", "split.point": 2, "train.rounds": 1}
     summary, _ = same_run(tiny_folder, tmp_path, **same_plan)
     rows = {row["client"]: row["recompute"] for row in summary["rounds"][-1]["clients"]}
     assert rows == {str(i): ("none", "both", "server")[min(i, 2)] for i in range(len(GB))}
-    assert len(parts["participant"]) == 1 and isinstance(parts["participant"][0], ClientModel)
-    assert len(parts["shard"]) == len(GB) - 1
+    assert len(parts["client.task"]) == 1 and isinstance(parts["client.task"][0], ClientModel)
+    assert len(parts["server.shard"]) == len(GB) - 1
 
 
 def train_at_once(grid: LocalGrid, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +112,7 @@ def train_at_once(grid: LocalGrid, monkeypatch: pytest.MonkeyPatch) -> None:
             turn.acquire()
 
     monkeypatch.setattr(grid, "beside", in_turn)
-    monkeypatch.setattr("hsplitlora_flwr.participant.train_client", train)
+    monkeypatch.setattr("hsplitlora_flwr.client.task.train_client", train)
 
 
 def test_clients_that_share_passes_end_where_single_ones_do(
@@ -193,8 +193,8 @@ def test_a_run_ends_in_the_same_bits_whoever_trains_beside_whom(
     # torch shares a sum of more than 2**15 numbers among its threads
     same_plan = {"method.name": "hsplitlora-no-armsc", "split.point": 1, "lora.rank": 40, "train.rounds": 1}
     same_plan["server.half"] = "per_client"
-    monkeypatch.setattr("hsplitlora_flwr.shard.all_cores", lambda: 4)
-    monkeypatch.setattr("hsplitlora_flwr.methods.all_cores", lambda: 4)
+    monkeypatch.setattr("hsplitlora_flwr.server.shard.all_cores", lambda: 4)
+    monkeypatch.setattr("hsplitlora_flwr.planning.round.all_cores", lambda: 4)
     ends = []
     for order in ("one after another", "at once"):
         grid = grid_of()
@@ -220,7 +220,7 @@ def turns(grid: LocalGrid) -> int:
 def test_messages_give_the_adapters_of_the_stream(
     tiny_folder: Path, tmp_path: Path, over_stream: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr("hsplitlora_flwr.shard.open_stream")  # messages alone need no port
+    monkeypatch.delattr("hsplitlora_flwr.server.shard.open_stream")  # messages alone need no port
     summary, grid = same_run(tiny_folder, tmp_path, **{"transport.kind": "messages"})
     assert_same(adapter(tmp_path), over_stream["adapter"])
     # one message a step: the first frames come with the reply to the task, the last answer needs no reply

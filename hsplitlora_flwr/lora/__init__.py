@@ -1,9 +1,9 @@
 """Adapters and their algebra."""
 
 from hsplitlora_flwr.lora.aggregation import aggregate
-from hsplitlora_flwr.lora.delta import Change, Delta
 from hsplitlora_flwr.lora.export import save_peft_adapter
 from hsplitlora_flwr.lora.layers import AdaptedLinear, AdapterSpec, attach_changes, extract, inject, merge_changes
+from hsplitlora_flwr.lora.update import Change, Delta
 
 __all__ = [
     "AdaptedLinear",

@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hsplitlora_flwr.lora.delta import Change, Delta, DeltaError, Patch, digest, thin
 from hsplitlora_flwr.lora.layers import shape_of
+from hsplitlora_flwr.lora.update import Change, Delta, DeltaError, Patch, digest, thin
 from hsplitlora_flwr.models.multimodal import name_in_whole
 from hsplitlora_flwr.models.quantisation import QuantisedLinear
 from hsplitlora_flwr.models.split import is_linear
@@ -134,7 +134,7 @@ def load_delta(folder: Path, rank_cap: int = 0, without: Collection[str] = ()) -
     folder : Path
         Where ``delta.safetensors`` is.
     rank_cap : int
-        As for :class:`~hsplitlora_flwr.lora.delta.Delta`, for the rounds to come.
+        As for :class:`~hsplitlora_flwr.lora.update.Delta`, for the rounds to come.
     without : Collection[str]
         Layers that are not wanted.
 

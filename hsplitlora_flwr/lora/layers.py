@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hsplitlora_flwr.lora.aggregation import Factors
-from hsplitlora_flwr.lora.delta import Change
+from hsplitlora_flwr.lora.update import Change
 from hsplitlora_flwr.models.quantisation import QuantisedLinear
 from hsplitlora_flwr.models.split import ModelPart
 

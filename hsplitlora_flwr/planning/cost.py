@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -38,6 +37,7 @@ from hsplitlora_flwr.models.loading import empty_model
 from hsplitlora_flwr.models.proof import brief
 from hsplitlora_flwr.models.quantisation import dequantised_bytes, weight_bytes
 from hsplitlora_flwr.models.split import head_part, one_block, outline
+from hsplitlora_flwr.planning.budget import PlanError
 from hsplitlora_flwr.planning.trace import EXPERTS, BlockTrace, trace_block, trace_head
 
 OPTIMIZERS = ("adamw", "sgd")
@@ -46,51 +46,6 @@ LABELS = ("server", "client")
 """Who may hold the labels, and with them the final norm and the head."""
 HALVES = ("shared", "per_client")
 """Whose the server's adapters are: one half that every client's step trains, or one for each client."""
-
-
-class PlanError(ValueError):
-    """No plan is possible; the text says for whom, and by how many bytes."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What one machine has.
-
-    Parameters
-    ----------
-    memory_bytes : int
-        Memory that its process may take at its peak.
-    process_bytes : int
-        What that process takes before it loads anything (measured).
-    flops : float, optional
-        Speed in FLOP/s; the mean of the stated ones when None.
-    up, down : float, optional
-        Link to and from the server in bytes/s; not limiting when None.
-    adapter_bytes : int, optional
-        Of a client: bytes of adapters that it may send in a round; unbounded when None.
-
-    Raises
-    ------
-    PlanError
-        If a speed is not a finite number above 0, or ``adapter_bytes`` is below 0.
-    """
-
-    memory_bytes: int
-    process_bytes: int = 0
-    flops: float | None = None
-    up: float | None = None
-    down: float | None = None
-    adapter_bytes: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("flops", "up", "down"):
-            speed = getattr(self, name)
-            if speed is not None and not 0 < speed < math.inf:
-                raise PlanError(
-                    f"Budget.{name}={speed!r} must be a finite number above 0, or None when it is not known"
-                )
-        if self.adapter_bytes is not None and self.adapter_bytes < 0:
-            raise PlanError(f"Budget.adapter_bytes={self.adapter_bytes!r} must be 0 or more, or None for no bound")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hsplitlora_flwr.planning.bound import bound_below
-from hsplitlora_flwr.planning.cost import PlanError
+from hsplitlora_flwr.planning.budget import PlanError
 from hsplitlora_flwr.planning.frontier import Array, Frontier, Index, Ranks, add_block
 from hsplitlora_flwr.planning.lower import Lower
 from hsplitlora_flwr.planning.priced import Market, half_frontiers

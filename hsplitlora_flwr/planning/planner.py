@@ -16,11 +16,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hsplitlora_flwr.planning import greedy
-from hsplitlora_flwr.planning.cost import Budget, CostModel, PlanError
+from hsplitlora_flwr.planning.budget import Budget, PlanError
+from hsplitlora_flwr.planning.cost import CostModel
 from hsplitlora_flwr.planning.exact import Solver
 from hsplitlora_flwr.planning.problem import Assignment, Problem
-
-__all__ = ["Budget", "ClientPlan", "Plan", "make_plan", "probe_split"]
 
 PLANNERS = ("exact", "greedy")
 RECOMPUTE = {"off": (False,), "on": (True,), "auto": (False, True)}

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hsplitlora_flwr.planning.cost import Budget, CostModel, PlanError
+from hsplitlora_flwr.planning.budget import Budget, PlanError
+from hsplitlora_flwr.planning.cost import CostModel
 from hsplitlora_flwr.planning.frontier import Array, Index, Ranks
 
 NOMINAL_FLOPS = 1e12

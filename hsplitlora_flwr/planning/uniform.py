@@ -11,15 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-from hsplitlora_flwr.planning.cost import CostModel, PlanError
-from hsplitlora_flwr.planning.planner import (
-    Budget,
-    ClientPlan,
-    Plan,
-    first_fitting,
-    nobody_fits,
-    recompute_choices,
-)
+from hsplitlora_flwr.planning.budget import Budget, PlanError
+from hsplitlora_flwr.planning.cost import CostModel
+from hsplitlora_flwr.planning.planner import ClientPlan, Plan, first_fitting, nobody_fits, recompute_choices
 
 
 def whole_plan(

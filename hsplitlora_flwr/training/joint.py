@@ -25,11 +25,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from hsplitlora_flwr.lora.base import SharedBase
 from hsplitlora_flwr.lora.joint import JointBatch, Share, adapted_layers, join
 from hsplitlora_flwr.lora.layers import AdaptedLinear, same_masks
 from hsplitlora_flwr.models.split import IGNORED, BodyModel, ServerModel
 from hsplitlora_flwr.training.recompute import recompute_blocks
-from hsplitlora_flwr.training.server import MicroBatch, SharedBase, differentiate
+from hsplitlora_flwr.training.server import MicroBatch, differentiate
 
 log = logging.getLogger(__name__)
 

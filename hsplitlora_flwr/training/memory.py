@@ -11,7 +11,7 @@ import ctypes
 import gc
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +27,7 @@ from hsplitlora_flwr.models.build import build_causal_lm
 from hsplitlora_flwr.models.families import tiny_config
 from hsplitlora_flwr.models.proof import find_family
 from hsplitlora_flwr.models.split import client_part
-from hsplitlora_flwr.planning.cost import Budget
+from hsplitlora_flwr.planning.budget import Budget
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 
 T = TypeVar("T")
@@ -182,3 +182,10 @@ def _status(field: str) -> int:
     """A field of ``/proc/self/status`` in bytes; 0 where the kernel does not say it."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), 0)
+
+
+def free_bytes(devices: Sequence[str]) -> int:
+    """Memory that this process has or may have, in bytes: on these GPUs, or in the machine."""
+    if devices[0].startswith("cuda"):
+        return sum(torch.cuda.mem_get_info(device)[0] for device in devices)
+    return int(psutil.virtual_memory().available) + resting_bytes()

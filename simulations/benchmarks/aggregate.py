@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hsplitlora_flwr.lora.aggregation import Factors
 from hsplitlora_flwr.lora.aggregation import aggregate as join
-from hsplitlora_flwr.lora.delta import Delta
+from hsplitlora_flwr.lora.update import Delta
 from hsplitlora_flwr.methods import METHODS
 from hsplitlora_flwr.planning.trace import LiveBytes
 from simulations.benchmarks.common import Row, Setup, take_turns, timed
@@ -37,7 +37,7 @@ def aggregate(setup: Setup) -> Iterator[Row]:
     """One round's aggregation for the shapes of LLaMA-2-7B, fp32, with 10 and 100 clients of ranks 4 to 32.
 
     - ``ours_s``: :func:`hsplitlora_flwr.lora.aggregation.aggregate` with the rule of ``hsplitlora``, then
-      :meth:`hsplitlora_flwr.lora.delta.Delta.add` to a change that is still zero.
+      :meth:`hsplitlora_flwr.lora.update.Delta.add` to a change that is still zero.
     - ``dense_s``: every client's dense update in turn, ``W += (p_i B_i) @ A_i``; goal: 10 times as long as ours.
     - ``peft_s``: PEFT's ``add_weighted_adapter(..., combination_type="cat")`` and ``merge_adapter``, whose adapters are
       there already; goal: no shorter than ours.

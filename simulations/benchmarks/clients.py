@@ -12,15 +12,16 @@ from typing import NamedTuple
 import torch
 
 from hsplitlora_flwr.config import TrainConfig
+from hsplitlora_flwr.lora.base import SharedBase
 from hsplitlora_flwr.lora.layers import inject
+from hsplitlora_flwr.models.cores import all_cores
 from hsplitlora_flwr.models.loading import read_config
 from hsplitlora_flwr.training.client import ClientTrainer, load_client, train_client
-from hsplitlora_flwr.training.cores import all_cores
 from hsplitlora_flwr.training.half import OwnHalf
 from hsplitlora_flwr.training.joint import JointPass
 from hsplitlora_flwr.training.memory import return_freed_memory
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
-from hsplitlora_flwr.training.server import CorePool, ServerTrainer, SharedBase
+from hsplitlora_flwr.training.server import CorePool, ServerTrainer
 from hsplitlora_flwr.transport.certificates import make_identity
 from hsplitlora_flwr.transport.stream import Endpoint, StreamLink, StreamServer
 from simulations.benchmarks.common import Apart, Row, Sample, Setup, specs, spread_batches

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from hsplitlora_flwr.config import TrainConfig
+from hsplitlora_flwr.lora.base import SharedBase
 from hsplitlora_flwr.lora.layers import inject
+from hsplitlora_flwr.models.cores import all_cores
 from hsplitlora_flwr.models.loading import read_config
 from hsplitlora_flwr.reporting import read_events
 from hsplitlora_flwr.reporting.events import EVENTS_FILE, Event
-from hsplitlora_flwr.training.cores import all_cores
 from hsplitlora_flwr.training.half import OwnHalf
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
-from hsplitlora_flwr.training.server import ServerTrainer, SharedBase
+from hsplitlora_flwr.training.server import ServerTrainer
 from hsplitlora_flwr.transport.certificates import make_identity
 from hsplitlora_flwr.transport.stream import StreamServer
 from simulations.benchmarks.common import Row, Sample, Setup, specs

@@ -8,15 +8,16 @@ from dataclasses import dataclass
 import torch
 
 from hsplitlora_flwr.config import TrainConfig
-from hsplitlora_flwr.lora.delta import Change
+from hsplitlora_flwr.lora.base import SharedBase
 from hsplitlora_flwr.lora.layers import inject
+from hsplitlora_flwr.lora.update import Change
 from hsplitlora_flwr.models.loading import read_config
 from hsplitlora_flwr.planning import CostModel, Workload
 from hsplitlora_flwr.training.client import ClientTrainer, load_client, train_client
 from hsplitlora_flwr.training.half import OwnHalf
 from hsplitlora_flwr.training.memory import PeakMemory, process_bytes, return_freed_memory
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
-from hsplitlora_flwr.training.server import ServerTrainer, SharedBase
+from hsplitlora_flwr.training.server import ServerTrainer
 from hsplitlora_flwr.transport.certificates import make_identity
 from hsplitlora_flwr.transport.stream import Endpoint, StreamLink, StreamServer
 from simulations.benchmarks.common import RANK, SHAPES, STEPS, Apart, Row, Setup, specs, spread_batches

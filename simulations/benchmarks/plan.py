@@ -12,8 +12,8 @@ from functools import partial
 from transformers import LlamaConfig
 
 from hsplitlora_flwr.config import Config
-from hsplitlora_flwr.methods import cost_model, make_round_plan
 from hsplitlora_flwr.planning import Budget, CostModel
+from hsplitlora_flwr.planning.round import cost_model, make_round_plan
 from simulations.benchmarks.common import Row, Setup, take_turns, timed
 
 MODEL = LlamaConfig(

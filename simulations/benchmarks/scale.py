@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from hsplitlora_flwr.client_app import app
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.data.sources import load_text
-from hsplitlora_flwr.strategy import HSplitLoRA
+from hsplitlora_flwr.server.strategy import HSplitLoRA
 from hsplitlora_flwr.training.memory import resting_bytes
 from simulations.benchmarks.common import Apart, Row, Sample, Setup
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from hsplitlora_flwr.config import DataConfig, TrainConfig
 from hsplitlora_flwr.data.collate import Batch, Tokens, tokenize, training_batches
 from hsplitlora_flwr.data.sources import load_text
+from hsplitlora_flwr.lora.base import SharedBase
 from hsplitlora_flwr.lora.layers import inject
 from hsplitlora_flwr.models.demo import demo_model, is_demo_model
 from hsplitlora_flwr.models.loading import load_tokenizer, read_config
@@ -23,7 +24,7 @@ from hsplitlora_flwr.training.client import ClientTrainer, load_client, train_cl
 from hsplitlora_flwr.training.half import OwnHalf
 from hsplitlora_flwr.training.memory import return_freed_memory
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
-from hsplitlora_flwr.training.server import ServerTrainer, SharedBase
+from hsplitlora_flwr.training.server import ServerTrainer
 from hsplitlora_flwr.transport.certificates import make_identity
 from hsplitlora_flwr.transport.stream import Endpoint, StreamLink, StreamServer
 from simulations.benchmarks.common import RANK, Apart, Row, Setup, specs, take_turns

@@ -19,9 +19,9 @@ from transformers import (
 )
 
 from hsplitlora_flwr.lora import Delta, save_peft_adapter
-from hsplitlora_flwr.lora.delta import DeltaError
 from hsplitlora_flwr.lora.export import load_delta, save_delta, save_merged_model
 from hsplitlora_flwr.lora.layers import shape_of
+from hsplitlora_flwr.lora.update import DeltaError
 from hsplitlora_flwr.models import load_causal_lm, split_model
 from hsplitlora_flwr.models.loading import StoredModel, load_tokenizer
 from tests.models.test_multimodal import CONFIGS, IDS, MASK, SMALL, VISION

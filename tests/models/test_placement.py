@@ -9,17 +9,18 @@ import pytest
 import torch
 
 from hsplitlora_flwr.config import TrainConfig
+from hsplitlora_flwr.evaluation.perplexity import evaluate
 from hsplitlora_flwr.lora import AdapterSpec, Change, extract, inject
+from hsplitlora_flwr.lora.base import SharedBase
 from hsplitlora_flwr.models import loading
 from hsplitlora_flwr.models.loading import empty_model
 from hsplitlora_flwr.models.placement import pick_device, pick_devices, spread
 from hsplitlora_flwr.models.proof import find_family
 from hsplitlora_flwr.planning.importance import scoring
-from hsplitlora_flwr.training.evaluation import evaluate
 from hsplitlora_flwr.training.half import OwnHalf
 from hsplitlora_flwr.training.recompute import recompute_blocks
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
-from hsplitlora_flwr.training.server import ServerTrainer, SharedBase, differentiate
+from hsplitlora_flwr.training.server import ServerTrainer, differentiate
 from hsplitlora_flwr.transport.frames import Activation, Finish, Gradient
 from tests.devices import Elsewhere, SeveralDevices
 from tests.tiny import BLOCKS, CONFIGS, random_batches, tiny_model

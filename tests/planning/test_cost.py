@@ -20,13 +20,13 @@ from transformers import (
 
 from hsplitlora_flwr.config import WIRES, Config, TrainConfig
 from hsplitlora_flwr.lora import AdapterSpec, inject
-from hsplitlora_flwr.methods import cost_model, make_round_plan
 from hsplitlora_flwr.models import find_family, load_causal_lm, load_client_model, split_model
 from hsplitlora_flwr.models.build import build_causal_lm
+from hsplitlora_flwr.models.cores import all_cores
 from hsplitlora_flwr.models.families import tiny_config
 from hsplitlora_flwr.models.split import ModelPart, client_part, head_part, whole_model
 from hsplitlora_flwr.planning import Budget, CostModel, PlanError, Workload, make_plan
-from hsplitlora_flwr.training.cores import all_cores
+from hsplitlora_flwr.planning.round import cost_model, make_round_plan
 from hsplitlora_flwr.training.recompute import recompute_blocks
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.transport.frames import Activation, Frame, Gradient, Hidden, HiddenGradient, encode

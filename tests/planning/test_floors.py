@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from hsplitlora_flwr.config import Config
-from hsplitlora_flwr.methods import cost_model, make_round_plan
 from hsplitlora_flwr.planning import Budget, Plan
 from hsplitlora_flwr.planning.cost import CostModel
+from hsplitlora_flwr.planning.round import cost_model, make_round_plan
 
 Case = tuple[Config, CostModel, dict[str, Budget], Budget, dict[str, float]]
 

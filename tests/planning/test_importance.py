@@ -19,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hsplitlora_flwr.data.collate import Batch
 from hsplitlora_flwr.lora import AdapterSpec, extract, inject
-from hsplitlora_flwr.lora.delta import Change
 from hsplitlora_flwr.lora.layers import AdaptedLinear, attach_changes, merge_changes, shape_of
+from hsplitlora_flwr.lora.update import Change
 from hsplitlora_flwr.models import split_model
 from hsplitlora_flwr.models.split import ClientModel, ServerModel
 from hsplitlora_flwr.planning.importance import (

@@ -22,8 +22,8 @@ import pytest
 from rich.console import Console
 
 from hsplitlora_flwr.config import Config, render_pyproject_block
+from hsplitlora_flwr.models.cores import all_cores
 from hsplitlora_flwr.reporting import RunConsole
-from hsplitlora_flwr.training.cores import all_cores
 from simulations.run import PROJECT, Launcher, _Watch, failure_cause, launch, run_config_toml
 from simulations.superlink import RunStatus, SuperLinkError, open_superlink
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from simulations.deployment import CONNECTION, Deployment, deploy, free_port
+from tests.server.test_strategy import GB, grid_of, run, settings
 from tests.system.conftest import PROJECT
-from tests.test_strategy import GB, grid_of, run, settings
 from tests.test_transports import adapter, assert_same, train_at_once
 
 SETTINGS = {"plan.probe_every": 0, "train.steps": 1, "transport.bind": "127.0.0.1"}

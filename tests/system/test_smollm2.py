@@ -12,14 +12,15 @@ from transformers import AutoModelForCausalLM
 from hsplitlora_flwr.config import DataConfig, TrainConfig
 from hsplitlora_flwr.data.collate import evaluation_batches, tokenize, training_batches
 from hsplitlora_flwr.data.sources import load_text
+from hsplitlora_flwr.evaluation.perplexity import evaluate
 from hsplitlora_flwr.lora import AdapterSpec, extract, inject
+from hsplitlora_flwr.lora.base import SharedBase
 from hsplitlora_flwr.models.demo import demo_model
 from hsplitlora_flwr.models.loading import load_client_model, load_tokenizer
 from hsplitlora_flwr.training.client import ClientTrainer, train_client
-from hsplitlora_flwr.training.evaluation import evaluate
 from hsplitlora_flwr.training.half import OwnHalf
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
-from hsplitlora_flwr.training.server import ServerTrainer, SharedBase
+from hsplitlora_flwr.training.server import ServerTrainer
 from hsplitlora_flwr.transport.certificates import make_identity
 from hsplitlora_flwr.transport.stream import StreamLink, StreamServer
 

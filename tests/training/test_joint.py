@@ -18,14 +18,15 @@ from transformers import PreTrainedModel
 
 from hsplitlora_flwr.config import TrainConfig
 from hsplitlora_flwr.lora import AdapterSpec, extract, inject
-from hsplitlora_flwr.lora.delta import Change
+from hsplitlora_flwr.lora.base import SharedBase
 from hsplitlora_flwr.lora.layers import draw_masks, shape_of
+from hsplitlora_flwr.lora.update import Change
 from hsplitlora_flwr.models.split import ModelPart, ServerModel
 from hsplitlora_flwr.training.half import OwnHalf
 from hsplitlora_flwr.training.joint import JointPass
 from hsplitlora_flwr.training.recompute import recompute_blocks
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
-from hsplitlora_flwr.training.server import MicroBatch, ServerTrainer, SharedBase, differentiate
+from hsplitlora_flwr.training.server import MicroBatch, ServerTrainer, differentiate
 from hsplitlora_flwr.transport.frames import Activation, Finish, Finished, Gradient
 from tests.tiny import BLOCKS, CONFIGS, random_batches, tiny_model
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from hsplitlora_flwr.evaluation.perplexity import evaluate
 from hsplitlora_flwr.lora import Delta
-from hsplitlora_flwr.training.evaluation import evaluate
-from hsplitlora_flwr.training.server import CorePool, SharedBase
+from hsplitlora_flwr.lora.base import SharedBase
+from hsplitlora_flwr.training.server import CorePool
 from hsplitlora_flwr.transport.frames import Finish, Finished, Frame
 from tests.tiny import random_batches, tiny_model
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 import grpc
 import pytest
 
-from hsplitlora_flwr.shard import own_address
+from hsplitlora_flwr.server.shard import own_address
 from hsplitlora_flwr.transport.certificates import make_identity
 from hsplitlora_flwr.transport.frames import Finish, Finished, Frame
 from hsplitlora_flwr.transport.stream import StreamLink, StreamServer, Unreachable

@@ -1,0 +1,1 @@
+"""How good a model is: perplexity of held-out text, written texts and their scores."""

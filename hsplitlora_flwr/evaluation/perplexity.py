@@ -1,0 +1,105 @@
+"""Perplexity of held-out text: on the server under the whole model, and of a client's own text over the cut."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hsplitlora_flwr.data.collate import Batch
+from hsplitlora_flwr.models.cores import all_cores
+from hsplitlora_flwr.models.split import ClientModel, HeadModel, WholeModel
+from hsplitlora_flwr.training.client import Link
+from hsplitlora_flwr.transport.frames import Activation, Frame, Hidden, Loss
+from hsplitlora_flwr.transport.wire import pack, unpack
+
+MAX_NLL = 700.0
+"""Nats per token, beyond which a perplexity is beyond fp64."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Summed negative log-likelihood in nats, and the number of labelled tokens that it is summed over."""
+
+    nll: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """``exp`` of the mean per token, pooled over all text (not a mean of batches' perplexities)."""
+        return math.exp(self.nll / self.tokens)
+
+
+@torch.no_grad()
+def evaluate(model: WholeModel, batches: Iterable[Batch]) -> Evaluation:
+    """Evaluate a whole model, in evaluation mode."""
+    model.eval()
+    device, threads = model.device, torch.get_num_threads()
+    torch.set_num_threads(all_cores())  # no client trains now
+    nll, tokens = 0.0, 0
+    for batch in batches:
+        output = model(batch.input_ids.to(device), batch.attention_mask.to(device), batch.labels.to(device), 1)
+        nll += float(output.loss)
+        tokens += output.tokens
+    torch.set_num_threads(threads)
+    return Evaluation(nll, tokens)
+
+
+class ClientEvaluator:
+    """Measures a client's own text, forward only; the server computes the blocks above the cut.
+
+    Parameters
+    ----------
+    model : ClientModel
+        The client's part.
+    head : HeadModel, optional
+        Norm, head and loss, where labels stay with the client.
+    batches : Sequence[Batch]
+        The text.
+    up : str
+        Numbers on the wire; see :func:`hsplitlora_flwr.transport.wire.pack`.
+    """
+
+    def __init__(
+        self, model: ClientModel, head: HeadModel | None, batches: Sequence[Batch], up: str = "float32"
+    ) -> None:
+        self._model, self._head, self._batches, self._up = model.eval(), head and head.eval(), batches, up
+        self._device = model.device
+        self._nll = 0.0
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return len(self._batches)
+
+    @torch.no_grad()
+    def ask(self, index: int) -> Activation:
+        """A batch at the cut."""
+        batch = self._batches[index]
+        cut = self._model(batch.input_ids.to(self._device), batch.attention_mask.to(self._device))
+        labels = batch.labels if self._head is None else torch.empty(0, dtype=torch.int64)
+        return Activation(0, *pack(cut, self._up), batch.attention_mask, labels, batch.label_tokens, True, 0.0)
+
+    @torch.no_grad()
+    def take(self, index: int, answer: Frame) -> None:
+        """What the server answered: the loss, or the hidden state that it follows from."""
+        if isinstance(answer, Hidden):
+            assert self._head is not None
+            state = unpack(answer.hidden, answer.scale, self._model.dtype, self._device)
+            self._nll += float(self._head(state, self._batches[index].labels.to(self._device), 1).loss)
+        else:
+            assert isinstance(answer, Loss)
+            self._nll += answer.total
+
+    def found(self) -> Evaluation:
+        """The result, once every batch has its answer."""
+        return Evaluation(self._nll, sum(batch.label_tokens for batch in self._batches))
+
+
+def evaluate_client(evaluator: ClientEvaluator, link: Link) -> Evaluation:
+    """Measure all of a client's text, together with the server behind ``link``."""
+    for index in range(len(evaluator)):
+        link.send(evaluator.ask(index))
+        evaluator.take(index, link.receive())
+    return evaluator.found()

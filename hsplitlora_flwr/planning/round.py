@@ -1,0 +1,157 @@
+"""The plan of a round as a run's settings and its method ask for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from hsplitlora_flwr.config import Config
+from hsplitlora_flwr.methods import METHODS, shares_half
+from hsplitlora_flwr.models.cores import all_cores
+from hsplitlora_flwr.models.loading import read_config, read_settled_config
+from hsplitlora_flwr.models.placement import pick_devices
+from hsplitlora_flwr.models.proof import find_family
+from hsplitlora_flwr.planning.budget import Budget, PlanError
+from hsplitlora_flwr.planning.cost import CostModel, Workload
+from hsplitlora_flwr.planning.planner import Plan, make_plan
+from hsplitlora_flwr.planning.uniform import equal_plan, whole_plan
+
+
+def cost_model(config: Config, rows: int, length: int, clients: int = 0) -> CostModel:
+    """What plans of a run cost, from the configuration of its model.
+
+    Parameters
+    ----------
+    rows, length : int
+        Of a micro-batch.
+    clients : int
+        How many may add to the update in a round; 0 = ``clients.count``.
+
+    Raises
+    ------
+    ValueError
+        If the model cannot be read or cut, or has none of the layers that are to get adapters.
+    """
+    method, family = METHODS[config.method.name], find_family(read_config(config.model.path))
+    model = read_settled_config(config.model.path)
+    train, micro_batches = config.train, math.ceil(config.train.batch_size / rows)
+    workload = Workload(
+        rows,
+        length,
+        config.model.dtype,
+        train.optimizer,
+        bool(train.momentum),
+        labels=config.split.labels if method.split else "server",
+        in_flight=min(config.transport.in_flight, micro_batches) if method.split else 1,
+        quantise=config.model.quantise,
+        half="shared" if shares_half(config) else "per_client",
+        # in a joint pass all clients meet; where the labels stay, activations wait for gradients
+        passes=None if config.split.labels == "client" or takes_all(config) else passes_at_once(config),
+    )
+    highest = max(*config.ranks, config.lora.rank)
+    update_rank = config.lora.rank_cap or train.rounds * (clients or config.clients.count) * highest
+    cost = CostModel(model, family, workload, config.targets, update_rank, highest)
+    if config.lora.targets.strip() != "auto" or method.targets is None:
+        return cost
+    names = {layer.name.rpartition(".")[2] for layer in cost.layers}
+    targets = tuple(sorted(names & set(method.targets)))
+    if not targets:
+        raise PlanError(
+            f"method.name={config.method.name} puts adapters on query and value, and none of this model's layers has "
+            f"one of their names: {sorted(names)}; name its layers in lora.targets"
+        )
+    return CostModel(model, family, workload, targets, update_rank, highest)
+
+
+def split_bounds(config: Config, num_blocks: int) -> tuple[int, int]:
+    """Fewest and most blocks on a client.
+
+    Without a stated limit a client of a shared half holds no more than half of the blocks: what it holds learns from
+    its own steps, what the server holds from everybody's, and a plan weighs both alike.
+    """
+    least = config.split.min
+    most = num_blocks // 2 if shares_half(config) else num_blocks - 1
+    return least, config.split.max or max(most, least)
+
+
+def takes_all(config: Config) -> bool:
+    """Whether the server takes all clients that wait through its blocks in one pass."""
+    # they come one by one
+    if shares_half(config) or config.transport.kind == "messages" or config.split.labels == "client":
+        return False
+    joint = config.train.joint
+    return joint == "on" or (joint == "auto" and pick_devices(config.model.device) != ["cpu"])
+
+
+def passes_at_once(config: Config) -> int:
+    """Clients that the server computes for at once, each in a pass of its own; steps of a shared half take turns."""
+    return 1 if shares_half(config) else config.train.passes or all_cores()
+
+
+def make_round_plan(
+    config: Config,
+    budgets: Mapping[str, Budget],
+    server: Budget | None,
+    importance: Mapping[str, float],
+    cost: CostModel,
+    shares: Mapping[str, float] | None = None,
+) -> Plan:
+    """Splits and ranks of a round, as the method chooses them.
+
+    Parameters
+    ----------
+    budgets : Mapping[str, Budget]
+        By client.
+    server : Budget, optional
+        The server's; unlimited when None.
+    importance : Mapping[str, float]
+        By absolute layer name; all weights count the same where the method scores none.
+    shares : Mapping[str, float], optional
+        ``p_i`` by client; equal when None.
+
+    Raises
+    ------
+    PlanError
+        If no plan is possible.
+    """
+    method, split, plan, train = METHODS[config.method.name], config.split, config.plan, config.train
+    if not method.split:
+        return whole_plan(
+            budgets,
+            cost,
+            ranks=config.ranks if method.ranks == "budget" else (config.lora.rank,),
+            over_budget=plan.over_budget,
+            recompute=train.recompute,
+            shares=shares,
+        )
+    least, most = split_bounds(config, cost.num_blocks)
+    if method.ranks == "equal":
+        return equal_plan(
+            budgets,
+            cost,
+            rank=config.lora.rank,
+            split=split.point,
+            server=server,
+            min_split=least,
+            max_split=most,
+            recompute=train.recompute,
+            shares=shares,
+        )
+    return make_plan(
+        budgets,
+        importance,
+        cost,
+        shares=shares,
+        ranks=config.ranks,
+        server=server,
+        min_split=least,
+        max_split=most,
+        planner=plan.planner,
+        important_share=plan.important_share,
+        resource=plan.cost,
+        tolerance=plan.tolerance,
+        deadline=plan.deadline or None,
+        steps=train.steps * math.ceil(train.batch_size / (train.micro_batch_size or train.batch_size)),
+        wire=(config.transport.up, config.transport.down),
+        recompute=train.recompute,
+    )

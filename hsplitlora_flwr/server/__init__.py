@@ -1,0 +1,1 @@
+"""The server: the strategy, who takes part, the shard that serves them, and what a run keeps."""

@@ -1,0 +1,223 @@
+"""The tasks of a round: the server's half of each is set up, the client's goes out, and its frames are answered.
+
+A task goes to its node in one message, with what the node lacks of the update and what its adapters start from. Between
+that and the last reply come frames, where they travel in messages, or word that the node's copy of the update is not
+what the server took it for; then the task goes out again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from flwr.app import Message, RecordDict
+
+from hsplitlora_flwr.config import Config
+from hsplitlora_flwr.lora.aggregation import Factors, SharedUpdate, truncate
+from hsplitlora_flwr.lora.layers import AdapterSpec, start_along
+from hsplitlora_flwr.lora.update import Delta
+from hsplitlora_flwr.messages import EVALUATE, TRAIN, TURN, Description, Outcome, ReplyError, Task, reading
+from hsplitlora_flwr.methods import METHODS
+from hsplitlora_flwr.models.fingerprint import part_digests
+from hsplitlora_flwr.planning.cost import Layer
+from hsplitlora_flwr.planning.planner import ClientPlan
+from hsplitlora_flwr.reporting.report import RunReport
+from hsplitlora_flwr.server.clients import Clients
+from hsplitlora_flwr.server.records import step_row
+from hsplitlora_flwr.server.replies import read_outcome
+from hsplitlora_flwr.server.shard import Shard
+from hsplitlora_flwr.training.memory import may_fragment
+from hsplitlora_flwr.training.server import StepReport
+from hsplitlora_flwr.transport.frames import Failure
+from hsplitlora_flwr.transport.messages import add_frames, has_frames, read_frames
+
+log = logging.getLogger(__name__)
+
+
+class Dispatch:
+    """Sends tasks to the clients of a round and answers what they send before their last reply.
+
+    Parameters
+    ----------
+    config : Config
+    clients : Clients
+        Who takes part.
+    shard : Shard
+        Trains the server's half.
+    delta : Delta
+        The accumulated update, of which every client gets what it lacks.
+    layers : Iterable[Layer]
+        All that the update may change.
+    report : RunReport
+        Is told about the steps.
+
+    Attributes
+    ----------
+    adapter : dict[str, Factors]
+        What adapters on both sides start from, by layer name, cut to their ranks: the global adapter, or the directions
+        of the last update. Layers that are absent start at random.
+    up, down : Counter[int]
+        Bytes of each node in this round besides those of its training: tensors in messages to it, and its probe.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        clients: Clients,
+        shard: Shard,
+        delta: Delta,
+        layers: Iterable[Layer],
+        report: RunReport,
+    ) -> None:
+        self.adapter: dict[str, Factors] = {}
+        self.up, self.down = Counter[int](), Counter[int]()
+        self._config, self._method = config, METHODS[config.method.name]
+        self._clients, self._shard, self._delta, self._report = clients, shard, delta, report
+        self._layers = list(layers)
+        self._blocks = {layer.name: layer.block for layer in self._layers}
+        self._tasks: dict[int, Task] = {}  # under way, without their tensors
+        self._sent_again: set[int] = set()
+        self._failed: set[int] = set()  # told so
+
+    def begin_round(self) -> None:
+        """Count bytes from zero."""
+        self.up.clear()
+        self.down.clear()
+
+    def share_half(self, server_round: int, plans: Mapping[str, ClientPlan]) -> None:
+        """Set up the half that the clients of a round train together, by name in the order of their steps."""
+        alpha, dropout = self._config.alpha, self._config.lora.dropout
+        ranks: dict[str, int] = {}
+        for plan in plans.values():
+            above = {name: rank for name, rank in plan.ranks.items() if self._blocks[name] >= plan.split}
+            ranks |= {name: max(rank, ranks.get(name, 0)) for name, rank in above.items()}
+        specs = {name: AdapterSpec(rank, alpha(rank), dropout) for name, rank in ranks.items()}
+        owner = "all" if self._method.carries else f"{server_round}/server"
+        self._shard.share_half(
+            {client: plan.split for client, plan in plans.items()},
+            specs,
+            f"{self._config.run.seed}/{owner}",
+            self._start(specs),
+            lambda client: self._report.status(
+                f"client {client} did not come in time for its step (server.patience); the others go on"
+            ),
+        )
+
+    def task(self, node: int, kind: str, server_round: int, plan: ClientPlan, steps: int) -> Message:
+        """Set the server's half of one client's task up, if there is one, and write the message that starts the
+        client's."""
+        alpha, dropout = self._config.alpha, self._config.lora.dropout
+        specs = {name: AdapterSpec(rank, alpha(rank), dropout) for name, rank in plan.ranks.items()}
+        description = self._clients.descriptions[node]
+        task = Task(
+            config=self._config,
+            kind=kind,
+            client=description.name,
+            round=server_round,
+            split=plan.split,
+            specs=specs,
+            first_step=(server_round - 1) * self._config.train.steps,
+            steps=steps,
+            spacious=kind == TRAIN and may_fragment(description.budget, plan.predicted_bytes),
+            recompute=plan.recompute,
+            server_recompute=plan.server_recompute,
+        )
+        start = self._start(specs)
+        if self._method.split:
+            task = self._shard.admit(task, start, lambda step: self._report_step(task, step), self._clients.longest)
+        self._tasks[node] = task.without_tensors()
+        self._sent_again.discard(node)
+        self._failed.discard(node)
+        return self._message(node, task, start)
+
+    def may_answer(self, reply: Message) -> bool:
+        """Whether a client's frames can be answered now, or its step has to wait for its turn."""
+        client = self._clients.name(reply.metadata.src_node_id)
+        try:
+            with reading("its reply"):
+                return not has_frames(reply.content) or self._shard.may_answer(client, read_frames(reply.content))
+        except ReplyError:
+            return True  # with what is wrong
+
+    def answer(self, reply: Message) -> Message | None:
+        """The next message to a client: answers to its frames, or its task again; None to its last reply.
+
+        Whatever comes, the conversation ends: frames are those of the task, it goes out again once, and after word of
+        a failure nothing more is heard.
+        """
+        node = reply.metadata.src_node_id
+        if node in self._failed:
+            return None
+        try:
+            with reading("its reply"):
+                if Description.is_all_of(reply.content):  # its update is not what we thought
+                    self._clients.take_description(node, Description.from_records(reply.content))
+                    return self._again(node)
+                answers = self._shard.answer(self._tasks[node].client, read_frames(reply.content))
+                if Outcome.is_in(reply.content):
+                    return None
+                if not answers:
+                    raise ReplyError("its reply holds neither frames nor an outcome")
+        except ReplyError as error:
+            log.warning("client %s: its reply cannot be answered", self._tasks[node].client, exc_info=True)
+            answers = [Failure(str(error))]
+        if any(isinstance(answer, Failure) for answer in answers):
+            self._failed.add(node)
+        return Message(add_frames(RecordDict(), answers), node, TURN)
+
+    def read(self, node: int, records: RecordDict) -> Outcome:
+        """A client's outcome from the content of its last reply.
+
+        Raises
+        ------
+        ReplyError
+            If it is not what its task asked for.
+        """
+        task = self._tasks[node]
+        if task.kind != EVALUATE and self._method.split and not self._shard.trainer(task.client).finished:
+            raise ReplyError("it replied before its last step")
+        return read_outcome(records, task, self._layers, self._start(task.specs))
+
+    def layers_below(self, split: int) -> set[str]:
+        """Names of the layers that a client with this split point holds."""
+        return {name for name, block in self._blocks.items() if block < split}
+
+    def _again(self, node: int) -> Message:
+        if node in self._sent_again:
+            raise ReplyError("its update cannot be brought up to date")
+        self._sent_again.add(node)
+        task = self._tasks[node]
+        return self._message(node, task, self._start(task.specs))
+
+    def shared_update(self, half: Mapping[str, Factors], splits: Sequence[int]) -> SharedUpdate:
+        """The adapters of the half that clients of these split points, in their order, trained together."""
+        return SharedUpdate(
+            half, {name: [i for i, split in enumerate(splits) if split <= self._blocks[name]] for name in half}
+        )
+
+    def _message(self, node: int, task: Task, start: Mapping[str, Factors]) -> Message:
+        held = self.layers_below(task.split)
+        model = self._config.model
+        task = replace(
+            task,
+            start={name: pair for name, pair in start.items() if name in held},
+            base=part_digests(model.path, task.split, model.dtype, head=task.labels_stay),
+        )
+        if not task.from_base:
+            task = replace(task, patch=self._delta.since(self._clients.descriptions[node].held, held))
+            states = {name: state for name, state in self._delta.held().items() if name in held}
+            self._clients.now_holds(node, states)
+        self.down[node] += task.nbytes
+        return Message(task.to_records(), node, task.kind)
+
+    def _start(self, specs: Mapping[str, AdapterSpec]) -> dict[str, Factors]:
+        start = {name: truncate(self.adapter[name], spec.rank) for name, spec in specs.items() if name in self.adapter}
+        if self._method.carries:
+            return start
+        return {name: start_along(factors, specs[name]) for name, factors in start.items()}
+
+    def _report_step(self, task: Task, step: StepReport) -> None:
+        if task.kind == TRAIN:  # a probe trains nothing, so its steps are no progress
+            self._report.step(**step_row(task, step))

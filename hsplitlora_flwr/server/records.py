@@ -1,0 +1,103 @@
+"""Rows of the summary: a client in a plan, a client in a round, a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from hsplitlora_flwr.lora.aggregation import Factors
+from hsplitlora_flwr.messages import Description, Outcome, Task
+from hsplitlora_flwr.planning.planner import ClientPlan, Plan
+from hsplitlora_flwr.training.server import StepReport
+
+
+def plan_rows(clients: Iterable[Description], plan: Plan, num_blocks: int) -> list[dict[str, Any]]:
+    """What a plan gives every client, or by how much it misses taking part."""
+    rows = []
+    for client in clients:
+        row: dict[str, Any] = {
+            "client": client.name,
+            "examples": client.examples,
+            "cut_rows": client.cut_rows,
+            "cut_share": client.cut.share,
+            "budget_bytes": client.memory_bytes,
+            "blocks": num_blocks,
+            "left_out": "",
+        }
+        if own := plan.clients.get(client.name):
+            row |= {
+                "split": own.split,
+                "ranks": dict(own.ranks),
+                "recompute": own.recomputing,
+                "predicted_bytes": own.predicted_bytes,
+            }
+        else:
+            row["left_out"] = f"misses {plan.left_out[client.name]:,} bytes of memory"
+        rows.append(row)
+    return rows
+
+
+def step_row(task: Task, step: StepReport) -> dict[str, Any]:
+    """A step of a client, counted from 1 within its round."""
+    return {
+        "round": task.round,
+        "rounds": task.config.train.rounds,
+        "client": task.client,
+        "step": step.step - task.first_step + 1,
+        "steps": task.steps,
+        "loss": step.loss,
+        "tokens": step.label_tokens,
+        "all_tokens": step.tokens,
+    }
+
+
+def client_row(
+    client: Description,
+    plan: ClientPlan,
+    outcome: Outcome,
+    adapters: Mapping[str, Factors],
+    *,
+    trains_a: bool,
+    up: int,
+    down: int,
+    seconds: float,
+) -> dict[str, Any]:
+    """A client's round: what it held, computed and sent.
+
+    Parameters
+    ----------
+    adapters : Mapping[str, Factors]
+        Of both sides.
+    trains_a : bool
+        Whether ``A`` trains, besides ``B``.
+    up, down : int
+        Bytes besides those of its training: of its probe, and of the tensors in messages to it.
+    seconds : float
+        From that message to its last reply. What it did not work in them (``seconds_around``) went into Flower's
+        messages, the start of its process, and imports.
+    """
+    metrics, ranks = outcome.metrics, list(plan.ranks.values())
+    own = sum(b.nbytes + a.nbytes for b, a in outcome.adapters.values())
+    return {
+        "client": client.name,
+        "examples": client.examples,
+        "split": plan.split,
+        "ranks": {rank: ranks.count(rank) for rank in sorted(set(ranks))},
+        "recompute": plan.recomputing,
+        "trainable_parameters": sum(b.numel() + (a.numel() if trains_a else 0) for b, a in adapters.values()),
+        "resident_parameters": int(metrics["resident-parameters"]),
+        "budget_bytes": client.memory_bytes,
+        "predicted_bytes": plan.predicted_bytes,
+        "measured_bytes": int(metrics["measured-bytes"]),
+        "process_bytes": client.process_bytes,
+        "tokens": int(metrics["tokens"]),
+        "label_tokens": int(metrics["label-tokens"]),
+        "tokens_per_second": metrics["tokens"] / metrics["seconds"],
+        "bytes_up": int(metrics["bytes-up"]) + own + up,
+        "bytes_down": int(metrics["bytes-down"]) + down,
+        "frame_bytes_per_token": (metrics["bytes-up"] + metrics["bytes-down"]) / metrics["tokens"],
+        "seconds": metrics["seconds"],
+        "seconds_before": metrics["seconds-before"],
+        "seconds_around": seconds - metrics["seconds"] - metrics["seconds-before"],
+        "losses": outcome.losses,
+    }

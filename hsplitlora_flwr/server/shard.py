@@ -1,0 +1,304 @@
+"""The server shard: the base model, and the server's half of every client's part in a round."""
+
+from __future__ import annotations
+
+import logging
+import math
+import socket
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from hsplitlora_flwr.config import Config, TransportConfig
+from hsplitlora_flwr.lora.aggregation import Factors
+from hsplitlora_flwr.lora.base import SharedBase
+from hsplitlora_flwr.lora.layers import AdapterSpec, extract, inject
+from hsplitlora_flwr.messages import EVALUATE, PROBE, TRAIN, Task
+from hsplitlora_flwr.methods import METHODS
+from hsplitlora_flwr.models.cores import all_cores
+from hsplitlora_flwr.models.placement import check_device, pick_devices
+from hsplitlora_flwr.models.split import BodyModel, ServerModel
+from hsplitlora_flwr.planning.round import passes_at_once, takes_all
+from hsplitlora_flwr.training.allowance import Allowance, Refused
+from hsplitlora_flwr.training.half import OwnHalf, Seat, SharedHalf
+from hsplitlora_flwr.training.joint import JointPass
+from hsplitlora_flwr.training.memory import trim_heap
+from hsplitlora_flwr.training.recompute import recompute_blocks
+from hsplitlora_flwr.training.schedule import AdapterOptimizer
+from hsplitlora_flwr.training.server import CorePool, ServerEvaluator, ServerTrainer, StepReport, differentiate
+from hsplitlora_flwr.training.turns import Turns
+from hsplitlora_flwr.transport.certificates import Identity, make_identity, read_identity
+from hsplitlora_flwr.transport.frames import Failure, Frame
+from hsplitlora_flwr.transport.stream import Handler, StreamServer
+from hsplitlora_flwr.transport.wire import WireError
+
+log = logging.getLogger(__name__)
+
+Worker = ServerTrainer | ServerEvaluator
+"""The server's half of a client's task."""
+
+
+class Shard:
+    """One base model and one port, for all clients of a run.
+
+    Parameters
+    ----------
+    config : Config
+        Which model, where it goes, and which port to open.
+
+    Raises
+    ------
+    StreamError, CertificateError
+        If the port cannot be opened or the certificate cannot be used; before the model is loaded.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._stream = None if config.transport.kind == "messages" else open_stream(config.transport)
+        self._workers: dict[str, Worker] = {}
+        self._handlers: dict[str, Handler] = {}
+        devices = pick_devices(config.model.device)
+        self.base = SharedBase(config.model.path, config.model.dtype, devices, config.model.quantise)
+        self._takes_all, self._passes = takes_all(config), passes_at_once(config)
+        self._together = JointPass(self.base)
+        self._half: SharedHalf | None = None
+        self._cores = CorePool(self._passes)
+
+    def share_half(
+        self,
+        splits: Mapping[str, int],
+        specs: Mapping[str, AdapterSpec],
+        seed: str,
+        start: Mapping[str, Factors],
+        passed_over: Callable[[str], None],
+    ) -> None:
+        """Make the half that the clients of this round train together.
+
+        Parameters
+        ----------
+        splits : Mapping[str, int]
+            Split points by client, in the order of their steps.
+        specs, seed, start
+            Of its adapters, as for :func:`hsplitlora_flwr.lora.layers.inject`.
+        passed_over : Callable[[str], None]
+            Is told about a client that did not come in time for its step.
+        """
+        server, method = self._config.server, METHODS[self._config.method.name]
+        turns = Turns(list(splits), server.order, server.patience, passed_over)
+        part = self._part(min(splits.values()))
+        self._half = SharedHalf(part, specs, seed, start, self._config.train, turns, freeze_a=method.freeze_a)
+
+    def admit(
+        self, task: Task, start: Mapping[str, Factors], report: Callable[[StepReport], None], longest: int
+    ) -> Task:
+        """Set up the server's half of a client's task.
+
+        Parameters
+        ----------
+        task : Task
+            What the client is to do.
+        start : Mapping[str, Factors]
+            Adapters of the whole model to go on from.
+        report : Callable[[StepReport], None]
+            Called after every training step.
+        longest : int
+            Tokens of a row at most, as the plan of the round has it.
+
+        Returns
+        -------
+        Task
+            The same task, with the stream's address and a fresh token where there is a stream.
+        """
+        model = self._part(task.split)
+        allowance, down = allowance_of(task, longest), self._config.transport.down
+        worker: Worker
+        if task.kind == EVALUATE:
+            worker = ServerEvaluator(model, down, allowance)
+        else:
+            if task.server_recompute:
+                recompute_blocks(model)
+            seat, through = self._seat(task, model, start), differentiate
+            if self._joins(task):
+                assert isinstance(model, ServerModel)
+                self._together.enter(model, recompute=task.server_recompute)
+                through = self._together
+            threads = all_cores if self._waits_by_itself(task) else self._threads
+            worker = ServerTrainer(model.train(), seat, report, threads, down, through, allowance)
+        self._workers[task.client] = worker
+        self._handlers[task.client] = handler = watched(task.client, worker)
+        if self._stream is None:
+            return task
+        if not self._waits_by_itself(task):
+            handler = self._cores.share(handler)
+        limit = allowance.frame_bytes(int(model.decoder.config.hidden_size))
+        token = self._stream.admit(handler, limit, worker.close, f"client {task.client}")
+        return task.over_stream(self._stream.endpoint, token)
+
+    def _seat(self, task: Task, model: ServerModel | BodyModel, start: Mapping[str, Factors]) -> Seat:
+        """The client's place at the half of all, or at one of its own."""
+        if self._half and task.kind == TRAIN:
+            self._half.attach(model)
+            return self._half.seat(task.client)
+        adapters = inject(model, task.specs, task.seed, start, freeze_a=task.method.freeze_a)
+        return OwnHalf(AdapterOptimizer(adapters, self._config.train))
+
+    def _joins(self, task: Task) -> bool:
+        """Whether the client's passes are those of all clients that wait."""
+        return self._takes_all and task.kind == TRAIN
+
+    def _waits_by_itself(self, task: Task) -> bool:
+        """Clients wait for each other in a joint pass, and for their turn at a shared half."""
+        return task.kind == TRAIN and (self._takes_all or self._half is not None)
+
+    def trainer(self, client: str) -> ServerTrainer:
+        """The server's half of a client's training."""
+        worker = self._workers[client]
+        assert isinstance(worker, ServerTrainer)
+        return worker
+
+    def adapters(self) -> dict[str, Factors]:
+        """``(B, A)`` of the half that all train, by absolute layer name; empty where each client has one of its own."""
+        return self._half.adapters() if self._half else {}
+
+    def adapters_of(self, client: str) -> dict[str, Factors]:
+        """The same of a client's own half; empty where it has none."""
+        return {} if self._half or client not in self._workers else extract(self.trainer(client).model)
+
+    def steps_of_others(self, clients: Collection[str]) -> dict[str, int]:
+        """Steps by which others than these have moved the half that all train."""
+        taken = self._half.steps if self._half else {}
+        return {client: steps for client, steps in taken.items() if client not in clients}
+
+    def may_answer(self, client: str, frames: Sequence[Frame]) -> bool:
+        """Whether frames that came in a message can be answered now, without waiting for another client's step."""
+        return self._workers[client].may_answer(frames)
+
+    def leave(self, client: str) -> None:
+        """A client failed: nobody is to wait for it."""
+        if client in self._workers:
+            self._workers[client].close()
+
+    def answer(self, client: str, frames: list[Frame]) -> list[Frame]:
+        """The answers to frames that came in a message; a failure instead when they cannot be answered."""
+        try:
+            return [self._handlers[client](frame) for frame in frames]
+        except Exception as error:  # the client must learn why, whatever it is
+            self.leave(client)
+            failure = Failure.of(error)
+            log.warning("client %s is refused: %s", client, failure.error)
+            return [failure]
+
+    def dismiss_all(self) -> None:
+        """End the round: forget adapters and optimizers, and the tokens with the streams that they opened."""
+        for client in self._workers:  # who waits for its turn waits in vain
+            self.leave(client)
+        self._workers.clear()
+        self._handlers.clear()
+        self._half = None
+        self._together = JointPass(self.base)
+        trim_heap()  # every client's thread has left freed activations behind
+        if self._stream:
+            self._stream.dismiss_all()
+
+    def stop(self) -> None:
+        """Close the port."""
+        if self._stream:
+            self._stream.stop()
+        self._cores.close()
+
+    def _part(self, split: int) -> ServerModel | BodyModel:
+        return self.base.body_part(split) if self._config.split.labels == "client" else self.base.server_part(split)
+
+    def _threads(self) -> int:
+        """Threads for each client of the round.
+
+        They are the same at every frame, however many clients compute at that moment: a sum over other threads is
+        rounded otherwise, and the same run would end in other bits.
+        """
+        at_once = max(min(len(self._workers), self._passes), 1) if self._stream else 1
+        return max(all_cores() // at_once, 1)
+
+
+def watched(client: str, worker: Worker) -> Handler:
+    """``worker``; what goes wrong in it for other reasons than the frame is logged with its traceback."""
+
+    def handler(frame: Frame) -> Frame:
+        try:
+            return worker(frame)
+        except (Refused, WireError, FloatingPointError):
+            raise  # the text says it all
+        except Exception:
+            log.exception("client %s: a frame could not be answered", client)
+            raise
+
+    return handler
+
+
+def allowance_of(task: Task, longest: int) -> Allowance:
+    """What a task allows its client; ``longest`` as in :meth:`Shard.admit`."""
+    config, train = task.config, task.config.train
+    if task.kind == EVALUATE:
+        rows = config.evaluation.client_rows
+        return Allowance(
+            rows=rows,
+            rows_at_once=min(config.evaluation.batch_size, rows),
+            tokens=longest,
+            up=config.transport.up,
+        )
+    # a probe takes the batch whole
+    at_once = (
+        train.batch_size if task.kind == PROBE else min(train.micro_batch_size or train.batch_size, train.batch_size)
+    )
+    micro_batches = math.ceil(train.batch_size / at_once)
+    return Allowance(
+        first_step=task.first_step,
+        steps=task.steps,
+        rows=train.batch_size,
+        rows_at_once=at_once,
+        tokens=longest,
+        # in messages the micro-batches of a step travel together
+        in_flight=min(config.transport.in_flight, micro_batches)
+        if config.transport.kind == "stream"
+        else micro_batches,
+        up=config.transport.up,
+    )
+
+
+def open_stream(transport: TransportConfig) -> StreamServer:
+    """The stream's port, open, under the certificate that the settings name or a new one."""
+    address = transport.address or own_address()
+    return StreamServer(
+        transport.bind or address,
+        transport.port,
+        identity=_identity(transport, address) if transport.tls else None,
+        public=address,
+        public_port=transport.public_port,
+        in_flight=transport.in_flight,
+    )
+
+
+def check_server(config: Config) -> None:
+    """See that this machine has the device and the port that the server asks for; both are free after.
+
+    Raises
+    ------
+    ConfigError, StreamError, CertificateError
+        If it has not, or the certificate cannot be used.
+    """
+    check_device(config.model.device)
+    if config.transport.kind != "messages" and not METHODS[config.method.name].central:
+        open_stream(config.transport).stop()
+
+
+def _identity(transport: TransportConfig, address: str) -> Identity:
+    if transport.certificate:
+        return read_identity(transport.certificate, transport.private_key)
+    return make_identity(address)
+
+
+def own_address() -> str:
+    """This machine's address in its network, as others reach it; the loopback address without a network."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # a documentation address: chooses a route, sends nothing
+            return str(probe.getsockname()[0])
+        except OSError:
+            return "127.0.0.1"
