@@ -1,4 +1,4 @@
-"""The Flower app of the README, as its author would run it: with data and a model of their own."""
+"""The Flower app of docs/embedding.md, as its author would run it: with data and a model of their own."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tests.system.conftest import PROJECT
 
 
 def blocks(language: str) -> list[str]:
-    """The README's blocks of a language."""
-    found = re.findall(rf"^```{language}\n(.*?)^```", (PROJECT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    """The blocks of a language on that page."""
+    found = re.findall(rf"^```{language}\n(.*?)^```", (PROJECT / "docs" / "embedding.md").read_text(), re.DOTALL | re.MULTILINE)
     return [str(block) for block in found]
 
 
-def test_the_app_of_the_readme_runs(tiny_folder: Path, tmp_path: Path) -> None:
+def test_the_app_of_the_page_runs(tiny_folder: Path, tmp_path: Path) -> None:
     app, notes, results = tmp_path / "notes", tmp_path / "srv", tmp_path / "results"
     app.mkdir()
     [code] = [block for block in blocks("python") if "split_client_app(load_data" in block]
