@@ -1,6 +1,6 @@
 """The accumulated update of the model: exact, bounded, versioned, and kept apart from the base.
 
-``W_eff = W_0 + change``, where every round adds the factors of its update to the change of each layer (METHOD.md,
+``W_eff = W_0 + change``, where every round adds the factors of its update to the change of each layer (docs/method.md,
 section 4). A change takes an exact form of few bytes: the factors as they are, a thinner pair of the same product, or
 the dense matrix. A thinner pair is looked for whenever the rank passes a power of two: the search takes longer than all
 else that a round's aggregation does, and mostly finds nothing, since adapters start afresh every round.

@@ -1,4 +1,4 @@
-"""Important weight identification (HSplitLoRA, section IWI; METHOD.md, section 1).
+"""Important weight identification (HSplitLoRA, section IWI; docs/method.md, section 1).
 
 The importance of a weight is the gradient-weight product
 
@@ -87,7 +87,7 @@ def combine(measured: Iterable[tuple[float, Mapping[str, float]]]) -> dict[str, 
 def smooth(previous: Mapping[str, float], measured: Mapping[str, float], t: int, rounds: int) -> dict[str, float]:
     """The importance smoothed over rounds, ``J_m(t) = g J_m(t-1) + (1 - g) I_m(t)``.
 
-    ``g = 1 - exp(-I_m(t) t / (J_m(t-1) T))``, the paper's rule at second hand (METHOD.md, section 1): the past weighs
+    ``g = 1 - exp(-I_m(t) t / (J_m(t-1) T))``, the paper's rule at second hand (docs/method.md, section 1): the past weighs
     more as training goes on, up to 0.63 for a steady weight, and more for one whose importance jumps up.
 
     Parameters

@@ -15,7 +15,9 @@ from tests.system.conftest import PROJECT
 
 def blocks(language: str) -> list[str]:
     """The blocks of a language on that page."""
-    found = re.findall(rf"^```{language}\n(.*?)^```", (PROJECT / "docs" / "embedding.md").read_text(), re.DOTALL | re.MULTILINE)
+    found = re.findall(
+        rf"^```{language}\n(.*?)^```", (PROJECT / "docs" / "embedding.md").read_text(), re.DOTALL | re.MULTILINE
+    )
     return [str(block) for block in found]
 
 
