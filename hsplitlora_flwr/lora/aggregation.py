@@ -216,7 +216,7 @@ def pad(factors: Factors, rank: int) -> Factors:
 
 
 def _noise_free(pairs: Sequence[Factors], shares: Sequence[float]) -> Factors:
-    """Concatenation along the rank (docs/method.md, section 4; FLoRA, arXiv 2409.05976). ``p_i`` is folded once, into ``A``."""
+    """Concatenation along the rank (docs/method.md, section 4; FLoRA, arXiv 2409.05976); ``p_i`` goes into ``A``."""
     left = torch.cat([b for b, _ in pairs], dim=1)  # (out, R)
     weighted = ((share * a.double()).to(a.dtype) for share, (_, a) in zip(shares, pairs, strict=True))
     return left, torch.cat(list(weighted))  # (R, in)

@@ -87,8 +87,8 @@ def combine(measured: Iterable[tuple[float, Mapping[str, float]]]) -> dict[str, 
 def smooth(previous: Mapping[str, float], measured: Mapping[str, float], t: int, rounds: int) -> dict[str, float]:
     """The importance smoothed over rounds, ``J_m(t) = g J_m(t-1) + (1 - g) I_m(t)``.
 
-    ``g = 1 - exp(-I_m(t) t / (J_m(t-1) T))``, the paper's rule at second hand (docs/method.md, section 1): the past weighs
-    more as training goes on, up to 0.63 for a steady weight, and more for one whose importance jumps up.
+    ``g = 1 - exp(-I_m(t) t / (J_m(t-1) T))``, the paper's rule at second hand (docs/method.md, section 1): the past
+    weighs more as training goes on, up to 0.63 for a steady weight, and more for one whose importance jumps up.
 
     Parameters
     ----------
