@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hsplitlora_flwr.cli.run import PROJECT
 from hsplitlora_flwr.config import TrainConfig
 from hsplitlora_flwr.lora.base import SharedBase
 from hsplitlora_flwr.lora.layers import inject
@@ -26,7 +27,6 @@ from hsplitlora_flwr.transport.certificates import make_identity
 from hsplitlora_flwr.transport.stream import StreamServer
 from simulations.benchmarks.common import Row, Sample, Setup, specs
 from simulations.deployment import CONNECTION, deploy
-from simulations.run import PROJECT
 
 STARTS = 7
 RUNS = 3

@@ -9,7 +9,7 @@ from pathlib import Path
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from simulations.superlink import open_superlink, started_run
+from hsplitlora_flwr.cli.superlink import open_superlink, started_run
 from tests.system.conftest import PROJECT
 
 

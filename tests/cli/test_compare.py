@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from hsplitlora_flwr.cli.compare import compose_setting, main, parse
+from hsplitlora_flwr.cli.run import Listener
+from hsplitlora_flwr.comparison.plots import plot
+from hsplitlora_flwr.comparison.results import Comparison
+from hsplitlora_flwr.comparison.study import Options, Study, tuning_changes, vary
 from hsplitlora_flwr.config import METHODS, Config, ConfigError
-from simulations.compare import compose_setting, main, parse
-from simulations.plots import plot
-from simulations.results import Comparison
-from simulations.run import Listener
-from simulations.study import Options, Study, tuning_changes, vary
 
 UNEVEN = Config.from_run_config(
     {"data.source": "e2e", "data.path": "e2e", "data.partition": "dirichlet", "data.eval_rows": 100, "train.rounds": 2}

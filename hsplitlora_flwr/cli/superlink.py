@@ -25,8 +25,8 @@ from pathlib import Path
 
 import psutil
 
+from hsplitlora_flwr.cli.interrupts import held, obey
 from hsplitlora_flwr.config import ConfigError
-from simulations.interrupts import held, obey
 
 START_SECONDS = 60.0
 ANSWER_SECONDS = 60.0

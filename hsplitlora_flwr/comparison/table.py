@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from simulations.results import METRICS, REFERENCE, Comparison, Metric, Result, Spread
+from hsplitlora_flwr.comparison.results import METRICS, REFERENCE, Comparison, Metric, Result, Spread
 
 RATIOS = ("final_perplexity", "rounds_to_target", "tokens_to_target", "bytes_to_target", "peak_bytes", "seconds")
 

@@ -34,13 +34,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hsplitlora_flwr.config import Config, ConfigError, unknown_key
-from hsplitlora_flwr.models.cores import all_cores
-from hsplitlora_flwr.reporting import EVENTS_FILE, RunConsole, read_events
-from hsplitlora_flwr.reporting.events import Event
-from simulations.interrupts import Interrupted, held, interruptible, obey
-from simulations.overrides import keys_of, start
-from simulations.superlink import (
+from hsplitlora_flwr.cli.interrupts import Interrupted, held, interruptible, obey
+from hsplitlora_flwr.cli.overrides import keys_of, start
+from hsplitlora_flwr.cli.superlink import (
     Question,
     RunStatus,
     SuperLink,
@@ -49,8 +45,12 @@ from simulations.superlink import (
     open_superlink,
     started_run,
 )
+from hsplitlora_flwr.config import Config, ConfigError, unknown_key
+from hsplitlora_flwr.models.cores import all_cores
+from hsplitlora_flwr.reporting import EVENTS_FILE, RunConsole, read_events
+from hsplitlora_flwr.reporting.events import Event
 
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parents[2]
 
 _LOG = "flwr.log"
 _SUPERLINK_LOG = "superlink.log"
@@ -504,7 +504,3 @@ def command() -> None:
             print(f"interrupted by {error.signal.name} {when}", file=sys.stderr)
         raise
     sys.exit(max([wrong, *_statuses]))
-
-
-if __name__ == "__main__":
-    command()

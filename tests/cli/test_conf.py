@@ -7,8 +7,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from hsplitlora_flwr.cli.run import Launcher
 from hsplitlora_flwr.config import Config, ConfigError
-from simulations.run import Launcher
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 

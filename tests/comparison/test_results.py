@@ -6,9 +6,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from simulations.plots import curve
-from simulations.results import CENTRAL, Comparison, Result, Spread, amount_by, measurements, rounds_to, spread
-from simulations.table import Tuning, cell, render
+from hsplitlora_flwr.comparison.plots import curve
+from hsplitlora_flwr.comparison.results import (
+    CENTRAL,
+    Comparison,
+    Result,
+    Spread,
+    amount_by,
+    measurements,
+    rounds_to,
+    spread,
+)
+from hsplitlora_flwr.comparison.table import Tuning, cell, render
 
 
 def result(method: str, seed: int, perplexities: list[float], *, setting: str = "uneven", **fields: Any) -> Result:

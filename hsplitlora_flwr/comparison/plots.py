@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
-from simulations.results import CENTRAL, REFERENCE, Comparison, Result
+from hsplitlora_flwr.comparison.results import CENTRAL, REFERENCE, Comparison, Result
 
 Floats = NDArray[np.float64]
 

@@ -29,12 +29,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
+from hsplitlora_flwr.cli.interrupts import Interrupted, interruptible
+from hsplitlora_flwr.cli.overrides import check_keys, keys_of, literal, one_line
+from hsplitlora_flwr.cli.run import PROJECT, Launcher, Listener, launch, prepare, with_absolute_paths
+from hsplitlora_flwr.cli.superlink import SuperLink, open_superlink
+from hsplitlora_flwr.comparison.study import EACH, Line, Options, Study, tuning_changes, vary
 from hsplitlora_flwr.config import Config
-from simulations.interrupts import Interrupted, interruptible
-from simulations.overrides import check_keys, keys_of, literal, one_line
-from simulations.run import PROJECT, Launcher, Listener, launch, prepare, with_absolute_paths
-from simulations.study import EACH, Line, Options, Study, tuning_changes, vary
-from simulations.superlink import SuperLink, open_superlink
 
 
 class FlowerRuns:
@@ -144,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if importlib.util.find_spec("matplotlib") is None:
         print("error: the plots need matplotlib: pip install 'hsplitlora_flwr[compare]'", file=sys.stderr)
         return 2
-    from simulations.plots import plot
+    from hsplitlora_flwr.comparison.plots import plot
 
     console = Console(highlight=False)
     try:
@@ -178,7 +178,8 @@ def _prepared(options: Options, console: Console) -> tuple[dict[str, Config], La
     return bases, composed[options.settings[0]][1]
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The command line."""
     interruptible()
     try:
         sys.exit(main())

@@ -12,10 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from transformers import LlamaConfig
 
+from hsplitlora_flwr.cli.plan import PARTS, Forecast, forecast, run
+from hsplitlora_flwr.cli.run import PROJECT
 from hsplitlora_flwr.config import Config, ConfigError
 from hsplitlora_flwr.planning import make_plan
-from simulations.plan import PARTS, Forecast, forecast, run
-from simulations.run import PROJECT
 from tests.tiny import tiny_model
 
 PROCESS_BYTES = 250_000_000
@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The planner takes a client's process to be as large as its own, and this one is as large as its tests made it."""
-    monkeypatch.setattr("simulations.plan.process_bytes", lambda config: PROCESS_BYTES)
+    monkeypatch.setattr("hsplitlora_flwr.cli.plan.process_bytes", lambda config: PROCESS_BYTES)
 
 
 def composed(folder: Path, *overrides: str) -> DictConfig:

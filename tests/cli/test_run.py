@@ -21,11 +21,11 @@ import psutil
 import pytest
 from rich.console import Console
 
+from hsplitlora_flwr.cli.run import PROJECT, Launcher, _Watch, failure_cause, launch, run_config_toml
+from hsplitlora_flwr.cli.superlink import RunStatus, SuperLinkError, open_superlink
 from hsplitlora_flwr.config import Config, render_pyproject_block
 from hsplitlora_flwr.models.cores import all_cores
 from hsplitlora_flwr.reporting import RunConsole
-from simulations.run import PROJECT, Launcher, _Watch, failure_cause, launch, run_config_toml
-from simulations.superlink import RunStatus, SuperLinkError, open_superlink
 
 PYPROJECT = """
 [project]
@@ -345,7 +345,7 @@ class Flower:
 def watched(monkeypatch) -> tuple[Flower, _Watch, Callable[[float], None]]:
     """A run on a Flower of ours, and a function that lets seconds pass."""
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr("simulations.run.time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr("hsplitlora_flwr.cli.run.time", SimpleNamespace(monotonic=lambda: clock.now))
     flower = Flower()
     watch = _Watch(flower)
 
@@ -399,9 +399,9 @@ LAUNCHER = """
 import sys
 from pathlib import Path
 from hsplitlora_flwr.reporting import RunConsole
-from simulations import run
-from simulations.interrupts import interruptible
-from tests.simulations.test_run import settings
+from hsplitlora_flwr.cli import run
+from hsplitlora_flwr.cli.interrupts import interruptible
+from tests.cli.test_run import settings
 
 interruptible()
 run.launch(settings(Path(sys.argv[1]), "hang"), Path(sys.argv[2]), run.Launcher(), RunConsole())
@@ -458,7 +458,7 @@ def test_a_start_that_is_interrupted_leaves_no_process(app, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_before_flower_starts_an_interrupted_run_says_so(number, tmp_path):
     code = (
-        "import sys; from simulations import run\n"
+        "import sys; from hsplitlora_flwr.cli import run\n"
         "run.prepare = lambda *settings, **more: (print('preparing', flush=True), sys.stdin.read())\n"
         f"sys.argv = ['run', 'run.dir={tmp_path / 'run'}']\nrun.command()"
     )
@@ -489,7 +489,7 @@ def test_a_superlink_that_is_killed_ends_the_run_and_leaves_no_process(app, tmp_
 
 
 def test_a_superlink_that_cannot_start_says_why(tmp_path, monkeypatch):
-    monkeypatch.setattr("simulations.superlink._free_port", lambda: 70000)  # no such port
+    monkeypatch.setattr("hsplitlora_flwr.cli.superlink._free_port", lambda: 70000)  # no such port
     started = time.monotonic()
 
     opening = open_superlink("", tmp_path, tmp_path / "superlink.log")

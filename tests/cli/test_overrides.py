@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from hsplitlora_flwr.cli.overrides import PATHS, check_keys, keys_of, literal
+from hsplitlora_flwr.cli.run import PROJECT, Launcher
 from hsplitlora_flwr.config import ConfigError
-from simulations.overrides import PATHS, check_keys, keys_of, literal
-from simulations.run import PROJECT, Launcher
 
 LAUNCHER = keys_of("launcher", Launcher)
 

@@ -27,6 +27,8 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 
+from hsplitlora_flwr.cli.overrides import keys_of, start
+from hsplitlora_flwr.cli.run import PROJECT, Launcher
 from hsplitlora_flwr.config import Config, ConfigError
 from hsplitlora_flwr.methods import METHODS
 from hsplitlora_flwr.models.loading import read_config
@@ -35,8 +37,6 @@ from hsplitlora_flwr.planning import Budget, CostModel, Plan
 from hsplitlora_flwr.planning.round import cost_model, make_round_plan
 from hsplitlora_flwr.reporting.events import format_bytes
 from hsplitlora_flwr.training.memory import process_bytes, resting_bytes
-from simulations.overrides import keys_of, start
-from simulations.run import PROJECT, Launcher
 
 PARTS = ("weights", "adapters", "activations", "update", "temporary", "process")
 """Of :meth:`hsplitlora_flwr.planning.CostModel.memory_parts`."""
@@ -208,5 +208,6 @@ def main(composed: DictConfig) -> None:
         sys.exit(status)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The command line."""
     sys.exit(start(main, keys_of("launcher", Launcher)))

@@ -1,7 +1,7 @@
 """The runs of a comparison: which ones there are, which of them are done, and doing the others one by one.
 
-A run is a :class:`Job`; its :class:`~simulations.results.Result` is a JSON file, and counts only for exactly the
-settings that it holds. So a comparison that was stopped, or changed, goes on with what is missing.
+A run is a :class:`Job`; its :class:`~hsplitlora_flwr.comparison.results.Result` is a JSON file, and counts only for
+exactly the settings that it holds. So a comparison that was stopped, or changed, goes on with what is missing.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from rich.console import Console
 from rich.text import Text
 
+from hsplitlora_flwr.cli.run import Listener, with_absolute_paths
+from hsplitlora_flwr.comparison.results import CENTRAL, Comparison, Result, measurements
+from hsplitlora_flwr.comparison.table import Tuning, render
 from hsplitlora_flwr.config import Config, ConfigError
 from hsplitlora_flwr.methods import METHODS
 from hsplitlora_flwr.reporting import event_text
 from hsplitlora_flwr.reporting.events import Event
 from hsplitlora_flwr.reporting.summary import SUMMARY_FILE
-from simulations.results import CENTRAL, Comparison, Result, measurements
-from simulations.run import Listener, with_absolute_paths
-from simulations.table import Tuning, render
 
 EACH = "each"
 RunOnce = Callable[[Config, Listener], int]

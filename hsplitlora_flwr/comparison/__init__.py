@@ -1,0 +1,1 @@
+"""Methods side by side: which runs there are, what they come down to, tables and plots."""
