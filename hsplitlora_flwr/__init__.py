@@ -15,11 +15,29 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hsplitlora_flwr.client.handlers import split_client_app
     from hsplitlora_flwr.config import Config
+    from hsplitlora_flwr.lora.aggregation import register_rule
+    from hsplitlora_flwr.methods import METHODS, Method, register_method
     from hsplitlora_flwr.server.strategy import HSplitLoRA
 
-__all__ = ["Config", "HSplitLoRA", "split_client_app"]
+__all__ = [
+    "METHODS",
+    "Config",
+    "HSplitLoRA",
+    "Method",
+    "register_method",
+    "register_rule",
+    "split_client_app",
+]
 
-_HOMES = {"Config": "config", "HSplitLoRA": "server.strategy", "split_client_app": "client.handlers"}
+_HOMES = {
+    "Config": "config",
+    "HSplitLoRA": "server.strategy",
+    "METHODS": "methods",
+    "Method": "methods",
+    "register_method": "methods",
+    "register_rule": "lora.aggregation",
+    "split_client_app": "client.handlers",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -12,9 +12,11 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from hsplitlora_flwr.registry import Registry, import_plugins
 
 Scalar = int | float | bool | str
 
@@ -37,6 +39,14 @@ METHODS = (
     "hsplitlora-no-naa",
 )
 """Names of :mod:`hsplitlora_flwr.methods`."""
+OPTIMIZERS = ("adamw", "sgd")
+SOURCES = ("dialogues", "e2e", "jsonl")
+
+KNOWN_METHODS: Registry[Any] = Registry("method", *METHODS)
+KNOWN_CODECS: Registry[Any] = Registry("codec", *WIRES)
+KNOWN_OPTIMIZERS: Registry[Any] = Registry("optimizer", *OPTIMIZERS)
+KNOWN_SOURCES: Registry[Any] = Registry("source of text", *SOURCES)
+"""What a setting may name, which other packages add to. What stands behind the names is registered where it is made."""
 
 
 class ConfigError(ValueError):
@@ -52,7 +62,7 @@ def unknown_key(key: str, known: Iterable[str]) -> ConfigError:
     )
 
 
-def _setting(default: Any, help: str, *, choices: tuple[str, ...] = (), low: float | None = None) -> Any:
+def _setting(default: Any, help: str, *, choices: Collection[str] = (), low: float | None = None) -> Any:
     """A schema field: its default, what it means, and what is allowed."""
     return field(default=default, metadata={"help": help, "choices": choices, "low": low})
 
@@ -61,7 +71,9 @@ def _setting(default: Any, help: str, *, choices: tuple[str, ...] = (), low: flo
 class MethodConfig:
     """Which method trains: HSplitLoRA, an ablation of it, or what it is compared with."""
 
-    name: str = _setting("hsplitlora", "the method; hsplitlora_flwr/methods.py says what each one is", choices=METHODS)
+    name: str = _setting(
+        "hsplitlora", "the method; hsplitlora_flwr/methods.py says what each one is", choices=KNOWN_METHODS
+    )
 
 
 @dataclass(frozen=True)
@@ -84,7 +96,7 @@ class ModelConfig:
 class DataConfig:
     """The text that clients train on and the text that measures them."""
 
-    source: str = _setting("dialogues", "which data set", choices=("dialogues", "e2e", "jsonl"))
+    source: str = _setting("dialogues", "which data set", choices=KNOWN_SOURCES)
     path: str = _setting(
         "", "e2e: folder with trainset.csv and devset.csv; jsonl: the training file, or empty where nodes have one each"
     )
@@ -185,7 +197,7 @@ class TrainConfig:
     steps: int = _setting(10, "local steps of every client in a round", low=1)
     batch_size: int = _setting(8, "examples of one step", low=1)
     micro_batch_size: int = _setting(0, "examples that travel at once; gradients accumulate; 0 = the batch", low=0)
-    optimizer: str = _setting("adamw", "optimizer of the adapters", choices=("adamw", "sgd"))
+    optimizer: str = _setting("adamw", "optimizer of the adapters", choices=KNOWN_OPTIMIZERS)
     momentum: float = _setting(0.0, "sgd: momentum", low=0.0)
     lr: float = _setting(1e-3, "peak learning rate", low=0.0)
     schedule: str = _setting("constant", "learning rate by global step", choices=("constant", "linear", "cosine"))
@@ -260,9 +272,11 @@ class TransportConfig:
     certificate: str = _setting("", "PEM file of the server's certificate; empty = one made for the run")
     private_key: str = _setting("", "PEM file of that certificate's key")
     up: str = _setting(
-        "float32", "numbers of the cut activation on the wire; int8 has a scale per token", choices=WIRES
+        "float32", "numbers of the cut activation on the wire; int8 has a scale per token", choices=KNOWN_CODECS
     )
-    down: str = _setting("float32", "numbers of its gradient on the wire; int8 has a scale per token", choices=WIRES)
+    down: str = _setting(
+        "float32", "numbers of its gradient on the wire; int8 has a scale per token", choices=KNOWN_CODECS
+    )
     in_flight: int = _setting(
         1, "micro-batches of a client that may be under way at once, each with its activations in memory", low=1
     )
@@ -275,6 +289,9 @@ class RunConfig:
     dir: str = _setting("", "run folder; empty = a new folder in the user's data directory")
     resume: str = _setting("", "folder of a run to go on from, after its last finished round; empty = start anew")
     merged: bool = _setting(False, "also save the whole model with the update merged in, under merged/")
+    plugins: str = _setting(
+        "", "modules of one's own, separated by commas, that server and clients import: see docs/extending.md"
+    )
     seed: int = _setting(0, "seed of data, adapters and batches", low=0)
     timeout: int = _setting(3600, "seconds to wait for the clients of one exchange", low=1)
 
@@ -304,14 +321,18 @@ class Config:
 
     @classmethod
     def from_mapping(cls, nested: Mapping[str, Any]) -> Config:
-        """Build from nested tables, as Hydra composes them.
+        """Build from nested tables, as Hydra composes them, once the modules of ``run.plugins`` are imported.
 
         Raises
         ------
         ConfigError
             If a key is unknown, or a value has the wrong type or is out of range.
+        PluginError
+            If a module cannot be imported.
         """
-        return cls.from_run_config(dict(_flatten(nested)))
+        flat = dict(_flatten(nested))
+        import_plugins(flat)
+        return cls.from_run_config(flat)
 
     @classmethod
     def from_run_config(cls, flat: Mapping[str, Any]) -> Config:
@@ -415,7 +436,7 @@ def _check_value(key: str, spec: dataclasses.Field[Any], value: Any) -> None:
     if type(value) is not wanted:
         raise ConfigError(f"{key}={value!r} is of type {type(value).__name__}; it must be a {wanted.__name__}")
     choices, low = spec.metadata["choices"], spec.metadata["low"]
-    if choices and value not in choices:
+    if choices != () and value not in choices:
         raise ConfigError(f"{key}={value!r} is not allowed; choose one of {', '.join(choices)}")
     number: Any = value
     if wanted is int and not -(2**63) <= number < 2**63:

@@ -1,7 +1,7 @@
 """HSplitLoRA, its ablations and what it is compared with: which plan, which aggregation, split or not.
 
 All of them share data, seeds, batches, schedule, optimizer, training step and evaluation. What is not the same stands
-in :data:`METHODS`.
+in :data:`METHODS`, to which :func:`register_method` adds.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from hsplitlora_flwr.config import METHODS as NAMES
-from hsplitlora_flwr.config import Config
+from hsplitlora_flwr.config import KNOWN_METHODS, Config
+from hsplitlora_flwr.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Method:
     importance : bool
         Whether weights are scored (IWI); without it all count the same.
     rule : str
-        How adapters are added up; see :mod:`hsplitlora_flwr.lora.aggregation`.
+        How adapters are added up: a name in :data:`hsplitlora_flwr.lora.aggregation.RULES`.
     carries : bool
         There is one global adapter, which every round goes on from, cut to each client's rank. Else the update of a
         round goes into the weights and adapters start afresh.
@@ -46,6 +46,11 @@ class Method:
         All weights train, without adapters.
     targets : tuple of str, optional
         Layers that get adapters unless ``lora.targets`` says otherwise; all when None.
+
+    Raises
+    ------
+    ValueError
+        If ``half``, ``ranks`` or ``init`` is none of these.
     """
 
     source: str
@@ -61,13 +66,42 @@ class Method:
     full: bool = False
     targets: tuple[str, ...] | None = None
 
+    def __post_init__(self) -> None:
+        for name, allowed in _ALLOWED.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} of a method; choose one of {allowed}")
+
+
+_ALLOWED = {"half": ("", "shared", "per_client"), "ranks": ("plan", "budget", "equal"), "init": ("kaiming", "update")}
+
+METHODS: Registry[Method] = KNOWN_METHODS
+"""Methods by name."""
+
+
+def register_method(name: str, method: Method) -> Method:
+    """Make a method known as ``method.name=<name>``; returns it.
+
+    Parameters
+    ----------
+    name : str
+        What settings call it.
+    method : Method
+        How it differs from the others; ``dataclasses.replace(METHODS["hsplitlora"], ...)`` says so in a line.
+
+    Raises
+    ------
+    PluginError
+        If the name is taken.
+    """
+    return METHODS.register(name, method)
+
 
 _WHOLE = Method("", split=False, importance=False)
 _HSPLITLORA = Method("arXiv 2505.02795", init="update")
 QUERY_AND_VALUE = ("q_proj", "v_proj", "c_attn", "query_key_value", "qkv_proj", "Wqkv")
 """Query and value projections by the names that families give them; some keep query, key and value in one layer."""
 
-METHODS: dict[str, Method] = {
+_OURS: dict[str, Method] = {
     "hsplitlora": _HSPLITLORA,
     "splitlora": replace(
         _HSPLITLORA,
@@ -102,7 +136,8 @@ METHODS: dict[str, Method] = {
     ),
     "hsplitlora-no-naa": replace(_HSPLITLORA, source="ablation: zero padding", rule="zero_pad"),
 }
-assert tuple(METHODS) == NAMES  # the schema names them without importing anything
+for _name, _method in _OURS.items():
+    register_method(_name, _method)
 
 
 def starts_along_update(config: Config) -> bool:

@@ -13,6 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.data.sources import load_text
 from hsplitlora_flwr.methods import METHODS
+from hsplitlora_flwr.registry import import_plugins
 from hsplitlora_flwr.reporting.report import RunReport, cause_of, failed_outside
 from hsplitlora_flwr.server.central import CentralTraining
 from hsplitlora_flwr.server.checkpoint import check_resume
@@ -47,6 +48,7 @@ def tell_a_stop(report: RunReport) -> None:
 
 
 def _strategy(context: Context, folder: Path) -> HSplitLoRA:
+    import_plugins(context.run_config)
     config = Config.from_run_config(context.run_config)
     check_resume(config, folder)
     check_server(config)

@@ -44,6 +44,7 @@ from hsplitlora_flwr.models.fingerprint import check_part, fingerprint
 from hsplitlora_flwr.models.loading import read_config
 from hsplitlora_flwr.models.placement import check_device
 from hsplitlora_flwr.models.quantisation import check_quantiser
+from hsplitlora_flwr.registry import import_plugins
 from hsplitlora_flwr.training.memory import PeakMemory, keep_freed_memory, process_bytes, return_freed_memory
 from hsplitlora_flwr.transport.frames import Failure, Frame
 from hsplitlora_flwr.transport.messages import add_frames, frame_bytes, read_frames
@@ -95,6 +96,7 @@ def split_client_app(load_data: LoadData = load_own_text, load_budget: LoadBudge
     @app.query(_action(DESCRIBE))
     def describe(message: Message, context: Context) -> Message:
         """Say the budget, the amount of data, and the version of the weights that this node holds."""
+        import_plugins(context.run_config)
         config, store = _on_this_node(read_settings(message.content), context), NodeStore(context)
         check_device(config.model.device)
         if base := read_base(message.content):
@@ -194,6 +196,7 @@ class _Client:
     def take_part(self, message: Message, context: Context) -> Message:
         """Do a task over the stream, or take the first turn over messages."""
         progress = Progress()
+        import_plugins(context.run_config)
         return_freed_memory()  # before tensors come: where they lie is settled when they are made
         task = Task.from_records(message.content)
         task = replace(task, config=_on_this_node(task.config, context))
@@ -225,6 +228,7 @@ class _Client:
 
     def go_on(self, message: Message, context: Context) -> Message:
         """Take the next turn of a task over messages, from what the turn before left on disk."""
+        import_plugins(context.run_config)
         return_freed_memory()
         store, answers = NodeStore(context), read_frames(message.content)
         if isinstance(answers[0], Failure):

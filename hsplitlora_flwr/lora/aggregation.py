@@ -40,12 +40,37 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hsplitlora_flwr.registry import Registry
+
 Factors = tuple[Tensor, Tensor]
 """``(B, A)`` of one layer: ``(out, r)`` and ``(r, in)``."""
 Update = Mapping[str, Factors]
 """One client's adapters by absolute layer name, scales folded into ``A``."""
 Rule = Callable[[Sequence[Factors], Sequence[float]], Factors]
 """Joins one layer's ``(B, A)`` of all clients, given their ``p_i``: of one dtype, rank 0 where one has none."""
+
+
+_OURS = "noise_free", "mean", "mean_b", "zero_pad", "zero_pad_by_norm", "svd"
+RULES: Registry[Rule] = Registry("aggregation rule", *_OURS)
+"""Aggregation rules by name."""
+
+
+def register_rule(name: str) -> Callable[[Rule], Rule]:
+    """Make a function known as an aggregation rule, which a :class:`~hsplitlora_flwr.methods.Method` may name::
+
+        @register_rule("first")
+        def first(pairs, shares):
+            return pairs[0]
+
+    It is called for every layer by itself. What it is given has been checked: shapes that agree, finite numbers, one
+    dtype; shares are not negative and add up to 1. What it returns is taken over in that dtype.
+
+    Raises
+    ------
+    PluginError
+        If the name is taken.
+    """
+    return lambda rule: RULES.register(name, rule)
 
 
 class AggregationError(ValueError):
@@ -119,6 +144,7 @@ def aggregate(
             _check(held)
             pairs = _align(held)
             b, a = RULES[rule](pairs, counts)
+            _check_joined(rule, b, a, pairs[0])
         except AggregationError as error:
             raise AggregationError(f"layer '{name}': {error}") from None
         dtype = pairs[0][0].dtype
@@ -215,6 +241,7 @@ def pad(factors: Factors, rank: int) -> Factors:
     return functional.pad(b, (0, missing)), functional.pad(a, (0, 0, 0, missing))
 
 
+@register_rule("noise_free")
 def _noise_free(pairs: Sequence[Factors], shares: Sequence[float]) -> Factors:
     """Concatenation along the rank (docs/method.md, section 4; FLoRA, arXiv 2409.05976); ``p_i`` goes into ``A``."""
     left = torch.cat([b for b, _ in pairs], dim=1)  # (out, R)
@@ -222,6 +249,7 @@ def _noise_free(pairs: Sequence[Factors], shares: Sequence[float]) -> Factors:
     return left, torch.cat(list(weighted))  # (R, in)
 
 
+@register_rule("svd")
 def _svd(pairs: Sequence[Factors], shares: Sequence[float]) -> Factors:
     """``(U sqrt(S), sqrt(S) V^T)`` of the weighted sum ``U S V^T`` of the products (FlexLoRA, arXiv 2402.11505).
 
@@ -241,12 +269,14 @@ _RELATIVE_ZERO = 1e-12
 """Singular values below this share of the largest are rounding: some thousand times the resolution of fp64."""
 
 
+@register_rule("mean")
 def _mean(pairs: Sequence[Factors], shares: Sequence[float]) -> Factors:
     """Mean of ``B`` and mean of ``A`` (FedIT, arXiv 2305.05644; SplitLoRA, arXiv 2407.00952)."""
     _check_one_rank(pairs)
     return _weighted(pairs, shares)
 
 
+@register_rule("mean_b")
 def _mean_b(pairs: Sequence[Factors], shares: Sequence[float]) -> Factors:
     """The ``A`` that all share, and the mean of ``B`` (FFA-LoRA, arXiv 2403.12313)."""
     _check_one_rank(pairs)
@@ -260,12 +290,14 @@ def _mean_b(pairs: Sequence[Factors], shares: Sequence[float]) -> Factors:
     return _weighted(pairs, shares)[0], shared.clone()
 
 
+@register_rule("zero_pad")
 def _zero_pad(pairs: Sequence[Factors], shares: Sequence[float]) -> Factors:
     """The means of the factors, each padded with zeros to the largest rank."""
     largest = max(b.shape[1] for b, _ in pairs)
     return _weighted([pad(pair, largest) for pair in pairs], shares)
 
 
+@register_rule("zero_pad_by_norm")
 def _zero_pad_by_norm(pairs: Sequence[Factors], shares: Sequence[float]) -> Factors:
     """``zero_pad`` with weights in proportion to the Frobenius norm of ``B_i A_i`` (HetLoRA, arXiv 2401.06432).
 
@@ -274,17 +306,6 @@ def _zero_pad_by_norm(pairs: Sequence[Factors], shares: Sequence[float]) -> Fact
     norms = [_norm(b, a) for b, a in _double(pairs)]
     total = sum(norms)
     return _zero_pad(pairs, [norm / total for norm in norms] if total else shares)
-
-
-RULES: dict[str, Rule] = {
-    "noise_free": _noise_free,
-    "mean": _mean,
-    "mean_b": _mean_b,
-    "zero_pad": _zero_pad,
-    "zero_pad_by_norm": _zero_pad_by_norm,
-    "svd": _svd,
-}
-"""Aggregation rules by name."""
 
 
 def _weighted(pairs: Sequence[Factors], shares: Sequence[float]) -> Factors:
@@ -349,6 +370,18 @@ def _check(held: Sequence[Factors | None]) -> None:
         outer.add((b.shape[0], a.shape[1]))
     if len(outer) > 1:
         raise AggregationError(f"(out, in) differs between clients: {sorted(outer)}; the clients' models differ")
+
+
+def _check_joined(rule: str, b: Tensor, a: Tensor, like: Factors) -> None:
+    """What a rule made is an adapter of the layer, whoever wrote the rule."""
+    wanted = len(like[0]), like[1].shape[1]
+    if b.ndim != 2 or a.ndim != 2 or b.shape[1] != a.shape[0] or (len(b), a.shape[1]) != wanted:
+        raise AggregationError(
+            f"rule '{rule}' made B {tuple(b.shape)} and A {tuple(a.shape)} of a layer of (out, in) = {wanted}; "
+            "(out, r) and (r, in) are needed"
+        )
+    if not (is_finite(b) and is_finite(a)):
+        raise AggregationError(f"rule '{rule}' made numbers that are not finite")
 
 
 def _check_one_rank(pairs: Sequence[Factors]) -> None:

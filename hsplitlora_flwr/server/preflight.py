@@ -9,6 +9,7 @@ from hsplitlora_flwr.data.fit import check_positions, fit_text
 from hsplitlora_flwr.data.partition import cached_partition
 from hsplitlora_flwr.data.sources import DataError, TextData
 from hsplitlora_flwr.evaluation.scores import check_installed
+from hsplitlora_flwr.lora.aggregation import RULES
 from hsplitlora_flwr.methods import METHODS
 from hsplitlora_flwr.models.loading import check_model, read_config
 from hsplitlora_flwr.models.quantisation import check_quantiser
@@ -57,6 +58,11 @@ def check_model_settings(config: Config) -> None:
         raise ConfigError(
             "lora.init=update is for adapters that start anew in every round; those of "
             f"method.name={config.method.name} are carried on. Set it to auto"
+        )
+    if method.rule not in RULES:
+        raise ConfigError(
+            f"method.name={config.method.name} adds adapters up by the rule {method.rule!r}, which is not registered; "
+            f"there are {', '.join(RULES)}"
         )
     _check_generation(config)
     if method.central:
