@@ -229,6 +229,11 @@ class ServerConfig:
         "one adapter a block, which every client's step trains in turn; or one for each client, whose mean is taken",
         choices=("shared", "per_client"),
     )
+    between_rounds: str = _setting(
+        "keep",
+        "shared: whether adapters and optimizer of the half go on into the next round, or start anew over the update",
+        choices=("keep", "renew"),
+    )
     order: str = _setting(
         "fixed",
         "shared: whose step comes next; fixed = by step and client, the same bits in every run; arrival = who is there",

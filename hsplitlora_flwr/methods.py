@@ -150,3 +150,8 @@ def shares_half(config: Config) -> bool:
     """Whether one half of the server serves all clients of a round; each has one of its own else."""
     method = METHODS[config.method.name]
     return method.split and (method.half or config.server.half) == "shared"
+
+
+def keeps_half(config: Config) -> bool:
+    """Whether the shared half goes on into the next round, adapters and optimizer."""
+    return shares_half(config) and config.server.between_rounds == "keep"

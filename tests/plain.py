@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -77,7 +77,8 @@ class PlainRound:
             for owner in self.factors
             if self.factors[owner]
         }
-        self._active: dict[str, tuple[Tensor, Tensor, float]] = {}
+        self.known: dict[str, Tensor] = {}  # what of the server's adapters the weights have already
+        self._active: dict[str, tuple[Tensor, Tensor, float, Tensor | None]] = {}
         for name in {name for own in self.factors.values() for name in own}:
             model.get_submodule(name).register_forward_hook(self._hook(name))
 
@@ -85,10 +86,29 @@ class PlainRound:
         def add(module: torch.nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
             if name not in self._active:
                 return output
-            b, a, scale = self._active[name]
+            b, a, scale, known = self._active[name]
+            output = output if known is None else output - args[0] @ known.T
             return output + scale * (args[0] @ a.T) @ b.T
 
         return add
+
+    def go_on(self, before: PlainRound, names: Iterable[str], in_weights: bool = True) -> None:
+        """The server's adapters on these layers are those of an earlier round, with what its optimizer keeps of them.
+
+        ``in_weights``: what they had become then is part of the weights since.
+        """
+        optimizer = self.optimizers[SERVER]
+        for name in names:
+            pairs = zip(self.factors[SERVER][name], before.factors[SERVER][name], strict=True)
+            for mine, theirs in pairs:
+                mine.data.copy_(theirs.data)
+                state = before.optimizers[SERVER].state.get(theirs, {})
+                optimizer.state[mine] = {
+                    key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()
+                }
+            if in_weights:
+                b, a = before.adapters(SERVER)[name]
+                self.known[name] = b @ a
 
     def run(self, batches: Mapping[str, Iterator[Batch]], steps: int) -> dict[str, list[float]]:
         """Train; the loss of every step by client."""
@@ -99,10 +119,12 @@ class PlainRound:
             turns = ((step, client) for client in self.splits for step in range(steps))
         shared = bool(self.factors.get(SERVER))
         for step, client in turns:
-            self._active = {name: (*pair, self.scales[client][name]) for name, pair in self.factors[client].items()}
+            self._active = {
+                name: (*pair, self.scales[client][name], None) for name, pair in self.factors[client].items()
+            }
             for name, pair in self.factors.get(SERVER, {}).items():
                 if block_of(name) >= self.splits[client]:
-                    self._active[name] = (*pair, self.scales[SERVER][name])
+                    self._active[name] = (*pair, self.scales[SERVER][name], self.known.get(name))
             batch = next(batches[client])
             logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
             loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten())

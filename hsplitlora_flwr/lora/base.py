@@ -53,7 +53,8 @@ class SharedBase:
         """
         before, self._changes = self._changes, changes
         if self._in_place:
-            self._merge([name for name in before if name not in changes])
+            moved = {name: change for name, change in changes.items() if change is not before.get(name)}
+            self._merge(moved, [name for name in before if name not in changes])
 
     @property
     def inside(self) -> Mapping[str, str]:
@@ -88,12 +89,12 @@ class SharedBase:
         TypeError
             If weights are quantised.
         """
-        self._merge()
+        self._merge(self._changes)
         return self.model
 
-    def _merge(self, reset: Sequence[str] = ()) -> None:
+    def _merge(self, changes: Mapping[str, Change], reset: Sequence[str] = ()) -> None:
         whole = whole_model(self.model, self.family)
-        merge_changes(whole, self._changes, self._original)
+        merge_changes(whole, changes, self._original)
         reset_weights(whole, reset, self._original)
 
     def _with_changes(self, part: P) -> P:

@@ -22,11 +22,12 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from hsplitlora_flwr.lora.aggregation import Update, is_finite
+from hsplitlora_flwr.lora.aggregation import Factors, Update, is_finite
 
 BASE = "0"
 """The state of a layer without a change. Later states are ``version-digest``."""
@@ -153,10 +154,17 @@ class Delta:
         self._layers: dict[str, _Layer] = {}
         self._cut = self._energy = 0.0
 
-    def add(self, update: Update) -> dict[str, float]:
+    def add(self, update: Update, wholes: Mapping[str, Change] = MappingProxyType({})) -> dict[str, float]:
         """Add the update of one round: ``(B, A)`` by layer name, scales and weights folded in.
 
         The store keeps the tensors where they are fp32 on the CPU; they are not to be changed after.
+
+        Parameters
+        ----------
+        update : Mapping[str, tuple[Tensor, Tensor]]
+            What the round adds.
+        wholes : Mapping[str, Change]
+            The whole change of layers of which more is known than that sum: it takes the sum's place.
 
         Returns
         -------
@@ -170,7 +178,9 @@ class Delta:
         """
         return self._finish_round(
             {
-                name: self._layers.get(name, _Layer(_zero(change.shape))).plus(change, self.version + 1)
+                name: _Layer.whole(wholes[name], self.version + 1)
+                if name in wholes
+                else self._layers.get(name, _Layer(_zero(change.shape))).plus(change, self.version + 1)
                 for name, change in _checked(update, self._layers).items()
             }
         )
@@ -187,6 +197,11 @@ class Delta:
     def changes(self) -> Mapping[str, Change]:
         """Every layer's change."""
         return {name: layer.change for name, layer in self._layers.items()}
+
+    def without(self, adapters: Update) -> dict[str, Change]:
+        """Every layer's change less the adapters ``(B, A)`` that are to go on over it."""
+        changes = dict(self.changes())
+        return changes | {name: _less(changes.get(name), pair) for name, pair in adapters.items()}
 
     def below(self, names: Collection[str]) -> dict[str, Change]:
         """The changes of those layers that a part holds."""
@@ -394,6 +409,32 @@ def _sum(change: Change, update: Change) -> Change:
     else:
         total += update.dense()
     return Change(matrix=total.float())
+
+
+def with_adapter(change: Change | None, adapter: Factors) -> Change:
+    """A change, or none yet, and an adapter ``(B, A)`` on top: what :meth:`Delta.without` takes it off again from.
+
+    In factors the adapter is the last of them, to the last bit.
+    """
+    b, a = (factor.detach().to("cpu", torch.float32) for factor in adapter)
+    if change is None or not change.nbytes:
+        return _smallest(b, a)
+    if change.factors is None:
+        return _sum(change, Change(factors=(b, a)))
+    return _smallest(torch.cat([change.factors[0], b], dim=1), torch.cat([change.factors[1], a]))
+
+
+def _less(change: Change | None, adapter: Factors) -> Change:
+    """A change, or none yet, less an adapter."""
+    b, a = (factor.detach().to("cpu", torch.float32) for factor in adapter)
+    if change is None:
+        change = _zero((len(b), a.shape[1]))
+    if change.factors is not None and change.factors[1].shape[0] >= len(a):
+        rank = change.factors[1].shape[0] - len(a)
+        whole_b, whole_a = change.factors
+        if torch.equal(whole_b[:, rank:], b) and torch.equal(whole_a[rank:], a):
+            return Change(factors=(whole_b[:, :rank].contiguous(), whole_a[:rank].contiguous()))
+    return _sum(change, Change(factors=(-b, a)))
 
 
 def _truncate(change: Change, rank: int) -> tuple[Change, float, float]:

@@ -4,13 +4,14 @@
 
     delta.safetensors      the accumulated update                                                    (lora/export.py)
     start.safetensors      what adapters start from in round N + 1: ``layer:B`` and ``layer:A``
-    optimizer.safetensors  training in one place: what trains, and what the optimizer keeps of it
+    optimizer.safetensors  what trains on from round to round, and what its optimizer keeps of it: the half that all
+                           clients share, or what is trained in one place
     state.json             importance, plans with the budgets that they are for, and the settings
 
 It appears under its name when all of it is on the disk, not only on its way there; the one before it stays beside it,
 and those before that go. Every file is known by its checksum, so what is damaged, or of another run, is recognised
-before anything starts. Clients keep nothing from round to round that it lacks: optimizers start anew, and batches,
-masks and learning rate follow from the seed and the step.
+before anything starts. Clients keep nothing from round to round that it lacks: their optimizers start anew, and
+batches, masks and learning rate follow from the seed and the step.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from hsplitlora_flwr.config import Config, ConfigError
 from hsplitlora_flwr.lora.aggregation import Factors
 from hsplitlora_flwr.lora.export import DELTA_FILE, load_delta, save_delta
 from hsplitlora_flwr.lora.update import Change, Delta, pack, unpack
-from hsplitlora_flwr.methods import METHODS
+from hsplitlora_flwr.methods import METHODS, keeps_half
 from hsplitlora_flwr.planning.budget import Budget
 from hsplitlora_flwr.planning.planner import ClientPlan
 from hsplitlora_flwr.reporting.summary import SUMMARY_FILE
@@ -71,7 +72,8 @@ class RunState:
     start : Mapping[str, Factors]
         What adapters start from, by layer name.
     optimizer : Mapping[str, Tensor]
-        Of training in one place; empty where clients train.
+        Of the half that all clients share (:meth:`hsplitlora_flwr.training.half.SharedHalf.tensors`), or of training in
+        one place; empty where nothing trains on.
     importance, planned_importance : Mapping[str, float]
         Of every weight: now, and when the plan was made.
     plans : Mapping[str, ClientPlan]
@@ -286,7 +288,7 @@ def _check_settings(config: Config, text: Mapping[str, Any]) -> None:
     fixed += [key for key in now if key.startswith("data.") and key not in ("data.path", "data.eval_path")]
     if method.carries or method.central:  # the same adapters go on
         fixed += ["lora.rank", "lora.ranks", "lora.alpha", "lora.targets"]
-    if method.central:  # and the same optimizer
+    if method.central or keeps_half(config):  # and the same optimizer
         fixed += ["train.optimizer", "train.momentum"]
     for key in fixed:
         if now[key] != then.get(key):

@@ -16,10 +16,11 @@ from flwr.app import Message, RecordDict
 
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.lora.aggregation import Factors, SharedUpdate, truncate
+from hsplitlora_flwr.lora.kept import KeptHalf
 from hsplitlora_flwr.lora.layers import AdapterSpec, start_along
-from hsplitlora_flwr.lora.update import Delta
+from hsplitlora_flwr.lora.update import Change, Delta
 from hsplitlora_flwr.messages import EVALUATE, TRAIN, TURN, Description, Outcome, ReplyError, Task, reading
-from hsplitlora_flwr.methods import METHODS
+from hsplitlora_flwr.methods import METHODS, keeps_half
 from hsplitlora_flwr.models.fingerprint import part_digests
 from hsplitlora_flwr.planning.cost import Layer
 from hsplitlora_flwr.planning.planner import ClientPlan
@@ -58,6 +59,8 @@ class Dispatch:
     adapter : dict[str, Factors]
         What adapters on both sides start from, by layer name, cut to their ranks: the global adapter, or the directions
         of the last update. Layers that are absent start at random.
+    half : KeptHalf
+        What adapters of a half that all train go on from instead.
     up, down : Counter[int]
         Bytes of each node in this round besides those of its training: tensors in messages to it, and its probe.
     """
@@ -72,6 +75,7 @@ class Dispatch:
         report: RunReport,
     ) -> None:
         self.adapter: dict[str, Factors] = {}
+        self.half = KeptHalf()
         self.up, self.down = Counter[int](), Counter[int]()
         self._config, self._method = config, METHODS[config.method.name]
         self._clients, self._shard, self._delta, self._report = clients, shard, delta, report
@@ -87,7 +91,10 @@ class Dispatch:
         self.down.clear()
 
     def share_half(self, server_round: int, plans: Mapping[str, ClientPlan]) -> None:
-        """Set up the half that the clients of a round train together, by name in the order of their steps."""
+        """Set up the half that the clients of a round train together, by name in the order of their steps.
+
+        The base computes from now on without what the adapters that go on have of the update.
+        """
         alpha, dropout = self._config.alpha, self._config.lora.dropout
         ranks: dict[str, int] = {}
         for plan in plans.values():
@@ -95,11 +102,15 @@ class Dispatch:
             ranks |= {name: max(rank, ranks.get(name, 0)) for name, rank in above.items()}
         specs = {name: AdapterSpec(rank, alpha(rank), dropout) for name, rank in ranks.items()}
         owner = "all" if self._method.carries else f"{server_round}/server"
+        self.half.begin(specs)
+        if not self._method.carries:
+            self._shard.base.update(self.half.beside(self._delta))
         self._shard.share_half(
             {client: plan.split for client, plan in plans.items()},
             specs,
             f"{self._config.run.seed}/{owner}",
             self._start(specs),
+            self.half.tensors,
             lambda client: self._report.status(
                 f"client {client} did not come in time for its step (server.patience); the others go on"
             ),
@@ -191,11 +202,25 @@ class Dispatch:
         task = self._tasks[node]
         return self._message(node, task, self._start(task.specs))
 
-    def shared_update(self, half: Mapping[str, Factors], splits: Sequence[int]) -> SharedUpdate:
-        """The adapters of the half that clients of these split points, in their order, trained together."""
-        return SharedUpdate(
-            half, {name: [i for i, split in enumerate(splits) if split <= self._blocks[name]] for name in half}
-        )
+    def end_half(self, splits: Sequence[int]) -> tuple[SharedUpdate, dict[str, Change]]:
+        """What clients of these split points, in their order, made together of the half that they share.
+
+        Returns
+        -------
+        SharedUpdate
+            As their updates' sum takes it.
+        dict[str, Change]
+            Of layers that all of them trained the whole change, where the half is kept for the next round.
+        """
+        half, tensors = self._shard.adapters(), self._shard.half_tensors()
+        trained_by = {name: [i for i, split in enumerate(splits) if split <= self._blocks[name]] for name in half}
+        shared = SharedUpdate(half, trained_by) if self._method.carries else self.half.update(half, trained_by)
+        if not keeps_half(self._config):
+            return shared, {}
+        settled = {name for name, clients in trained_by.items() if len(clients) == len(splits)}
+        if self._method.carries:  # elsewhere the global adapter is a mean, and not what the optimizer moved
+            tensors = {key: tensor for key, tensor in tensors.items() if key.rpartition(":")[0] in settled}
+        return shared, self.half.end(tensors, half, settled)
 
     def _message(self, node: int, task: Task, start: Mapping[str, Factors]) -> Message:
         held = self.layers_below(task.split)

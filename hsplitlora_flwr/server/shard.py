@@ -7,6 +7,8 @@ import math
 import socket
 from collections.abc import Callable, Collection, Mapping, Sequence
 
+from torch import Tensor
+
 from hsplitlora_flwr.config import Config, TransportConfig
 from hsplitlora_flwr.lora.aggregation import Factors
 from hsplitlora_flwr.lora.base import SharedBase
@@ -68,6 +70,7 @@ class Shard:
         specs: Mapping[str, AdapterSpec],
         seed: str,
         start: Mapping[str, Factors],
+        kept: Mapping[str, Tensor],
         passed_over: Callable[[str], None],
     ) -> None:
         """Make the half that the clients of this round train together.
@@ -78,13 +81,15 @@ class Shard:
             Split points by client, in the order of their steps.
         specs, seed, start
             Of its adapters, as for :func:`hsplitlora_flwr.lora.layers.inject`.
+        kept : Mapping[str, Tensor]
+            What of them goes on from the last round, with its optimizer; see :meth:`half_tensors`.
         passed_over : Callable[[str], None]
             Is told about a client that did not come in time for its step.
         """
         server, method = self._config.server, METHODS[self._config.method.name]
         turns = Turns(list(splits), server.order, server.patience, passed_over)
         part = self._part(min(splits.values()))
-        self._half = SharedHalf(part, specs, seed, start, self._config.train, turns, freeze_a=method.freeze_a)
+        self._half = SharedHalf(part, specs, seed, start, self._config.train, turns, kept, freeze_a=method.freeze_a)
 
     def admit(
         self, task: Task, start: Mapping[str, Factors], report: Callable[[StepReport], None], longest: int
@@ -157,6 +162,10 @@ class Shard:
     def adapters(self) -> dict[str, Factors]:
         """``(B, A)`` of the half that all train, by absolute layer name; empty where each client has one of its own."""
         return self._half.adapters() if self._half else {}
+
+    def half_tensors(self) -> dict[str, Tensor]:
+        """What another round's half goes on from; see :meth:`hsplitlora_flwr.training.half.SharedHalf.tensors`."""
+        return self._half.tensors() if self._half else {}
 
     def adapters_of(self, client: str) -> dict[str, Factors]:
         """The same of a client's own half; empty where it has none."""

@@ -38,10 +38,11 @@ from hsplitlora_flwr.evaluation.generation import generate_and_score
 from hsplitlora_flwr.evaluation.perplexity import MAX_NLL, evaluate
 from hsplitlora_flwr.lora.aggregation import Factors, aggregate, directions
 from hsplitlora_flwr.lora.export import TOLERANCE, save_merged_model, save_peft_adapter
+from hsplitlora_flwr.lora.kept import KeptHalf
 from hsplitlora_flwr.lora.limits import SizeLimit, capped_weights, update_norm, update_size
 from hsplitlora_flwr.lora.update import Delta
 from hsplitlora_flwr.messages import EVALUATE, PROBE, TRAIN, Outcome, ReplyError
-from hsplitlora_flwr.methods import METHODS, shares_half, starts_along_update
+from hsplitlora_flwr.methods import METHODS, keeps_half, shares_half, starts_along_update
 from hsplitlora_flwr.models.loading import load_tokenizer, read_config
 from hsplitlora_flwr.models.placement import pick_devices
 from hsplitlora_flwr.models.quantisation import check_quantiser
@@ -273,14 +274,14 @@ class HSplitLoRA(Strategy):
             clients.append(self._report_client(server_round, node, outcome, {**updates[-1], **above}))
             self.clients.remember(node)
         failed = self.shard.steps_of_others([row["client"] for row in clients])
+        shared, wholes = self.dispatch.end_half([row["split"] for row in clients])
         self.shard.dismiss_all()
-        shared = self.dispatch.shared_update(half, [row["split"] for row in clients])
         update = aggregate(updates, shares, self.method.rule, shared)
         if self.method.carries:
             self.dispatch.adapter = update
             self.delta.replace(update)
         else:
-            self.delta.add(update)
+            self.delta.add(update, wholes)
             if starts_along_update(self.config):
                 highest = max(*self.config.ranks, self.config.lora.rank)
                 self.dispatch.adapter = {name: directions(factors, highest) for name, factors in update.items()}
@@ -323,6 +324,7 @@ class HSplitLoRA(Strategy):
             self.config.to_run_config(),
             self.delta,
             start=self.dispatch.adapter,
+            optimizer=self.dispatch.half.tensors,
             importance=self.importance,
             planned_importance=self._planned_importance,
             plans=self.plans,
@@ -408,6 +410,8 @@ class HSplitLoRA(Strategy):
         self.dispatch = Dispatch(self.config, self.clients, self.shard, self.delta, self._cost.all_layers, self.report)
         if self._resumed:
             self.dispatch.adapter = dict(self._resumed.start)
+            if keeps_half(self.config):
+                self.dispatch.half = KeptHalf(self._resumed.optimizer)
 
     def _read_held_out(self) -> None:
         self._held_out_tokens = fit_text(self._held_out, self.config)

@@ -22,7 +22,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Protocol
+
+from torch import Tensor
 
 from hsplitlora_flwr.config import TrainConfig
 from hsplitlora_flwr.lora.aggregation import Factors
@@ -117,6 +120,8 @@ class SharedHalf:
         Optimizer, schedule and clipping.
     turns : Turns
         Of the round's clients.
+    kept : Mapping[str, Tensor]
+        Adapters that go on with their optimizer, as :meth:`tensors` gave them.
     freeze_a : bool
         Train ``B`` alone.
 
@@ -134,13 +139,17 @@ class SharedHalf:
         start: Mapping[str, Factors],
         train: TrainConfig,
         turns: Turns,
+        kept: Mapping[str, Tensor] = MappingProxyType({}),
         *,
         freeze_a: bool = False,
     ) -> None:
-        self.optimizer = AdapterOptimizer(inject(part, specs, seed, start, freeze_a=freeze_a), train)
+        trained = inject(part, specs, seed, start, freeze_a=freeze_a)
+        self._part, self._layers = part.train(), adapted_layers(part)
+        roles = "B" if freeze_a else "AB"
+        self.optimizer = AdapterOptimizer(trained, train, [f"{name}:{role}" for name in self._layers for role in roles])
+        self.optimizer.restore(kept)
         self.steps = Counter[str]()
         self.turns = turns
-        self._part, self._layers = part.train(), adapted_layers(part)
         self._alone = turns.clients == 1
         self._clip = train.clip or math.inf
         self._norms: dict[str, float] = {}  # of each client's last gradient, clipped
@@ -158,6 +167,10 @@ class SharedHalf:
     def adapters(self) -> dict[str, Factors]:
         """``(B, s A)`` by absolute layer name, as :func:`hsplitlora_flwr.lora.layers.extract` gives them."""
         return extract(self._part)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What another round's half goes on from: ``layer:A/adapter``, ``layer:B/exp_avg`` and so on, not copies."""
+        return self.optimizer.tensors()
 
     def take_step(self, client: str, step: int, before: float) -> float:
         """Move the adapters by a client's gradient, if it is one; returns its squared norm."""

@@ -62,7 +62,7 @@ _BETAS = 0.9, 0.999
 
 
 class AdapterOptimizer:
-    """AdamW or SGD over the adapters of one side; what it keeps of them lives as long as they do, one round.
+    """AdamW or SGD over the adapters of one side; what it keeps of them lives as long as they do.
 
     Parameters
     ----------
@@ -70,10 +70,15 @@ class AdapterOptimizer:
         The adapters; there may be none.
     train : TrainConfig
         Optimizer, learning rate, schedule, weight decay and clipping.
+    names : Sequence[str], optional
+        Of the parameters, where they are known by other than their place.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], train: TrainConfig) -> None:
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], train: TrainConfig, names: Sequence[str] | None = None
+    ) -> None:
         self._parameters = list(parameters)
+        self._names = [str(place) for place in range(len(self._parameters))] if names is None else list(names)
         self._train = train
         # torch refuses an optimizer over nothing; a placeholder without gradient is never moved
         over = self._parameters or [nn.Parameter(torch.zeros(0))]
@@ -116,18 +121,23 @@ class AdapterOptimizer:
         self._optimizer.zero_grad(set_to_none=True)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The adapters and what the optimizer keeps of them, for :meth:`restore` in another process."""
-        state = self._optimizer.state_dict()["state"]
-        kept = {f"{i}/{name}": torch.as_tensor(value) for i, row in state.items() for name, value in row.items()}
-        return {f"{i}/adapter": p.detach() for i, p in enumerate(self._parameters)} | kept
+        """The adapters and what the optimizer keeps of them, for :meth:`restore` elsewhere: ``name/adapter`` and, for
+        AdamW, ``name/exp_avg`` and the like; not copies."""
+        rows = {self._names[place]: row for place, row in self._optimizer.state_dict()["state"].items()}
+        kept = {f"{name}/{what}": torch.as_tensor(value) for name, row in rows.items() for what, value in row.items()}
+        return {f"{name}/adapter": p.detach() for name, p in zip(self._names, self._parameters, strict=True)} | kept
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from what :meth:`tensors` gave; the adapters have the same shapes."""
+        """Go on from what :meth:`tensors` gave; the adapters have the same shapes, and others than these start anew.
+
+        What the optimizer kept goes on changing in the given tensors.
+        """
+        places = {name: place for place, name in enumerate(self._names)}
         rows: dict[int, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
-            index, _, name = key.partition("/")
-            if name == "adapter":
-                self._parameters[int(index)].data.copy_(tensor)
+            name, _, what = key.rpartition("/")
+            if what == "adapter":
+                self._parameters[places[name]].data.copy_(tensor)
             else:
-                rows.setdefault(int(index), {})[name] = tensor
+                rows.setdefault(places[name], {})[what] = tensor
         self._optimizer.load_state_dict(self._optimizer.state_dict() | {"state": rows})

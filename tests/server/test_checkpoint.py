@@ -60,7 +60,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-@pytest.mark.parametrize("method", ["hsplitlora", "hetlora"])
+@pytest.mark.parametrize("method", ["hsplitlora", "splitlora", "hetlora"])
 def test_a_run_goes_on_as_if_it_had_not_ended(
     method: str, stop_in_round_2: pytest.MonkeyPatch, tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -85,6 +85,24 @@ def test_a_run_goes_on_as_if_it_had_not_ended(
         assert [(c["client"], c.get("split"), c["ranks"]) for c in one["clients"]] == [
             (c["client"], c.get("split"), c["ranks"]) for c in other["clients"]
         ]
+
+
+def test_a_checkpoint_from_before_the_half_was_kept_goes_on_with_a_fresh_one(tiny_folder: Path, tmp_path: Path) -> None:
+    first, changes = tmp_path / "first", {"plan.probe_every": 0}
+    run(settings(tiny_folder, first, **changes), first)
+    config = settings(tiny_folder, tmp_path / "new", **changes, **{"run.resume": str(first), "train.rounds": 3})
+    state = load_state(config)
+    assert any(key.endswith(":A/exp_avg") for key in state.optimizer)
+    run(config, tmp_path / "new")
+    save_state(replace(state, optimizer={}), first)
+    anew = replace(config, run=replace(config.run, dir=str(tmp_path / "anew")))
+    assert [row["round"] for row in run(anew, tmp_path / "anew")["rounds"]] == [1, 2, 3]
+    assert not same(adapter(tmp_path / "new"), adapter(tmp_path / "anew"))
+
+
+def test_a_kept_half_goes_on_with_the_optimizer_that_it_began_with(old: Path, config: Config) -> None:
+    with pytest.raises(ConfigError, match=r"train\.optimizer='sgd', and the run in .* has 'adamw'"):
+        check_resume(Config.from_run_config(config.to_run_config() | {"train.optimizer": "sgd"}), Path(config.run.dir))
 
 
 def test_the_plan_is_kept_and_clients_are_known_by_name(

@@ -31,7 +31,7 @@ from hsplitlora_flwr.data.partition import partition
 from hsplitlora_flwr.data.sources import load_text
 from hsplitlora_flwr.lora.layers import AdapterSpec, extract, inject
 from hsplitlora_flwr.messages import FORGET, Description, take_tensors, to_arrays
-from hsplitlora_flwr.methods import METHODS, shares_half
+from hsplitlora_flwr.methods import METHODS, keeps_half, shares_half
 from hsplitlora_flwr.models import find_family, load_causal_lm
 from hsplitlora_flwr.models.quantisation import QuantisedLinear
 from hsplitlora_flwr.models.split import WholeModel, whole_model
@@ -134,6 +134,7 @@ def expected_update(config: Config, summary: dict[str, Any]) -> dict[str, Matrix
     shares = np.array([len(part) for part in parts]) / len(examples)
     update: dict[str, Matrix] = {}
     adapter: dict[str, Pair] = {}
+    before: PlainRound | None = None
     for server_round in range(config.train.rounds):
         plan = [p for p in summary["plans"] if p["round"] <= server_round + 1][-1]
         clients = {str(number): row for number, row in enumerate(plan["clients"])}
@@ -161,6 +162,11 @@ def expected_update(config: Config, summary: dict[str, Any]) -> dict[str, Matrix
             by_step=False,
             freeze_a=method.freeze_a,
         )
+        going_on: set[str] = set()
+        if before and keeps_half(config):
+            earlier = before.factors[SERVER]
+            going_on = {name for name, rank in above.items() if name in earlier and len(earlier[name][1]) == rank > 0}
+            written_out.go_on(before, going_on, in_weights=not method.carries)
         batches = {
             client: training_batches(rows[int(client)], config.train.batch_size, int(client), first)
             for client in clients
@@ -172,6 +178,10 @@ def expected_update(config: Config, summary: dict[str, Any]) -> dict[str, Matrix
             }
             for owner in starts
         }
+        for name in going_on if before and not method.carries else ():  # of these the change
+            (b, a), (start_b, start_a) = trained[SERVER][name], before.adapters(SERVER)[name]
+            trained[SERVER][name] = np.hstack([b, start_b.double()]), np.vstack([a, -start_a.double()])
+        before = written_out
         joined: dict[str, Pair] = {}
         for name in dict.fromkeys(name for own in trained.values() for name in own):
             held = [(shares[int(c)], trained[c][name]) for c in clients if name in trained[c]]
@@ -235,7 +245,7 @@ FEDERATED = [name for name in NAMES if not METHODS[name].central]
 )
 def test_a_run_is_its_rounds_calculated_plainly(name: str, init: str, tiny_folder: Path, tmp_path: Path) -> None:
     # AdamW would make steps of the rounding of gradients that are nearly zero
-    smooth = {"train.optimizer": "sgd", "train.lr": 0.5}
+    smooth = {"train.optimizer": "sgd", "train.lr": 0.25, "train.momentum": 0.5}
     config = settings(tiny_folder, tmp_path, **DOUBLE | smooth | {"method.name": name, "lora.init": init})
     summary = run(config, tmp_path)
     assert summary["status"] == "finished"
