@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from hsplitlora_flwr.data.collate import Batch
@@ -21,15 +22,37 @@ MAX_NLL = 700.0
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Summed negative log-likelihood in nats, and the number of labelled tokens that it is summed over."""
+    """Summed negative log-likelihood in nats, and the number of labelled tokens that it is summed over.
+
+    Parameters
+    ----------
+    nll : float
+    tokens : int
+    rows : Sequence[tuple[float, int]]
+        Both of every row, in the order of :func:`hsplitlora_flwr.data.collate.evaluation_batches`, which is the same
+        for the same text; empty where rows were not looked at.
+    """
 
     nll: float
     tokens: int
+    rows: Sequence[tuple[float, int]] = ()
 
     @property
     def perplexity(self) -> float:
         """``exp`` of the mean per token, pooled over all text (not a mean of batches' perplexities)."""
         return math.exp(self.nll / self.tokens)
+
+    def interval(self, share: float = 0.95, resamples: int = 1000) -> tuple[float, float]:
+        """Bootstrap interval of the perplexity over the rows: where it lies on as many rows, drawn with replacement.
+
+        Percentiles of so many ``resamples``, which are the same in every run. It tells how far other text of the same
+        kind may move the perplexity, not how far another seed may.
+        """
+        nll, tokens = np.array(self.rows).T
+        drawn = np.random.default_rng(0).integers(len(nll), size=(resamples, len(nll)))
+        mean = nll[drawn].sum(axis=1) / tokens[drawn].sum(axis=1)
+        low, high = np.exp(np.quantile(mean, [(1 - share) / 2, (1 + share) / 2]))
+        return float(low), float(high)
 
 
 @torch.no_grad()
@@ -38,13 +61,14 @@ def evaluate(model: WholeModel, batches: Iterable[Batch]) -> Evaluation:
     model.eval()
     device, threads = model.device, torch.get_num_threads()
     torch.set_num_threads(all_cores())  # no client trains now
-    nll, tokens = 0.0, 0
+    found: list[tuple[float, int]] = []
     for batch in batches:
-        output = model(batch.input_ids.to(device), batch.attention_mask.to(device), batch.labels.to(device), 1)
-        nll += float(output.loss)
-        tokens += output.tokens
+        ids, mask, labels = (part.to(device) for part in (batch.input_ids, batch.attention_mask, batch.labels))
+        losses, rows = model.token_losses(ids, mask, labels)
+        sums = torch.zeros(len(ids), dtype=torch.float64, device=device).index_add_(0, rows, losses.double())
+        found += zip(sums.tolist(), rows.bincount(minlength=len(ids)).tolist(), strict=True)
     torch.set_num_threads(threads)
-    return Evaluation(nll, tokens)
+    return Evaluation(math.fsum(nll for nll, _ in found), sum(tokens for _, tokens in found), found)
 
 
 class ClientEvaluator:

@@ -422,6 +422,10 @@ class WholeModel(PredictingPart):
         """The loss of a batch; parameters as for :class:`ClientModel` and :class:`ServerModel`."""
         return self._loss(self._decode(input_ids=input_ids, attention_mask=attention_mask), labels, normalizer)
 
+    def token_losses(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of every labelled token, and the row that it is in, as :meth:`ServerModel.token_losses`."""
+        return self._token_losses(self._decode(input_ids=input_ids, attention_mask=attention_mask), labels)
+
     def _anything(self, hidden: Tensor) -> dict[str, Tensor]:
         return {"input_ids": hidden.new_zeros(len(hidden), 1, dtype=torch.long)}
 

@@ -10,7 +10,7 @@ from typing import Any
 from hsplitlora_flwr.data.fit import Cut
 from hsplitlora_flwr.reporting.events import EVENTS_FILE, EventLog, read_events
 from hsplitlora_flwr.reporting.page import PAGE_FILE, write_page
-from hsplitlora_flwr.reporting.summary import STOPPED, SUMMARY_FILE, Summary, end_as_failed
+from hsplitlora_flwr.reporting.summary import STOPPED, SUMMARY_FILE, Summary, end_as_failed, write_rows
 
 log = logging.getLogger(__name__)
 
@@ -106,12 +106,26 @@ class RunReport:
         self._summary.save()
         self._events.emit("round_finished", round=server_round, seconds=seconds, update_norm=update_norm)
 
-    def evaluated(self, server_round: int, perplexity: float, tokens: int, seconds: float) -> None:
-        """Perplexity of the held-out text; round 0 is before training."""
+    def evaluated(
+        self,
+        server_round: int,
+        perplexity: float,
+        tokens: int,
+        seconds: float,
+        interval: tuple[float, float] | None = None,
+        rows: Sequence[tuple[float, int]] = (),
+    ) -> None:
+        """Perplexity of the held-out text, with an interval over its rows; round 0 is before training.
+
+        Nats and labelled tokens of every row after the last round go to a file of their own, so that runs can be
+        compared row by row.
+        """
+        if rows:
+            write_rows(self._folder, server_round, rows)
         self._events.emit("evaluated", round=server_round, perplexity=perplexity, tokens=tokens, seconds=seconds)
         changes: dict[str, Any] = {}
         if server_round:
-            self._summary.content["rounds"][-1]["perplexity"] = perplexity
+            self._summary.content["rounds"][-1] |= {"perplexity": perplexity, "perplexity_interval": interval}
         else:
             changes["perplexity_before"] = perplexity
         self._summary.save(**changes, perplexity_after=perplexity, held_out_tokens=tokens)

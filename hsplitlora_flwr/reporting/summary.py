@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 SUMMARY_FILE = "summary.json"
+ROWS_FILE = "held_out.json"
 STOPPED = "the process of the run was stopped; Flower's log says why"
 """The error of a run that learned no more than that."""
 _PACKAGES = ("hsplitlora-flwr", "flwr", "torch", "transformers", "peft", "ray")
@@ -58,6 +59,12 @@ class Summary:
         """Take over ``changes`` and write the file; a reader sees the old content or the new, never a half."""
         self.content.update(changes, seconds=time.time() - self.content["started"])
         _write(self._path, self.content)
+
+
+def write_rows(folder: Path, server_round: int, rows: Sequence[tuple[float, int]]) -> None:
+    """Replace what the run folder holds of the held-out rows: nats and labelled tokens of each."""
+    nll, tokens = ([row[place] for row in rows] for place in (0, 1))
+    _write(folder / ROWS_FILE, {"round": server_round, "nll": nll, "tokens": tokens})
 
 
 def end_as_failed(folder: Path, error: str) -> dict[str, Any] | None:
