@@ -129,6 +129,11 @@ class ClientsConfig:
     memory_gb: str = _setting(
         "", "budget in GB (1e9 bytes) of client 0, 1, ... ; repeats when shorter; empty = what each states or measures"
     )
+    process_mb: float = _setting(
+        0.0,
+        "memory in MB (1e6 bytes) of a client's process by itself; 0 = as measured, so that plans differ a little",
+        low=0.0,
+    )
     gflops: str = _setting("", "speed in 1e9 operations/s of client 0, 1, ... ; empty = all alike")
     mbit_up: str = _setting("", "link to the server in 1e6 bit/s of client 0, 1, ... ; empty = all alike")
     mbit_down: str = _setting("", "link from the server in 1e6 bit/s of client 0, 1, ... ; empty = all alike")
@@ -186,6 +191,9 @@ class PlanConfig:
     )
     over_budget: bool = _setting(False, "unsplit methods: let clients take part that cannot hold the whole model")
     server_gflops: float = _setting(0.0, "speed of the server in 1e9 operations/s; 0 = that of a client", low=0.0)
+    server_process_mb: float = _setting(
+        0.0, "memory in MB (1e6 bytes) of the server's process by itself; 0 = as measured", low=0.0
+    )
     server_memory_gb: float = _setting(0.0, "server budget in GB (1e9 bytes); 0 = what is free at the start", low=0.0)
 
 

@@ -20,6 +20,7 @@ from hsplitlora_flwr.server.checkpoint import check_resume
 from hsplitlora_flwr.server.preflight import check_model_settings, check_text
 from hsplitlora_flwr.server.shard import check_server
 from hsplitlora_flwr.server.strategy import HSplitLoRA
+from hsplitlora_flwr.training.process import OwnProcess
 
 app = ServerApp()
 
@@ -29,7 +30,8 @@ def main(grid: Grid, context: Context) -> None:
     """Check every setting before anything is loaded, then run."""
     folder = run_folder(str(context.run_config.get("run.dir", "")), context.run_id)
     try:
-        strategy = _strategy(context, folder)
+        import_plugins(context.run_config)
+        strategy = make_strategy(Config.from_run_config(context.run_config), folder)
     except BaseException as error:
         failed_outside(folder, cause_of(error))
         raise
@@ -47,9 +49,17 @@ def tell_a_stop(report: RunReport) -> None:
     report.stopped()
 
 
-def _strategy(context: Context, folder: Path) -> HSplitLoRA:
-    import_plugins(context.run_config)
-    config = Config.from_run_config(context.run_config)
+def make_strategy(config: Config, folder: Path, process: OwnProcess | None = None) -> HSplitLoRA:
+    """The strategy of a run, when everything that can be checked before it starts is checked.
+
+    Parameters
+    ----------
+    config : Config
+    folder : Path
+        The run folder.
+    process : OwnProcess, optional
+        The process that it runs in; one of its own by default.
+    """
     check_resume(config, folder)
     check_server(config)
     text = load_text(config.data, config.run.seed)
@@ -57,7 +67,7 @@ def _strategy(context: Context, folder: Path) -> HSplitLoRA:
     check_text(config, replace(text, train=()))  # what clients train on they check themselves
     if METHODS[config.method.name].central:
         return CentralTraining(config, text.held_out, folder, text.train)
-    return HSplitLoRA(config, text.held_out, folder)
+    return HSplitLoRA(config, text.held_out, folder, process)
 
 
 def run_folder(wanted: str, run_id: int) -> Path:

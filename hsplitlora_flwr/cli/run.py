@@ -18,8 +18,10 @@ import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -52,7 +54,9 @@ from hsplitlora_flwr.reporting.events import Event
 
 PROJECT = Path(__file__).resolve().parents[2]
 
+ENGINES = ("flower", "process")
 _LOG = "flwr.log"
+_RUN_LOG = "run.log"
 _SUPERLINK_LOG = "superlink.log"
 _SILENCE_SECONDS = 20.0  # then ask Flower whether the run still lives; asking costs 1.5 s of CPU
 _AGAIN_SECONDS = 2.0  # to the next question about a run whose log has ended
@@ -72,17 +76,21 @@ class Launcher:
 
     Parameters
     ----------
+    engine : {"flower", "process"}
+        What runs the apps: Flower, with Ray for the clients, or threads of one process, which takes no longer than the
+        training does (:mod:`hsplitlora_flwr.cli.in_process`). The results are the same.
     superlink : str
         A connection of the user's Flower configuration; "" starts a SuperLink for this run and stops it after.
     client_cpus : int
         CPUs of one simulated client.
     cpus : int
         CPUs that simulated clients may take together; 0 for those of the machine, or for as many as let all clients
-        train at the same time where their steps take turns.
+        train at the same time where their steps take turns. With ``engine=process``, CPUs of the whole run.
     ray_address : str
         A running Ray cluster, ``HOST:PORT``, whose machines simulate the clients; "" starts Ray on this one.
     """
 
+    engine: str = "flower"
     superlink: str = ""
     client_cpus: int = 1
     cpus: int = 0
@@ -102,6 +110,11 @@ class Launcher:
             if f"launcher.{key}" not in known:
                 raise unknown_key(f"launcher.{key}", known)
         launcher = cls(**values)
+        if launcher.engine not in ENGINES:
+            raise ConfigError(f"launcher.engine={launcher.engine!r} must be one of {', '.join(ENGINES)}")
+        for name in ("superlink", "ray_address") if launcher.engine == "process" else ():
+            if value := getattr(launcher, name):
+                raise ConfigError(f"launcher.{name}={value!r} needs launcher.engine=flower")
         if not isinstance(launcher.superlink, str):
             raise ConfigError(f"launcher.superlink={launcher.superlink!r} must be a name, or '' for one of our own")
         if type(launcher.cpus) is not int or launcher.cpus < 0:
@@ -129,7 +142,7 @@ class Launcher:
     def in_order(self, config: Config) -> Config:
         """The settings with an order of steps that can be kept: where not all clients can train at the same time, one
         would wait for another that only starts when it has finished."""
-        cpus = self._counted_cpus(config)
+        cpus = 0 if self.engine == "process" else self._counted_cpus(config)
         if not cpus or not takes_turns(config) or config.clients.count * self.client_cpus <= cpus:
             return config
         return dataclasses.replace(config, server=dataclasses.replace(config.server, order="arrival"))
@@ -161,7 +174,14 @@ class Listener(Protocol):
         """Take one event of :mod:`hsplitlora_flwr.reporting.events`."""
 
 
-def launch(config: Config, app: Path, launcher: Launcher, console: Listener, superlink: SuperLink | None = None) -> int:
+def launch(
+    config: Config,
+    app: Path,
+    launcher: Launcher,
+    console: Listener,
+    superlink: SuperLink | None = None,
+    stopping: threading.Event | None = None,
+) -> int:
     """Run a Flower app in simulation and show it.
 
     Parameters
@@ -177,6 +197,8 @@ def launch(config: Config, app: Path, launcher: Launcher, console: Listener, sup
         Where to show it.
     superlink : SuperLink, optional
         An open one to run on, which stays open, instead of one for this run alone.
+    stopping : threading.Event, optional
+        Ends the run with :class:`Interrupted` when it is set; for runs in threads, which get no signals.
 
     Returns
     -------
@@ -186,34 +208,33 @@ def launch(config: Config, app: Path, launcher: Launcher, console: Listener, sup
     """
     try:
         with held():
-            return _launch(config, app, launcher, console, superlink)
+            return _launch(config, app, launcher, console, superlink, stopping or threading.Event())
     except Interrupted as error:
         error.told = True
         raise
 
 
-def _launch(config: Config, app: Path, launcher: Launcher, console: Listener, superlink: SuperLink | None) -> int:
+def _launch(
+    config: Config,
+    app: Path,
+    launcher: Launcher,
+    console: Listener,
+    superlink: SuperLink | None,
+    stopping: threading.Event,
+) -> int:
     from hsplitlora_flwr.client.store import forget_run
 
     folder = Path(config.run.dir)
     settled = launcher.in_order(config)
     if settled != config:
         _say(console, "not all clients can train at the same time here, so server.order=arrival: steps come as they do")
-    config, federation = settled, launcher.federation(settled)
-    final: dict[str, Any] | None = None
+    config, events = settled, _Shown(folder, console)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        run_config = folder / "run_config.toml"
-        run_config.write_text(run_config_toml(config), encoding="utf-8")
-        _say(console, "starting Flower")
-        opened = nullcontext(superlink) if superlink else None
-        log = folder / _SUPERLINK_LOG
-        with opened or open_superlink(launcher.superlink, app, log, launcher.ray_address) as link:
-            with link.stream(app, run_config, federation, folder / _LOG) as stream:
-                status, final = _follow(link, stream, folder, console, stays=superlink is not None)
-            if link.own and not opened:
-                _say(console, "stopping Flower")
-        cause = failure_cause(folder, status, final)
+        if launcher.engine == "process":
+            cause = _in_process(config, launcher, events, stopping)
+        else:
+            cause = _on_flower(config, app, launcher, events, superlink)
     except (SuperLinkError, OSError) as error:
         cause = str(error)
     except Interrupted as error:
@@ -222,11 +243,72 @@ def _launch(config: Config, app: Path, launcher: Launcher, console: Listener, su
     finally:
         if superlink is None and not launcher.superlink and (run_id := started_run(folder / _LOG)):
             forget_run(int(run_id))  # its nodes were here, and may have been killed before they could
-    if cause or final is None:
+    if cause or events.final is None:
         _end(config, console, cause)
         return 1
-    console.handle(final)
+    console.handle(events.final)
     return 0
+
+
+class _Shown:
+    """The events of a run, shown as they come; the last word of the app waits until it is clear whether it is true.
+
+    Attributes
+    ----------
+    final : dict or None
+        That word.
+    """
+
+    def __init__(self, folder: Path, console: Listener) -> None:
+        self.folder, self.console = folder, console
+        self.final: dict[str, Any] | None = None
+        self._offset = 0
+
+    def show(self) -> bool:
+        """Show what has come; whether there was anything."""
+        events, self._offset = read_events(self.folder / EVENTS_FILE, self._offset)
+        for event in events:
+            if event["kind"] in ("finished", "failed"):
+                self.final = event
+            else:
+                self.console.handle(event)
+        return bool(events)
+
+
+def _in_process(config: Config, launcher: Launcher, events: _Shown, stopping: threading.Event) -> str:
+    """Run in a process beside this one; returns why the run counts as failed, "" if it does not."""
+    from hsplitlora_flwr.cli.in_process import RunProcess  # takes seconds
+
+    log = events.folder / _RUN_LOG
+    with RunProcess(config, log, cores=launcher.cpus, threads=launcher.client_cpus) as process:
+        while not process.ended(0.2):
+            obey()
+            if stopping.is_set():
+                raise Interrupted(signal.SIGTERM)
+            events.show()
+    events.show()
+    final = events.final
+    if final and final["kind"] == "failed":
+        return str(final["error"])
+    if process.killed:
+        return "the process of the run was killed; most often the system does so for lack of memory"
+    return _last_words(log) if process.failed else _missing(events.folder, final, log)
+
+
+def _on_flower(config: Config, app: Path, launcher: Launcher, events: _Shown, superlink: SuperLink | None) -> str:
+    """Run on a SuperLink; returns why the run counts as failed, "" if it does not."""
+    folder, console = events.folder, events.console
+    run_config = folder / "run_config.toml"
+    run_config.write_text(run_config_toml(config), encoding="utf-8")
+    _say(console, "starting Flower")
+    opened = nullcontext(superlink) if superlink else None
+    log = folder / _SUPERLINK_LOG
+    with opened or open_superlink(launcher.superlink, app, log, launcher.ray_address) as link:
+        with link.stream(app, run_config, launcher.federation(config), folder / _LOG) as stream:
+            status = _follow(link, stream, events, stays=superlink is not None)
+        if link.own and not opened:
+            _say(console, "stopping Flower")
+    return failure_cause(folder, status, events.final)
 
 
 def _end(config: Config, console: Listener, cause: str) -> None:
@@ -237,7 +319,7 @@ def _end(config: Config, console: Listener, cause: str) -> None:
     folder = Path(config.run.dir)
     if folder.is_dir():
         failed_outside(folder, cause)
-    if logs := [str(folder / name) for name in (_LOG, _SUPERLINK_LOG) if (folder / name).exists()]:
+    if logs := [str(folder / name) for name in (_LOG, _SUPERLINK_LOG, _RUN_LOG) if (folder / name).exists()]:
         _say(console, f"logs: {', '.join(logs)}")
     if done := last_round(folder):
         _say(console, f"round {done} is kept; the same command with run.resume={folder} and a new run.dir goes on")
@@ -246,16 +328,12 @@ def _end(config: Config, console: Listener, cause: str) -> None:
     console.handle({"kind": "failed", "error": cause})
 
 
-def _follow(
-    superlink: SuperLink, stream: subprocess.Popen[bytes], folder: Path, console: Listener, *, stays: bool = False
-) -> tuple[RunStatus, dict[str, Any] | None]:
-    """Show events until the run is over; returns Flower's verdict and the app's own last word.
+def _follow(superlink: SuperLink, stream: subprocess.Popen[bytes], events: _Shown, *, stays: bool = False) -> RunStatus:
+    """Show events until the run is over; returns Flower's verdict.
 
     A run that is given up is stopped where its SuperLink ``stays``.
     """
-    log, events_file = folder / _LOG, folder / EVENTS_FILE
-    final: dict[str, Any] | None = None
-    offset, size = 0, 0
+    log, size = events.folder / _LOG, 0
     run_id: str | None = None
     watch = _Watch(superlink)
     try:
@@ -268,24 +346,18 @@ def _follow(
             superlink.check()
             if run_id:
                 watch.look(run_id, ended)
-            events, offset = read_events(events_file, offset)
-            for event in events:
-                if event["kind"] in ("finished", "failed"):
-                    final = event  # said at the very end, when it is clear whether it is true
-                else:
-                    console.handle(event)
-            if events or log.stat().st_size != size:
+            if events.show() or log.stat().st_size != size:
                 size = log.stat().st_size
                 watch.heard()
             time.sleep(0.2)
     except BaseException:
-        _say(console, "stopping")
+        _say(events.console, "stopping")
         if run_id and (stays or not superlink.own):
             superlink.stop(run_id)
         raise
     finally:
         watch.close()
-    return watch.status, final
+    return watch.status
 
 
 class _Watch:
@@ -359,12 +431,17 @@ def failure_cause(folder: Path, status: RunStatus, final: Mapping[str, Any] | No
         return "the process of the run ended without a word; most often the system killed it for lack of memory"
     if status.text != "finished:completed":
         return f"Flower says {status.text}\n{_last_words(folder / _LOG)}"
+    return _missing(folder, final, folder / _LOG)
+
+
+def _missing(folder: Path, final: Mapping[str, Any] | None, log: Path) -> str:
+    """What a run that ended well has not left behind; "" if everything is there."""
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        return f"{_last_words(folder / _LOG)}\nno readable summary.json: {error}"
+        return f"{_last_words(log)}\nno readable summary.json: {error}"
     if summary["status"] != "finished":
-        return f"{_last_words(folder / _LOG)}\nsummary.json says {summary['status']!r}"
+        return f"{_last_words(log)}\nsummary.json says {summary['status']!r}"
     if not final:
         return f"the run ended with no 'finished' event in {EVENTS_FILE}"
     missing = [name for name in summary["results"] if not (folder / name).is_file()]

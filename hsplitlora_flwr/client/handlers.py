@@ -45,7 +45,7 @@ from hsplitlora_flwr.models.loading import read_config
 from hsplitlora_flwr.models.placement import check_device
 from hsplitlora_flwr.models.quantisation import check_quantiser
 from hsplitlora_flwr.registry import import_plugins
-from hsplitlora_flwr.training.memory import PeakMemory, keep_freed_memory, process_bytes, return_freed_memory
+from hsplitlora_flwr.training.process import OwnProcess
 from hsplitlora_flwr.transport.frames import Failure, Frame
 from hsplitlora_flwr.transport.messages import add_frames, frame_bytes, read_frames
 from hsplitlora_flwr.transport.stream import StreamError, StreamLink, Unreachable
@@ -80,7 +80,9 @@ def load_own_text(context: Context, config: Config) -> Sequence[Example]:
     return _partitions(config.data, count, config.run.seed)[index]
 
 
-def split_client_app(load_data: LoadData = load_own_text, load_budget: LoadBudget = load_memory_budget) -> ClientApp:
+def split_client_app(
+    load_data: LoadData = load_own_text, load_budget: LoadBudget = load_memory_budget, process: OwnProcess | None = None
+) -> ClientApp:
     """A Flower ``ClientApp`` that takes part in split fine-tuning.
 
     Parameters
@@ -89,9 +91,11 @@ def split_client_app(load_data: LoadData = load_own_text, load_budget: LoadBudge
         Gives this client its examples; they do not leave it.
     load_budget : Callable[[Context, Config], int]
         Gives this client's memory budget in bytes.
+    process : OwnProcess, optional
+        The process that it runs in; one of its own by default, as Flower's engines give it.
     """
     app = ClientApp()
-    client = _Client(load_data, load_budget)
+    client = _Client(load_data, load_budget, process or OwnProcess())
 
     @app.query(_action(DESCRIBE))
     def describe(message: Message, context: Context) -> Message:
@@ -103,7 +107,8 @@ def split_client_app(load_data: LoadData = load_own_text, load_budget: LoadBudge
             fingerprint(config.model.path).check(base, config.model.path)
         check_quantiser(config.model.quantise)  # the library is a part of the process, and so are text and tokenizer
         text = client.text(context, config)
-        store.note(process=process_bytes(read_config(config.model.path)))
+        stated = config.clients.process_mb * 1e6
+        store.note(process=stated or client.process.resting_bytes(read_config(config.model.path)))
         description = client.describe(context, config, store, text)
         return Message(description.to_records(), reply_to=message)
 
@@ -147,6 +152,7 @@ class _Client:
 
     load_data: LoadData
     load_budget: LoadBudget
+    process: OwnProcess
 
     def text(self, context: Context, config: Config) -> OwnText:
         """The client's examples as tokens; those that it keeps out of training are drawn by seed.
@@ -197,25 +203,27 @@ class _Client:
         """Do a task over the stream, or take the first turn over messages."""
         progress = Progress()
         import_plugins(context.run_config)
-        return_freed_memory()  # before tensors come: where they lie is settled when they are made
+        self.process.return_freed_memory()  # before tensors come: where they lie is settled when they are made
         task = Task.from_records(message.content)
         task = replace(task, config=_on_this_node(task.config, context))
         model = task.config.model
-        check_part(task.base, model.path, task.split, model.dtype, head=task.labels_stay)
+        with self.process.loading():
+            check_part(task.base, model.path, task.split, model.dtype, head=task.labels_stay)
         work = partial(self._work, message, context, task, progress)
-        return keep_freed_memory(work) if task.spacious else work()
+        return self.process.keep_freed_memory(work) if task.spacious else work()
 
     def _work(self, message: Message, context: Context, task: Task, progress: Progress) -> Message:
         store = NodeStore(context)
         text, frames = self.text(context, task.config), list[Frame]()
-        with PeakMemory() as memory:
+        with self.process.peak_memory() as memory:
             try:
                 changes = {} if task.from_base else store.update(take_patch(message.content))
             except DeltaError as error:  # then the server sends all of it
                 log.warning("the update on disk is not what it was: %s", error)
                 return Message(self.describe(context, task.config, store, text).to_records(), reply_to=message)
             start = take_start(message.content)
-            participant = Participant(task, text, changes, _data_seed(task.config, task.client), start)
+            with self.process.loading():
+                participant = Participant(task, text, changes, _data_seed(task.config, task.client), start)
             changes, start = {}, {}  # merged, and from here on only the model holds what it needs
             progress.begin()
             done = participant.is_whole or (bool(task.token) and _over_stream(participant, context, store, progress))
@@ -229,7 +237,7 @@ class _Client:
     def go_on(self, message: Message, context: Context) -> Message:
         """Take the next turn of a task over messages, from what the turn before left on disk."""
         import_plugins(context.run_config)
-        return_freed_memory()
+        self.process.return_freed_memory()
         store, answers = NodeStore(context), read_frames(message.content)
         if isinstance(answers[0], Failure):
             store.end_training()
@@ -238,9 +246,10 @@ class _Client:
         config, progress = Config.from_run_config(kept["settings"]), Progress(**kept["progress"])
         task = Task.from_text(config, kept["task"])
         text = self.text(context, config)
-        with PeakMemory() as memory:
+        with self.process.peak_memory() as memory:
             changes = {} if task.from_base else store.changes()
-            participant = Participant(task, text, changes, _data_seed(config, task.client))
+            with self.process.loading():
+                participant = Participant(task, text, changes, _data_seed(config, task.client))
             changes = {}
             participant.restore(tensors, kept["state"])
             frames, done = participant.take_turn(answers)

@@ -57,7 +57,8 @@ from hsplitlora_flwr.server.clients import Clients
 from hsplitlora_flwr.server.dispatch import Dispatch
 from hsplitlora_flwr.server.records import client_row, plan_rows
 from hsplitlora_flwr.server.shard import Shard
-from hsplitlora_flwr.training.memory import PeakMemory, free_bytes, may_fragment, process_bytes, return_freed_memory
+from hsplitlora_flwr.training.memory import free_bytes, may_fragment
+from hsplitlora_flwr.training.process import OwnProcess
 
 ADAPTER_FILES = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json")
 
@@ -73,13 +74,17 @@ class HSplitLoRA(Strategy):
         Text that measures the model and that no client trains on.
     folder : Path
         The run folder.
+    process : OwnProcess, optional
+        The process that it runs in; one of its own by default.
 
     Notes
     -----
     ``start`` runs everything; it needs a ``Grid`` and nothing else, since arrays come from the model's files.
     """
 
-    def __init__(self, config: Config, held_out: Sequence[Example], folder: Path) -> None:
+    def __init__(
+        self, config: Config, held_out: Sequence[Example], folder: Path, process: OwnProcess | None = None
+    ) -> None:
         self.config = config
         self.method = METHODS[config.method.name]
         self.folder = Path(folder)
@@ -88,7 +93,7 @@ class HSplitLoRA(Strategy):
         self.delta = Delta(config.lora.rank_cap)
         self.importance: dict[str, float] = {}
         self.plans: dict[str, ClientPlan] = {}
-        self._held_out = held_out
+        self._held_out, self._process = held_out, process or OwnProcess()
         self._cost_shape = (0, 0)  # longest example and number of clients that the cost model is for
         self.clients = Clients(config, self.report)
         self.size_limit = SizeLimit(config.clients.max_update)
@@ -175,7 +180,8 @@ class HSplitLoRA(Strategy):
         """Wait for the clients, see that a plan is possible, and only then load the base."""
         check_quantiser(self.config.model.quantise)  # and load the library, which is part of the process
         self._read_held_out()
-        self._process_bytes = process_bytes(read_config(self.config.model.path))
+        stated = int(self.config.plan.server_process_mb * 1e6)
+        self._process_bytes = stated or self._process.resting_bytes(read_config(self.config.model.path))
         self.clients.wait(grid)
         self.describe(grid)
         make_round_plan(self.config, self.clients.budgets, None, {}, self._cost)
@@ -191,7 +197,7 @@ class HSplitLoRA(Strategy):
         self.score_weights(grid, server_round)
         self.make_plans(server_round)
         messages = self.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid)
-        with PeakMemory() as memory:
+        with self._process.peak_memory() as memory:
             replies = self.clients.exchange(
                 grid, messages, server_round, self.dispatch.answer, may_answer=self.dispatch.may_answer
             )
@@ -240,7 +246,7 @@ class HSplitLoRA(Strategy):
         shares = dict(zip(names, self.clients.shares(self.clients.descriptions), strict=True))
         plan = make_round_plan(self.config, self.clients.budgets, server, self.importance, self._cost, shares)
         if not may_fragment(server, plan.server_bytes):
-            return_freed_memory()
+            self._process.return_freed_memory()
         self.plans = dict(plan.clients)
         self._report_plan(server_round, reason, plan)
         self.report.importance(server_round, self.importance, moved if self._planned_importance else 0.0)
@@ -305,7 +311,8 @@ class HSplitLoRA(Strategy):
         found = evaluate(self._global_model(), batches)
         if not found.nll / found.tokens < MAX_NLL:
             raise FloatingPointError(self._diverged(server_round, found.nll / found.tokens))
-        self.report.evaluated(server_round, found.perplexity, found.tokens, time.time() - started)
+        seconds = time.time() - started
+        self.report.evaluated(server_round, found.perplexity, found.tokens, seconds, found.interval(), found.rows)
         return MetricRecord({"perplexity": found.perplexity, "tokens": found.tokens})
 
     def evaluate_clients(self, grid: Grid, server_round: int) -> MetricRecord | None:

@@ -74,7 +74,9 @@ def converse(
 
     Flower's own ``send_and_receive`` looks for replies every three seconds and waits for all of them; a step over
     messages would take as long. Here it is a tenth of a second at first, and longer while no reply comes: looking takes
-    time of the processes that train.
+    time of the processes that train. A grid that knows when a reply has come may have a ``wait`` of its own, which
+    takes the place of ``time.sleep``. Replies are told apart by node and type: a node has one message of each type
+    under way at most.
 
     Parameters
     ----------
@@ -97,7 +99,8 @@ def converse(
         The node and its last reply, as they come; it may be an error.
     """
     dead = dead or DeadWorkers()
-    waiting: dict[str, Message] = {}
+    pause: Callable[[float], None] = getattr(grid, "wait", None) or time.sleep
+    waiting: dict[tuple[int, str], tuple[str, Message]] = {}  # by node and type
     taken: deque[tuple[Message, Message]] = deque()  # what dead workers took, and what they said
     kept: list[tuple[Message, Message]] = []  # replies whose turn has not come
     calls, last = 0, time.monotonic()
@@ -105,15 +108,16 @@ def converse(
     def push(message: Message) -> None:
         [message_id] = grid.push_messages([message])
         if message_id is not None:
-            waiting[message_id] = message
+            waiting[message.metadata.dst_node_id, message.metadata.message_type] = message_id, message
 
     for message in messages:
         push(message)
     deadline = time.monotonic() + timeout
     while (waiting or taken or kept) and time.monotonic() < deadline:
         # in the order of their making, so that a death is told first by the message in whose work the worker died
-        replies = sorted(grid.pull_messages(list(waiting)), key=lambda reply: reply.metadata.created_at)
-        came = [(waiting.pop(reply.metadata.reply_to_message_id), reply) for reply in replies]
+        pulled = grid.pull_messages([message_id for message_id, _ in waiting.values()])
+        replies = sorted(pulled, key=lambda reply: reply.metadata.created_at)
+        came = [(waiting.pop((reply.metadata.src_node_id, reply.metadata.message_type))[1], reply) for reply in replies]
         due, kept = [*kept, *came], []
         for message, reply in due:
             called = message.metadata.message_type == WAKE
@@ -137,7 +141,8 @@ def converse(
             calls += 1
             for node in grid.get_node_ids():
                 push(Message(RecordDict(), node, WAKE))
-        time.sleep(min(max(_PATIENCE * (time.monotonic() - last), _SOONEST), _LATEST))
+        if waiting or taken or kept:
+            pause(min(max(_PATIENCE * (time.monotonic() - last), _SOONEST), _LATEST))
     for message, reply in taken:
         yield message.metadata.dst_node_id, reply
 

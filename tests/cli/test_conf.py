@@ -36,7 +36,7 @@ def test_conf_names_every_setting_of_the_schema():
 def test_the_launcher_has_the_defaults_of_its_class():
     with initialize_config_dir(str(CONF), version_base="1.3"):
         values: Any = OmegaConf.to_container(compose("config").launcher)
-    assert values == {"superlink": "", "client_cpus": 1, "cpus": 0, "ray_address": ""}
+    assert values == {"engine": "flower", "superlink": "", "client_cpus": 1, "cpus": 0, "ray_address": ""}
     assert Launcher.from_mapping(values) == Launcher()
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hsplitlora_flwr.config import Config
@@ -155,6 +156,25 @@ def test_a_round_goes_on_without_a_client_that_is_killed(start_run: Run, tmp_pat
     assert len(summary["rounds"][0]["clients"]) == 2
     assert [failure["round"] for failure in summary["failures"]] == [1]
     assert len(summary["rounds"][1]["clients"]) == 3, "the messages of the next round go to workers that live"
+
+
+def test_one_process_ends_in_the_bits_of_flower(start_run: Run, tmp_path: Path) -> None:
+    stated = {"clients__process_mb": 500.0, "plan__server_process_mb": 500.0, "plan__server_memory_gb": 4.0}
+    ends = {}
+    for engine in ("flower", "process"):
+        process = start_run(run__dir=tmp_path / engine, launcher__engine=engine, lora__dropout=0.1, **stated)
+        output, _ = process.communicate(timeout=500)
+        assert process.returncode == 0, output
+        summary = json.loads((tmp_path / engine / "summary.json").read_text())
+        rows = [row for round_ in summary["rounds"] for row in round_["clients"]]
+        assert all((row["measured_bytes"] == 0) == (engine == "process") for row in rows)
+        figures = summary["perplexity_after"], summary["plans"], [(row["losses"], row["bytes_up"]) for row in rows]
+        ends[engine] = *figures, load_file(tmp_path / engine / "adapter" / "adapter_model.safetensors")
+    *ours, adapter = ends["process"]
+    *theirs, expected = ends["flower"]
+    assert ours == theirs
+    assert adapter.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in adapter.items())
 
 
 @pytest.mark.parametrize(

@@ -56,38 +56,32 @@ class Workers(LocalGrid):
     def __init__(self, app: ClientApp, nodes: int, idle: Sequence[str], dead: Iterable[str] = ()) -> None:
         super().__init__(app, {node: {} for node in range(1, nodes + 1)})
         self.idle, self.dead, self.killers = list(idle), set(dead), set[int]()
-        self._queue: list[tuple[str, Message]] = []
-        self._busy: list[tuple[str, str, Message]] = []
+        self._queue: list[Message] = []
+        self._busy: list[tuple[str, Message]] = []
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         messages = list(messages)
-        ids = list(super().push_messages(messages))
-        self._queue += zip(ids, messages, strict=True)
-        return ids
+        self._queue += messages
+        return super().push_messages(messages)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         replies: list[Message] = []
-        for worker, message_id, message in self._busy:
+        for worker, message in self._busy:
             self.idle.append(worker)
-            replies.append(self._reply(message_id, self.answer(message)))
+            replies.append(self.answer(message))
         self._busy, failed = [], []
         while self._queue and self.idle:
-            (message_id, message), worker = self._queue.pop(0), self.idle.pop()
+            message, worker = self._queue.pop(0), self.idle.pop()
             if message.metadata.dst_node_id in self.killers:
                 self.killers.discard(message.metadata.dst_node_id)
                 self.dead.add(worker)
             if worker in self.dead:
                 (self.idle if self.quick else failed).append(worker)
-                error = Message(Error(code=0, reason=DIED.format(worker)), reply_to=message)
-                replies.append(self._reply(message_id, error))
+                replies.append(Message(Error(code=0, reason=DIED.format(worker)), reply_to=message))
             else:
-                self._busy.append((worker, message_id, message))
+                self._busy.append((worker, message))
         self.idle += failed
         return reversed(replies)  # Flower gives them in any order
-
-    def _reply(self, message_id: str, reply: Message) -> Message:
-        reply.metadata.__dict__["_reply_to_message_id"] = message_id
-        return reply
 
 
 def exchange(grid: Workers, dead: DeadWorkers, nodes: Iterable[int]) -> dict[int, bool]:
