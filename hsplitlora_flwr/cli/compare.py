@@ -1,14 +1,16 @@
 """Methods x client settings x seeds: ``python -m simulations.compare [options] [overrides]``.
 
 Chooses every method's learning rate from the same grid, on a seed and on held-out rows that no reported run uses (an
-ablation takes that of the whole method); then runs what has no result yet, and writes ``table.md``, ``results.json``
-and plots from whatever is finished. A second call goes on where the first one stopped. Overrides are those of
-``python -m simulations.run`` and hold for every run; a setting is a file of ``conf/experiment``. The exit status is 0
-if every run finished, 1 if one failed, 2 if the settings or the data are wrong.
+ablation takes that of the whole method); then runs what has no result yet, as many side by side as cores and memory
+hold, each in a process of its own (``launcher.engine=flower``: one after the other on Flower), and writes ``table.md``,
+``results.json`` and plots from whatever is finished. A second call goes on where the first one stopped. Overrides are
+those of ``python -m simulations.run`` and hold for every run; a setting is a file of ``conf/experiment``. The exit
+status is 0 if every run finished, 1 if one failed, 2 if the settings or the data are wrong.
 
 ::
 
     python -m simulations.compare data.path=e2e/
+    nohup python -m simulations.compare data.path=e2e/ > compare.log &
     python -m simulations.compare data.path=e2e/ --methods hsplitlora,splitlora --seeds 1,2 train.rounds=2
 """
 
@@ -17,12 +19,14 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
+import psutil
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -35,6 +39,28 @@ from hsplitlora_flwr.cli.run import PROJECT, Launcher, Listener, launch, prepare
 from hsplitlora_flwr.cli.superlink import SuperLink, open_superlink
 from hsplitlora_flwr.comparison.study import EACH, Line, Options, Study, tuning_changes, vary
 from hsplitlora_flwr.config import Config
+from hsplitlora_flwr.models.cores import all_cores
+from hsplitlora_flwr.planning.round import cost_model
+
+
+class ProcessRuns:
+    """Runs of this project's app, each in a process of its own; may be called by several threads."""
+
+    def __init__(self, launcher: Launcher) -> None:
+        self._launcher, self._stopping = launcher, threading.Event()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def __call__(self, config: Config, listener: Listener) -> int:
+        return launch(config, PROJECT, self._launcher, listener, stopping=self._stopping)
+
+    def stop(self) -> None:
+        """End those that go on."""
+        self._stopping.set()
 
 
 class FlowerRuns:
@@ -55,7 +81,11 @@ class FlowerRuns:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End the SuperLink, and with it what goes on."""
         self._close()
 
     def __call__(self, config: Config, listener: Listener) -> int:
@@ -81,9 +111,11 @@ def compose_setting(setting: str, overrides: Sequence[str]) -> tuple[Config, Lau
         If a key or a value is wrong, or there is no such setting.
     """
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        composed = compose("config", [f"experiment={setting}", *overrides])
+        composed = compose("config", [f"experiment={setting}", "launcher.engine=process", *overrides])
     values: Any = OmegaConf.to_container(composed, resolve=True)
     launcher = Launcher.from_mapping(values.pop("launcher"))
+    if launcher.engine == "process" and not launcher.cpus:  # several runs on a core each end sooner than one on all
+        launcher = replace(launcher, cpus=1)
     return vary(Config.from_mapping(values), {"run.dir": ""}), launcher
 
 
@@ -104,7 +136,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
 
     def listed(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
         def read(text: str) -> tuple[Any, ...]:
-            return tuple(kind(part.strip()) for part in text.split(","))
+            return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
 
         read.__name__ = f"comma-separated {kind.__name__}"  # argparse's messages name it
         return read
@@ -123,6 +155,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     option("settings", listed(str), "client settings: files of conf/experiment")
     option("methods", listed(str), "methods")
     option("seeds", listed(int), "seeds that are reported")
+    option("leaders", listed(str), "methods with more seeds than the others")
+    option("more_seeds", listed(int), "those seeds")
     option("lrs", listed(float), "learning rates that every method chooses from; one = no choice")
     option("tune_in", str, f"setting in which they choose; '{EACH}' = every setting for itself")
     option("tune_seed", int, "seed of that choice; none of --seeds")
@@ -131,6 +165,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     option("target", target, "target perplexity: a number, or a method whose final perplexity it is")
     option("out", Path, "results folder")
     option("work", Path, "folder for the runs while they last; what failed stays there")
+    option("at_once", int, "runs side by side; 0 = as many as cores (launcher.cpus each) and memory hold")
     parser.add_argument("--keep", action="store_true", help="keep the folders of all runs")
     parser.add_argument("overrides", nargs="*", help="settings of every run, such as data.path=FOLDER train.rounds=2")
     values = vars(parser.parse_intermixed_args(arguments))
@@ -150,8 +185,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parse(arguments)
         bases, launcher = _prepared(options, console)
-        runs = FlowerRuns(launcher, options.work / "superlink.log")
-        study = Study(options, bases, runs, console)
+        runs: ProcessRuns | FlowerRuns = ProcessRuns(launcher)
+        at_once = options.at_once or runs_at_once(launcher, next(iter(bases.values())))
+        if launcher.engine == "flower":
+            runs, at_once = FlowerRuns(launcher, options.work / "superlink.log"), 1
+        study = Study(options, bases, runs, console, at_once, runs.stop)
     except HydraException as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
@@ -166,6 +204,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plot(study.comparison(), options.out)
     console.print(f"results in {options.out}: table.md, results.json and plots", soft_wrap=True)
     return status
+
+
+def runs_at_once(launcher: Launcher, config: Config) -> int:
+    """Runs that cores and free memory hold side by side, each with its server, its clients and a process."""
+    cores = all_cores() // (launcher.cpus or all_cores())
+    weights = cost_model(config, config.train.batch_size, config.data.max_length).total_weight_bytes
+    needed = _PROCESS_BYTES + (1 + _SHARE_OF_CLIENT * config.clients.count) * weights
+    return max(min(cores, int(_SHARE_OF_MEMORY * psutil.virtual_memory().available / needed)), 1)
+
+
+_PROCESS_BYTES, _SHARE_OF_CLIENT, _SHARE_OF_MEMORY = 1e9, 2.0, 0.8
+"""What a process takes without weights, what of them a client holds and trains with, and what all runs may take."""
 
 
 def _prepared(options: Options, console: Console) -> tuple[dict[str, Config], Launcher]:

@@ -8,6 +8,10 @@ methods, settings and seeds side by side:
   between that round's end and its start. Tokens and bytes to the target are those of the whole rounds before, and the
   same share of that round's. A run that never gets there has ``inf``.
 - **spread**: mean and sample standard deviation over seeds; a ratio to the reference is taken seed by seed first.
+- **interval**: where the mean perplexity over seeds lies on other held-out text of the same kind, by the bootstrap over
+  rows, which are the same in all runs; of a ratio to the reference both are taken on the same rows.
+- **simulated seconds**: what a round would take on the devices and links that are stated
+  (:mod:`hsplitlora_flwr.comparison.clock`).
 """
 
 from __future__ import annotations
@@ -16,7 +20,11 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 REFERENCE = "hsplitlora"
 CENTRAL = "central"
@@ -43,12 +51,18 @@ class Result:
         Of all clients together in round 1, 2, ...
     trainable_parameters : float
         Mean over clients and rounds.
+    predicted_bytes : int
+        Largest memory that a client was planned to take in any round; 0 where nothing is planned.
     peak_bytes : int
-        Largest memory that a client took in any round; 0 if no client measured it.
+        Largest memory that a client took in any round; 0 if no client measured it, as where all share a process.
     peak_share : float
         Largest share of its budget that a client took; 0 if none measured or had a budget.
     seconds : float
         Wall time.
+    simulated : list of float
+        Simulated seconds of round 1, 2, ...; empty where no speeds are stated.
+    row_nll, row_tokens : list
+        Nats, and labelled tokens, of every held-out row after the last round.
     """
 
     setting: str
@@ -63,9 +77,13 @@ class Result:
     bytes_up: list[int] = field(default_factory=list)
     bytes_down: list[int] = field(default_factory=list)
     trainable_parameters: float = 0.0
+    predicted_bytes: int = 0
     peak_bytes: int = 0
     peak_share: float = 0.0
     seconds: float = 0.0
+    simulated: list[float] = field(default_factory=list)
+    row_nll: list[float] = field(default_factory=list)
+    row_tokens: list[int] = field(default_factory=list)
 
     @property
     def traffic(self) -> list[int]:
@@ -91,6 +109,7 @@ def measurements(summary: Mapping[str, Any]) -> dict[str, Any]:
         "perplexities": [summary["perplexity_before"], *(round_["perplexity"] for round_ in rounds)],
         **{name: [sum(row[name] for row in r["clients"]) for r in rounds] for name in ("tokens", *_BYTES)},
         "trainable_parameters": statistics.mean(row["trainable_parameters"] for row in rows),
+        "predicted_bytes": max(row["predicted_bytes"] for row in rows),
         "peak_bytes": max(row["measured_bytes"] for row in rows),
         "peak_share": max((row["measured_bytes"] / row["budget_bytes"] for row in budgeted), default=0.0),
         "seconds": summary["seconds"],
@@ -98,7 +117,7 @@ def measurements(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _BYTES = ("bytes_up", "bytes_down")
-_MADE_BY = ("config", "versions")  # stand in the file of every run
+_IN_RECORDS = ("config", "versions", "row_nll", "row_tokens")  # stand in the file of every run
 
 
 def rounds_to(perplexities: Sequence[float], target: float) -> float:
@@ -181,7 +200,7 @@ def _rounds(result: Result, target: float) -> float | None:
 def _to_target(per_round: Callable[[Result], Sequence[float]]) -> Callable[[Result, float], float | None]:
     def value(result: Result, target: float) -> float | None:
         rounds = _rounds(result, target)
-        # Without clients nothing is sent.
+        # Without clients nothing is sent, and without speeds nothing takes time.
         return amount_by(per_round(result), rounds) if rounds is not None and any(per_round(result)) else None
 
     return value
@@ -192,7 +211,9 @@ METRICS = {
     "rounds_to_target": Metric("rounds to target", _rounds),
     "tokens_to_target": Metric("1000 tokens to target", _to_target(lambda result: result.tokens), 1e3, 1),
     "bytes_to_target": Metric("MB to target", _to_target(lambda result: result.traffic), 1e6, 1),
+    "simulated_to_target": Metric("simulated s to target", _to_target(lambda result: result.simulated), 1, 1),
     "trainable_parameters": Metric("trainable parameters, millions", lambda r, _: r.trainable_parameters, 1e6),
+    "predicted_bytes": Metric("planned client memory, GB", lambda result, _: result.predicted_bytes or None, 1e9),
     "peak_bytes": Metric("peak client memory, GB", lambda result, _: result.peak_bytes or None, 1e9),
     "peak_share": Metric("peak / budget", lambda result, _: result.peak_share or None),
     "seconds": Metric("wall time, s", lambda result, _: result.seconds, 1, 0),
@@ -258,12 +279,39 @@ class Comparison:
 
         return spread(of_seed(seed) for seed in self.seeds)
 
+    def interval(self, setting: str, method: str, over: str = "") -> tuple[float, float] | None:
+        """Interval of the mean final perplexity over seeds, or of its ratio to that of ``over``, over held-out rows.
+
+        None where runs have other rows than the others, or none.
+        """
+        pairs = [(self.find(setting, method, seed), self.find(setting, over or method, seed)) for seed in self.seeds]
+        found = [(one, other) for one, other in pairs if one and other]
+        rows = [tuple(result.row_tokens) for pair in found for result in pair]
+        if not rows or not rows[0] or len(set(rows)) > 1:
+            return None
+        tokens, draws = np.array(rows[0]), _draws(len(rows[0]))
+
+        def perplexities(results: Iterable[Result]) -> NDArray[np.float64]:
+            """``(resamples,)``; means over seeds."""
+            nll = np.array([result.row_nll for result in results])
+            means: NDArray[np.float64] = np.exp(nll[:, draws].sum(axis=2) / tokens[draws].sum(axis=1)).mean(axis=0)
+            return means
+
+        values = perplexities(one for one, _ in found)
+        if over:
+            values /= perplexities(other for _, other in found)
+        low, high = np.quantile(values, [0.025, 0.975])
+        return float(low), float(high)
+
     def verdict(self, setting: str) -> dict[str, Spread]:
         """What is claimed of the reference, by sentence."""
         sentences = {f"final perplexity of {REFERENCE} / of cenlora": self._final_perplexity_over("cenlora", setting)}
         for rival in ("hetlora", "splitlora"):
             sentence = f"rounds of {REFERENCE} to the final perplexity of {rival} / rounds of {rival} to it"
             sentences[sentence] = self._rounds_over(rival, setting)
+        for rival in ("cenlora", "full", "hetlora", "splitlora"):
+            sentence = f"simulated time of {REFERENCE} to the final perplexity of {rival} / of {rival} to it"
+            sentences[sentence] = self._time_over(rival, setting)
         return sentences
 
     def to_json(self) -> dict[str, Any]:
@@ -278,10 +326,20 @@ class Comparison:
             }
 
         return {
-            "runs": [{key: value for key, value in vars(r).items() if key not in _MADE_BY} for r in self.results],
+            "runs": [{key: value for key, value in vars(r).items() if key not in _IN_RECORDS} for r in self.results],
             "target": self.rule,
             "summary": rows(self.spread, METRICS),
             "ratio_to_reference": rows(self.ratio, METRICS),
+            "interval": {
+                setting: {
+                    method: {
+                        "final_perplexity": self.interval(setting, method),
+                        "ratio_to_reference": self.interval(setting, method, REFERENCE),
+                    }
+                    for method in self.methods
+                }
+                for setting in self.settings
+            },
             "verdict": {
                 setting: {text: vars(found) for text, found in self.verdict(setting).items()}
                 for setting in self.settings
@@ -307,3 +365,18 @@ class Comparison:
             needed = rounds_to(theirs.perplexities, target)
             shares.append(rounds_to(ours.perplexities, target) / needed if needed else None)
         return spread(shares)
+
+    def _time_over(self, rival: str, setting: str) -> Spread:
+        shares = []
+        for ours, theirs in self._pairs(rival, setting):
+            target = theirs.perplexities[-1]
+            needed = amount_by(theirs.simulated, rounds_to(theirs.perplexities, target)) if theirs.simulated else 0.0
+            known = needed and ours.simulated
+            shares.append(amount_by(ours.simulated, rounds_to(ours.perplexities, target)) / needed if known else None)
+        return spread(shares)
+
+
+@lru_cache(maxsize=2)
+def _draws(rows: int, resamples: int = 1000) -> NDArray[np.int64]:
+    """``(resamples, rows)``; the rows of every resample, the same in every comparison."""
+    return np.random.default_rng(0).integers(rows, size=(resamples, rows))

@@ -1,4 +1,4 @@
-"""The runs of a comparison: which ones there are, which of them are done, and doing the others one by one.
+"""The runs of a comparison: which ones there are, which of them are done, and doing the others.
 
 A run is a :class:`Job`; its :class:`~hsplitlora_flwr.comparison.results.Result` is a JSON file, and counts only for
 exactly the settings that it holds. So a comparison that was stopped, or changed, goes on with what is missing.
@@ -9,24 +9,28 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from rich.console import Console
 from rich.text import Text
 
 from hsplitlora_flwr.cli.run import Listener, with_absolute_paths
+from hsplitlora_flwr.comparison.clock import round_seconds
 from hsplitlora_flwr.comparison.results import CENTRAL, Comparison, Result, measurements
 from hsplitlora_flwr.comparison.table import Tuning, render
 from hsplitlora_flwr.config import Config, ConfigError
 from hsplitlora_flwr.methods import METHODS
 from hsplitlora_flwr.reporting import event_text
 from hsplitlora_flwr.reporting.events import Event
-from hsplitlora_flwr.reporting.summary import SUMMARY_FILE
+from hsplitlora_flwr.reporting.summary import ROWS_FILE, SUMMARY_FILE
 
 EACH = "each"
 RunOnce = Callable[[Config, Listener], int]
@@ -36,8 +40,11 @@ _CHOSEN_HERE = ("experiment", "method", "method.name", "run.seed", "run.dir", "t
 _OF_CLIENTS = (
     "clients.memory_gb",
     "clients.gflops",
+    "clients.process_mb",
     "clients.mbit_up",
     "clients.mbit_down",
+    "clients.adapter_mb",
+    "plan.server_memory_gb",
     "data.partition",
     "data.alpha",
 )
@@ -56,6 +63,8 @@ class Options:
     settings: tuple[str, ...] = ("heterogeneous", "homogeneous")
     methods: tuple[str, ...] = tuple(METHODS)
     seeds: tuple[int, ...] = (1, 2, 3)
+    leaders: tuple[str, ...] = ()
+    more_seeds: tuple[int, ...] = ()
     lrs: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     tune_in: str = "heterogeneous"
     tune_seed: int = 0
@@ -65,13 +74,18 @@ class Options:
     out: Path = Path("runs/compare")
     work: Path = Path("runs/compare-work")
     keep: bool = False
+    at_once: int = 0
     overrides: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("settings", "methods", "seeds", "lrs"):
+        for name in ("settings", "methods", "all_seeds", "lrs"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
-                raise ConfigError(f"--{name}={values!r} must name one or more, each once")
+                raise ConfigError(f"--{name.removeprefix('all_')}={values!r} must name one or more, each once")
+        if unknown := [method for method in self.leaders if method not in self.methods]:
+            raise ConfigError(f"--leaders: {', '.join(unknown)} is not among --methods")
+        if self.at_once < 0:
+            raise ConfigError(f"--at-once={self.at_once} must be at least 1, or 0 for as many as the machine holds")
         if unknown := [method for method in self.methods if method not in METHODS]:
             raise ConfigError(f"--methods: unknown {', '.join(unknown)}; known: {', '.join(METHODS)}")
         if isinstance(self.target, str) and self.target not in self.methods:
@@ -80,15 +94,24 @@ class Options:
             raise ConfigError(f"--target={self.target!r} must be a perplexity above 0, or a method")
         if not all(0 < rate < math.inf for rate in self.lrs):
             raise ConfigError(f"--lrs={self.lrs!r} must be numbers above 0")
-        if min(*self.seeds, self.tune_seed, self.tune_rows, self.tune_rounds) < 0:
+        if min(*self.all_seeds, self.tune_seed, self.tune_rows, self.tune_rounds) < 0:
             raise ConfigError("seeds, --tune-rows and --tune-rounds must be at least 0")
-        if self.tuned and self.tune_seed in self.seeds:
+        if self.tuned and self.tune_seed in self.all_seeds:
             raise ConfigError(
                 f"--tune-seed={self.tune_seed} is among --seeds; choose another, so that no run reports it"
             )
         for override in OverridesParser.create().parse_overrides(list(self.overrides)):
             if override.key_or_group in _CHOSEN_HERE:
                 raise ConfigError(f"{override.input_line}: this is what a comparison chooses; see --help")
+
+    @property
+    def all_seeds(self) -> tuple[int, ...]:
+        """Those of every method, and those of the leaders alone."""
+        return (*self.seeds, *self.more_seeds)
+
+    def seeds_of(self, method: str) -> tuple[int, ...]:
+        """The seeds of a method."""
+        return self.all_seeds if method in self.leaders else self.seeds
 
     @property
     def tuned(self) -> bool:
@@ -184,7 +207,12 @@ class Study:
     bases : Mapping[str, Config]
         The composed settings by client setting, the one for tuning included.
     run_once : RunOnce
+        Called by several threads where runs go on side by side.
     console : Console
+    at_once : int
+        Runs that go on side by side.
+    stop : Callable[[], None]
+        Ends those that go on, where the study is to end early.
 
     Raises
     ------
@@ -192,8 +220,17 @@ class Study:
         If a method without clients would not be the same in every setting.
     """
 
-    def __init__(self, options: Options, bases: Mapping[str, Config], run_once: RunOnce, console: Console) -> None:
+    def __init__(
+        self,
+        options: Options,
+        bases: Mapping[str, Config],
+        run_once: RunOnce,
+        console: Console,
+        at_once: int = 1,
+        stop: Callable[[], None] = lambda: None,
+    ) -> None:
         self._options, self._bases, self._run_once, self._console = options, bases, run_once, console
+        self._at_once, self._stop, self._board = at_once, stop, Board(console)
         self._store = Store(options.out)
         self._check_central()
 
@@ -201,13 +238,11 @@ class Study:
         """Tune, do the runs that have no result yet, and report after each; returns the exit status."""
         trials = list(self._trials())
         total = len(trials) + len(self._jobs())
-        for number, job in enumerate(trials, start=1):
-            self._complete(job, f"[{number}/{total}] {job.text}")
-        jobs = self._jobs()  # now with the chosen learning rates
-        self.report()
-        for number, job in enumerate(jobs, start=len(trials) + 1):
-            if self._complete(job, f"[{number}/{total}] {job.text}"):
-                self.report()
+        with self._board:
+            self._complete_all(trials, 1, total)
+            jobs = self._jobs()  # now with the chosen learning rates
+            self.report()
+            self._complete_all(jobs, len(trials) + 1, total)
         results = [self._store.load(job) for job in jobs]
         return 0 if all(result and not result.cause for result in results) else 1
 
@@ -215,7 +250,7 @@ class Study:
         """What is there so far."""
         options = self._options
         results = [result for job in self._jobs() if (result := self._store.load(job))]
-        return Comparison(options.settings, options.methods, options.seeds, results, options.target)
+        return Comparison(options.settings, options.methods, options.all_seeds, results, options.target)
 
     def report(self) -> None:
         """Write the table and the numbers from whatever is finished."""
@@ -236,9 +271,9 @@ class Study:
         """The reported runs; one for all settings where there are no clients."""
         options, tuning = self._options, self._tuning()
         jobs: dict[str, Job] = {}
-        for seed in options.seeds:
+        for seed in options.all_seeds:
             for setting in options.settings:
-                for method in options.methods:
+                for method in (each for each in options.methods if seed in options.seeds_of(each)):
                     chosen = tuning.get(self._row(options.tuning_setting(setting), self._tuned_as(method)))
                     # Where no trial finished, the run itself will say why.
                     rate = (chosen and chosen.choice) or options.lrs[0]
@@ -293,6 +328,27 @@ class Study:
 
     # ------------------------------------------------------------------ one run
 
+    def _complete_all(self, jobs: Sequence[Job], first: int, total: int) -> None:
+        """Do those that have no result yet, several at a time, and report after each."""
+        ending = threading.Event()
+
+        def complete(number: int, job: Job) -> bool:
+            try:
+                return not ending.is_set() and self._complete(job, f"[{number}/{total}] {job.text}")
+            except BaseException:
+                ending.set()  # before this thread takes the next
+                raise
+
+        with ThreadPoolExecutor(self._at_once) as pool:
+            try:
+                for done in as_completed(pool.submit(complete, *each) for each in enumerate(jobs, first)):
+                    if done.result():
+                        self.report()
+            except BaseException:
+                ending.set()
+                self._stop()
+                raise
+
     def _complete(self, job: Job, text: str) -> bool:
         """Do a job unless its result is here; True if it was done."""
         result = self._store.load(job)
@@ -302,9 +358,8 @@ class Study:
         folder = self._options.work / job.name
         shutil.rmtree(folder, ignore_errors=True)  # of a run that failed or was killed
         started = time.monotonic()
-        with self._console.status(Text(text)) as status:
-            listener = Line(lambda said: status.update(Text(f"{text}: {said}")))
-            result = self._do(job, folder, listener)
+        with self._board.line(text) as show:
+            result = self._do(job, folder, Line(show))
         self._store.save(job, result)
         seconds = f"{time.monotonic() - started:.0f} s"
         if result.cause:
@@ -320,13 +375,58 @@ class Study:
         config = with_absolute_paths(vary(job.config, {"run.dir": str(folder)}))
         try:
             if self._run_once(config, listener) == 0:
-                return job.result(**measurements(json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))))
+                return job.result(**read_run(config, folder))
         except Exception as error:  # whatever it is, the other runs go on
             return job.result(cause=f"{type(error).__name__}: {error}")
         return job.result(cause=listener.cause or "it ended without a word")
 
     def _say(self, text: str, style: str = "") -> None:
         self._console.print(Text(text, style=style), soft_wrap=True)
+
+
+def read_run(config: Config, folder: Path) -> dict[str, Any]:
+    """The fields of a :class:`~hsplitlora_flwr.comparison.results.Result` that follow from a run folder.
+
+    Raises
+    ------
+    OSError, KeyError, ValueError
+        If it is not that of a finished run.
+    """
+    summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+    fields = {**measurements(summary), "simulated": round_seconds(config, summary)}
+    if (folder / ROWS_FILE).exists():  # not of a run that went on from its own last round
+        rows = json.loads((folder / ROWS_FILE).read_text(encoding="utf-8"))
+        fields |= {"row_nll": [round(nll, 4) for nll in rows["nll"]], "row_tokens": rows["tokens"]}
+    return fields
+
+
+class Board:
+    """Shows what goes on, a line for each run, while it is open."""
+
+    def __init__(self, console: Console) -> None:
+        self._status, self._lock = console.status(""), threading.Lock()
+        self._lines: dict[str, str] = {}
+
+    def __enter__(self) -> Self:
+        self._status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._status.stop()
+
+    @contextmanager
+    def line(self, name: str) -> Iterator[Callable[[str], None]]:
+        """A line, and what writes to it."""
+        self._show(name, name)
+        try:
+            yield lambda said: self._show(name, f"{name}: {said}")
+        finally:
+            self._show(name, "")
+
+    def _show(self, name: str, text: str) -> None:
+        with self._lock:
+            self._lines[name] = text
+            self._status.update(Text("\n".join(filter(None, self._lines.values()))))
 
 
 class Line:
@@ -374,10 +474,17 @@ def describe(config: Config) -> str:
     """A setting in a line."""
     data, clients, train = config.data, config.clients, config.train
     alpha = f" (alpha {data.alpha:g})" if data.partition == "dirichlet" else ""
+    plan = config.plan
+    devices = (
+        f" Simulated devices: clients of {clients.gflops} GFLOP/s, a server of {plan.server_gflops:g}, links of "
+        f"{clients.mbit_up or 'unlimited'} Mbit/s up and {clients.mbit_down or 'unlimited'} down."
+        if clients.gflops
+        else ""
+    )
     return (
         f"{config.model.path} on {data.source}: {clients.count} clients of {clients.memory_gb} GB, rows dealt "
         f"{data.partition}{alpha}, {train.rounds} rounds x {train.steps} steps x {train.batch_size} rows, measured on "
-        f"{data.eval_rows} held-out rows."
+        f"{data.eval_rows} held-out rows.{devices}"
     )
 
 

@@ -442,6 +442,15 @@ class CostModel:
         """Floating-point operations of one training step of the unsplit model."""
         return self._block_flops(ranks, 0, self.num_blocks) + 2 * self._head_flops
 
+    def weight_gradient_flops(self, first: int, last: int, *, head: bool = False) -> float:
+        """Floating-point operations of a step that forms the gradient of every weight of blocks ``first .. last - 1``.
+
+        That is a third product a weight, beside the one forward and the one backward. A probe of the importance takes
+        it, and full fine-tuning, which also trains the head.
+        """
+        blocks = 3 * (2.0 * self.rows * self.linear_parameters + self._attention_flops)
+        return (last - first) * blocks + (3 * self._head_flops if head else 0)
+
     def wire_bytes(self, up: str = "float32", down: str = "float32") -> tuple[int, int]:
         """Bytes of the tensors of one training step on the wire, up and down.
 

@@ -1,15 +1,17 @@
 """A comparison whose runs are faked: what is run, kept, chosen and written."""
 
 import json
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from hsplitlora_flwr.cli.compare import compose_setting, main, parse
-from hsplitlora_flwr.cli.run import Listener
+from hsplitlora_flwr.cli.compare import compose_setting, main, parse, runs_at_once
+from hsplitlora_flwr.cli.run import Launcher, Listener
 from hsplitlora_flwr.comparison.plots import plot
 from hsplitlora_flwr.comparison.results import Comparison
 from hsplitlora_flwr.comparison.study import Options, Study, tuning_changes, vary
@@ -50,7 +52,7 @@ class FakeRuns:
 
 def summary(final: float, rounds: int) -> dict[str, Any]:
     row = {"trainable_parameters": 1000, "measured_bytes": 900, "budget_bytes": 1000, "tokens": 10}
-    row |= {"bytes_up": 3, "bytes_down": 4}
+    row |= {"bytes_up": 3, "bytes_down": 4, "predicted_bytes": 950}
     return {
         "status": "finished",
         "versions": {"torch": "2.13"},
@@ -92,6 +94,66 @@ def test_every_cell_is_run_once_and_reported(tmp_path):
     assert found == {"mean": 5.5, "sd": pytest.approx(0.5**0.5), "n": 2, "unreached": 0}
     assert "| splitlora | 0.001 | 2 | 5.500 ± 0.707 |" in (wanted.out / "table.md").read_text()
     assert not any(wanted.work.iterdir())  # adapters are not kept
+
+
+def test_runs_go_on_side_by_side_and_one_that_fails_stops_no_other(tmp_path):
+    together = threading.Barrier(2)
+
+    def side_by_side(config: Config) -> float:
+        together.wait(20)
+        if config.method.name == "splitlora":
+            raise ValueError("no more memory")
+        return 4.0
+
+    wanted = options(tmp_path)
+    runs = FakeRuns(side_by_side)
+    assert Study(wanted, BASES, runs, Console(quiet=True), at_once=2).run() == 1
+    assert len(runs.ran) == 8
+    assert sum(not run["cause"] for run in numbers(wanted)["runs"]) == 4
+
+
+def test_whoever_ends_a_comparison_ends_the_runs_that_go_on(tmp_path):
+    stopped, begun = threading.Event(), threading.Barrier(2)
+
+    def endless(config: Config) -> float:
+        begun.wait(20)
+        if config.method.name == "hsplitlora":
+            raise KeyboardInterrupt
+        assert stopped.wait(20)
+        raise SystemExit
+
+    runs = FakeRuns(endless)
+    wanted = options(tmp_path, settings=("uneven",), seeds=(1,))
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        Study(wanted, BASES, runs, Console(quiet=True), at_once=2, stop=stopped.set).run()
+    assert stopped.is_set() and len(runs.ran) == 2
+    assert not any((wanted.out / "records").iterdir())
+
+
+def test_leaders_have_more_seeds(tmp_path):
+    wanted, runs = options(tmp_path, settings=("uneven",), leaders=("hsplitlora",), more_seeds=(3, 4)), FakeRuns()
+    study(wanted, runs)
+    assert [(method, seed) for _, method, seed, _ in sorted(runs.ran)] == [
+        ("hsplitlora", 1),
+        ("hsplitlora", 2),
+        ("hsplitlora", 3),
+        ("hsplitlora", 4),
+        ("splitlora", 1),
+        ("splitlora", 2),
+    ]
+    found = numbers(wanted)["summary"]["uneven"]
+    assert {method: found[method]["final_perplexity"]["n"] for method in found} == {"hsplitlora": 4, "splitlora": 2}
+
+
+def test_a_machine_runs_as_many_as_its_cores_and_memory_hold(tiny_folder, monkeypatch):
+    config, launcher = vary(UNEVEN, {"model.path": str(tiny_folder)}), Launcher(engine="process", cpus=2)
+    monkeypatch.setattr("hsplitlora_flwr.cli.compare.all_cores", lambda: 9)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=100e9))
+    assert runs_at_once(launcher, config) == 4
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2.6e9))  # 1 GB each, of 80 %
+    assert runs_at_once(launcher, config) == 2
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=0.5e9))
+    assert runs_at_once(launcher, config) == 1
 
 
 def test_run_folders_are_kept_on_request(tmp_path):
@@ -307,7 +369,7 @@ def test_what_is_finished_is_drawn(tmp_path):
 @pytest.mark.parametrize("setting", ["heterogeneous", "homogeneous", "scarce"])
 def test_every_method_has_a_valid_config_in_every_setting(setting):
     config, launcher = compose_setting(setting, ["data.path=somewhere", "train.steps=2"])
-    assert launcher.superlink == ""
+    assert (launcher.engine, launcher.cpus, launcher.superlink) == ("process", 1, "")
     assert (config.clients.count, config.train.rounds, config.train.steps, config.plan.over_budget) == (5, 4, 2, True)
     for method in METHODS:
         assert vary(config, {"method.name": method}).method.name == method
@@ -316,7 +378,7 @@ def test_every_method_has_a_valid_config_in_every_setting(setting):
 @pytest.mark.parametrize(
     "setting, keys",
     [
-        ("homogeneous", {"clients.memory_gb", "data.partition"}),
+        ("homogeneous", {"clients.memory_gb", "clients.gflops", "data.partition"}),
         ("scarce", {"clients.memory_gb", "plan.server_memory_gb"}),
     ],
 )
@@ -346,6 +408,9 @@ def test_the_command_line():
         (["--target", "nan"], "--target=nan must be a perplexity above 0"),
         (["--seeds", "0,1"], "--tune-seed=0 is among --seeds"),
         (["--seeds=-1"], "at least 0"),
+        (["--leaders", "lora", "--more-seeds", "4"], "--leaders: lora is not among --methods"),
+        (["--more-seeds", "3,4"], "--seeds=(1, 2, 3, 3, 4) must name one or more, each once"),
+        (["--at-once=-1"], "--at-once=-1 must be at least 1"),
         (["--lrs", "0,1"], "must be numbers above 0"),
         (["--settings", "nowhere"], "nowhere"),
         (["data.path=x", "train.rounds=0"], "train.rounds=0 is out of range"),

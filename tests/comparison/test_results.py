@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hsplitlora_flwr.comparison.plots import curve
+from hsplitlora_flwr.comparison.plots import AXES, curve
 from hsplitlora_flwr.comparison.results import (
     CENTRAL,
     Comparison,
@@ -58,7 +58,11 @@ def test_a_spread_is_over_those_that_reach_the_target():
 def test_measurements_add_up_clients_and_take_the_worst_memory():
     def row(parameters: int, measured: int, budget: int | None) -> dict[str, int]:
         numbers = {"trainable_parameters": parameters, "measured_bytes": measured, "tokens": 10, "bytes_up": 5}
-        return numbers | {"bytes_down": 7} | ({} if budget is None else {"budget_bytes": budget})
+        return (
+            numbers
+            | {"bytes_down": 7, "predicted_bytes": measured - 50}
+            | ({} if budget is None else {"budget_bytes": budget})
+        )
 
     summary = {
         "status": "finished",
@@ -78,6 +82,7 @@ def test_measurements_add_up_clients_and_take_the_worst_memory():
         "bytes_up": [10, 5, 5],
         "bytes_down": [14, 7, 7],
         "trainable_parameters": 200,
+        "predicted_bytes": 3950,
         "peak_bytes": 4000,
         "peak_share": 1.5,
         "seconds": 60.0,
@@ -113,10 +118,13 @@ def test_ratios_are_taken_seed_by_seed():
 
 def test_the_verdict_compares_with_central_training_and_with_what_rivals_need():
     central = [result("cenlora", 1, [16.0, 3.2], setting=CENTRAL), result("cenlora", 2, [16.0, 3.0], setting=CENTRAL)]
-    over_central, rounds_of_hetlora, rounds_of_splitlora = comparison(*PAIRS, *central).verdict("uneven").values()
+    over_central, rounds_of_hetlora, rounds_of_splitlora, *times = (
+        comparison(*PAIRS, *central).verdict("uneven").values()
+    )
     assert over_central.mean == pytest.approx((4 / 3.2 + 3 / 3) / 2)
     assert rounds_of_hetlora.mean == pytest.approx((1.5 / 2 + 1 / 2) / 2)
     assert rounds_of_splitlora.n == 0
+    assert [time.n for time in times] == [0] * 4  # no speeds are stated
 
 
 def test_a_rival_that_needed_fewer_rounds_than_it_ran_is_taken_at_its_best():
@@ -144,6 +152,8 @@ def test_cells():
 def test_the_page_has_the_numbers_in_their_units():
     fields: dict[str, Any] = {
         "trainable_parameters": 2_500_000,
+        "simulated": [20.0, 30.0],
+        "predicted_bytes": 1_300_000_000,
         "peak_bytes": 1_230_000_000,
         "peak_share": 1.0333,
         "seconds": 61.4,
@@ -159,7 +169,9 @@ def test_the_page_has_the_numbers_in_their_units():
         "1.50 ± 0.00",
         "0.1 ± 0.0",  # 150 tokens
         "6.0 ± 0.0",
+        "35.0 ± 0.0",
         "2.50 ± 0.00",
+        "1.30 ± 0.00",
         "1.23 ± 0.00",
         "1.03 ± 0.00",
         "61 ± 0",
@@ -170,7 +182,7 @@ def test_the_page_has_the_numbers_in_their_units():
 def test_the_page_has_the_verdict_as_far_as_the_runs_tell():
     page = render(comparison(*PAIRS), {"uneven": "about it"}, [])
     assert "final perplexity of hetlora / rounds of hetlora to it: **0.625 ± 0.177**" in page
-    assert "| hetlora | 1.750 ± 0.354 | 1.667 ± 0.471 |" in page
+    assert "| hetlora | 1.750 ± 0.354 | 1.667 ± 0.471 | - |" in page
     assert "of cenlora" not in page
 
 
@@ -189,8 +201,54 @@ def test_the_choice_is_the_lowest_perplexity_and_says_when_it_is_an_end_of_the_g
 
 
 def test_curves_are_means_with_a_deviation():
-    traffic, mean, sd = curve([result("ffa", 1, [16.0, 8.0, 4.0]), result("ffa", 2, [16.0, 6.0, 6.0])])
+    _, megabytes = AXES["bytes"]
+    traffic, mean, sd = curve([result("ffa", 1, [16.0, 8.0, 4.0]), result("ffa", 2, [16.0, 6.0, 6.0])], megabytes)
     np.testing.assert_allclose(traffic, [0, 4, 8])
     np.testing.assert_allclose(mean, [16, 7, 5])
     np.testing.assert_allclose(sd, [0, math.sqrt(2), math.sqrt(2)])
-    assert not curve([result("ffa", 1, [16.0, 8.0])])[2].any()
+    assert not curve([result("ffa", 1, [16.0, 8.0])], megabytes)[2].any()
+
+
+def test_simulated_time_follows_the_rounds():
+    ours = result("hsplitlora", 1, [16.0, 8.0, 4.0], simulated=[10.0, 20.0])
+    rival = result("hetlora", 1, [16.0, 10.0, 6.0], simulated=[30.0, 40.0])
+    central = result("cenlora", 1, [16.0, 8.0], setting=CENTRAL, simulated=[6.0], bytes_up=[0], bytes_down=[0])
+    found = comparison(ours, rival, central)
+    assert found.spread("simulated_to_target", "uneven", "hsplitlora").mean == 10 + 0.5 * 20  # 6 lies between 8 and 4
+    assert found.spread("simulated_to_target", "uneven", "hetlora").mean == 70
+    verdict = found.verdict("uneven")
+    time = "simulated time of hsplitlora to the final perplexity of {} / of {} to it"
+    assert verdict[time.format("hetlora", "hetlora")].mean == pytest.approx(20 / 70)
+    assert verdict[time.format("cenlora", "cenlora")].mean == pytest.approx(10 / 6)
+    assert verdict[time.format("splitlora", "splitlora")] == Spread(None, None, 0)
+
+
+def test_an_interval_is_over_rows_which_are_the_same_in_all_runs():
+    chance, rows = np.random.default_rng(7), 400
+    tokens = chance.integers(1, 40, rows)
+    nll = {method: [tokens * chance.normal(mean, 0.5, rows) for _ in range(2)] for method, mean in LOSSES.items()}
+    runs = [
+        result(method, seed, [16.0, 4.0], row_nll=own.tolist(), row_tokens=tokens.tolist())
+        for method, per_seed in nll.items()
+        for seed, own in enumerate(per_seed, start=1)
+    ]
+    found = comparison(*runs)
+    # the delta method: a row moves the mean loss by its tokens times what its own mean lies above it
+    perplexities, moves = [], []
+    for own in nll["hsplitlora"]:
+        perplexity = math.exp(own.sum() / tokens.sum())
+        perplexities.append(perplexity)
+        moves.append(perplexity * (own - tokens * own.sum() / tokens.sum()) / tokens.sum())
+    centre, width = np.mean(perplexities), 1.96 * math.sqrt(float((np.mean(moves, axis=0) ** 2).sum()))
+    low, high = found.interval("uneven", "hsplitlora") or (0.0, 0.0)
+    assert (low, high) == pytest.approx((centre - width, centre + width), abs=0.15 * width)
+    low, high = found.interval("uneven", "hetlora", "hsplitlora") or (0.0, 0.0)
+    expected = np.mean([math.exp(own.sum() / tokens.sum()) for own in nll["hetlora"]]) / centre
+    assert low < expected < high and low > 1.0
+    assert found.interval("uneven", "cenlora") is None
+    other = result("hetlora", 1, [16.0, 4.0], row_nll=[1.0], row_tokens=[1])
+    assert comparison(runs[0], other).interval("uneven", "hetlora", "hsplitlora") is None
+    assert f"[{found.interval('uneven', 'hsplitlora')[0]:.3f}, " in render(found, {"uneven": ""}, [])  # type: ignore[index]
+
+
+LOSSES = {"hsplitlora": 1.3, "hetlora": 1.6}

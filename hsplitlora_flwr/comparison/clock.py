@@ -1,0 +1,190 @@
+"""How long the rounds of a run would take on the devices and links that its settings state.
+
+The operations of a step are the cost model's, for rows of the mean length; bytes are those that were sent. A client
+computes up to its cut, sends, waits for the server, and goes back through its blocks; the server serves one client
+after another, in the order that ``server.order`` says::
+
+    client 0   forward ─ up ┐           ┌ down ─ backward, forward ─ up ┐
+    client 1   forward ─ up ┼─┐         │ ┌ down ─ ...                  │
+    server                  └ 0 ┘ 1 ┘ 2 ┘                               └ 0 ┘ ...
+
+A round is over when the last client's adapters have arrived. Aggregation and evaluation take no time here, and neither
+does bringing all text to one place, for the methods that train there.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from hsplitlora_flwr.config import Config
+from hsplitlora_flwr.methods import METHODS, shares_half
+from hsplitlora_flwr.planning.cost import CostModel
+from hsplitlora_flwr.planning.round import cost_model
+
+
+@dataclass(frozen=True)
+class Device:
+    """FLOP/s, and bytes/s of the link; infinite where a link is not stated."""
+
+    flops: float
+    up: float = math.inf
+    down: float = math.inf
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds of one client's step: up to its cut, on the link, on the server, on the link, and back."""
+
+    forward: float
+    up: float
+    server: float
+    down: float
+    backward: float
+
+
+def serve(clients: Sequence[Step], steps: int, *, fixed: bool) -> list[float]:
+    """When each client has taken all its steps at a server that takes them one by one.
+
+    Parameters
+    ----------
+    clients : Sequence[Step]
+    steps : int
+        Of each.
+    fixed : bool
+        The server takes them in the order of steps and clients, and else as they come.
+    """
+    free, ends = 0.0, [0.0] * len(clients)
+    # by arrival, or by step and then by client
+    queue = [(0.0 if fixed else one.forward + one.up, 0, index) for index, one in enumerate(clients)]
+    heapq.heapify(queue)
+    while queue:
+        _, step, index = heapq.heappop(queue)
+        one = clients[index]
+        free = max(free, ends[index] + one.forward + one.up) + one.server
+        ends[index] = free + one.down + one.backward
+        if step + 1 < steps:
+            arrival = ends[index] + one.forward + one.up
+            heapq.heappush(queue, (step + 1.0 if fixed else arrival, step + 1, index))
+    return ends
+
+
+def round_seconds(config: Config, summary: Mapping[str, Any]) -> list[float]:
+    """Seconds of every round of a run.
+
+    Parameters
+    ----------
+    config : Config
+        Its settings; empty seconds where they state no ``clients.gflops``.
+    summary : Mapping[str, Any]
+        Its ``summary.json``.
+    """
+    if not config.speeds("gflops"):
+        return []
+    return _Clock(config, summary).rounds()
+
+
+class _Clock:
+    """The devices, and what a step costs on them."""
+
+    def __init__(self, config: Config, summary: Mapping[str, Any]) -> None:
+        self.config, self.summary, self.method = config, summary, METHODS[config.method.name]
+        self.devices = list(itertools.islice(_devices(config), config.clients.count))
+        self.server = config.plan.server_gflops * 1e9 or fmean(device.flops for device in self.devices)
+        rows = [row for round_ in summary["rounds"] for row in round_["clients"]]
+        steps = sum(len(row["losses"]) for row in rows)
+        length = math.ceil(sum(row["tokens"] for row in rows) / (steps * config.train.batch_size))
+        self.cost = cost_model(config, config.train.batch_size, length)
+        self._frame = self.cost.wire_bytes(config.transport.up, config.transport.down)
+
+    def rounds(self) -> list[float]:
+        return [self._central(row) if self.method.central else self._round(row) for row in self.summary["rounds"]]
+
+    def _central(self, round_: Mapping[str, Any]) -> float:
+        cost, rank = self.cost, self.config.lora.rank
+        ranks = {layer.name: rank for layer in cost.layers}
+        flops = (
+            cost.weight_gradient_flops(0, cost.num_blocks, head=True) if self.method.full else cost.whole_flops(ranks)
+        )
+        steps: int = sum(len(row["losses"]) for row in round_["clients"])
+        return steps * flops / self.server
+
+    def _round(self, round_: Mapping[str, Any]) -> float:
+        plan = _plan_of(self.summary["plans"], round_["round"])
+        rows = round_["clients"]
+        devices = [self.devices[int(row["client"]) % len(self.devices)] for row in rows]
+        steps = self.config.train.steps
+        if not self.method.split:
+            times: list[float] = [
+                row["bytes_down"] / device.down
+                + steps * self.cost.whole_flops(plan[row["client"]]["ranks"]) / device.flops
+                + row["bytes_up"] / device.up
+                for row, device in zip(rows, devices, strict=True)
+            ]
+            return max(times)
+        half = _half(self.cost, plan.values()) if shares_half(self.config) else None
+        up, down = self._frame
+        training, beside = [], list[float]()
+        for row, device in zip(rows, devices, strict=True):
+            own = plan[row["client"]]
+            training.append(self._training(device, own, half or own["ranks"], row["recompute"]))
+            messages = max(row["bytes_up"] - steps * up, 0), max(row["bytes_down"] - steps * down, 0)
+            beside.append(messages[0] / device.up + messages[1] / device.down)
+        ends = serve(training, steps, fixed=shares_half(self.config) and self.config.server.order == "fixed")
+        probing = self._probe(devices, [plan[row["client"]]["split"] for row in rows], round_["round"])
+        return probing + max(end + more for end, more in zip(ends, beside, strict=True))
+
+    def _training(self, device: Device, plan: Mapping[str, Any], above: Mapping[str, int], recompute: str) -> Step:
+        cost, split = self.cost, plan["split"]
+        both = cost.client_flops(split, plan["ranks"], recompute=recompute in ("client", "both"))
+        served = cost.server_flops(split, above, recompute=recompute in ("server", "both"))
+        return self._step(device, split, both, served)
+
+    def _probe(self, devices: Sequence[Device], splits: Sequence[int], server_round: int) -> float:
+        """A measurement of the importance, where one was due: every weight's gradient is computed, none is sent."""
+        plan, cost = self.config.plan, self.cost
+        due = server_round == 1 or (plan.probe_every and (server_round - 1) % plan.probe_every == 0)
+        if not (self.method.importance and due):
+            return 0.0
+        steps = []
+        for device, split in zip(devices, splits, strict=True):
+            served = cost.weight_gradient_flops(split, cost.num_blocks, head=True)
+            steps.append(self._step(device, split, cost.weight_gradient_flops(0, split), served))
+        return max(serve(steps, plan.probe_batches, fixed=False))
+
+    def _step(self, device: Device, split: int, both: float, served: float) -> Step:
+        """From the operations of a client, forward and backward, and of the server."""
+        (up, down), forward = self._frame, self.cost.client_flops(split, {})
+        return Step(
+            forward / device.flops,
+            up / device.up,
+            served / self.server,
+            down / device.down,
+            (both - forward) / device.flops,
+        )
+
+
+def _devices(config: Config) -> Iterable[Device]:
+    """Of client 0, 1, ..., without an end."""
+    endless = [itertools.cycle(config.speeds(key) or [math.inf]) for key in ("gflops", "mbit_up", "mbit_down")]
+    return (Device(flops * 1e9, up * 1e6 / 8, down * 1e6 / 8) for flops, up, down in zip(*endless, strict=True))
+
+
+def _plan_of(plans: Sequence[Mapping[str, Any]], server_round: int) -> dict[str, Mapping[str, Any]]:
+    """The plan in force in a round, by client."""
+    plan = [each for each in plans if each["round"] <= server_round][-1]
+    return {row["client"]: row for row in plan["clients"] if not row["left_out"]}
+
+
+def _half(cost: CostModel, clients: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """The ranks of the half that all train: the highest that a client has of a layer above its cut."""
+    clients, half = list(clients), dict[str, int]()
+    for layer in cost.layers:
+        ranks = [client["ranks"].get(layer.name, 0) for client in clients if client["split"] <= layer.block]
+        half[layer.name] = max(ranks, default=0)
+    return half
