@@ -88,11 +88,12 @@ def forecast(config: Config) -> Forecast:
     rows = min(train.micro_batch_size or train.batch_size, train.batch_size)
     cost = cost_model(config, rows, config.data.max_length)
     check_quantiser(config.model.quantise)  # and load the library, which is part of a client's process
-    own = process_bytes(read_config(config.model.path))
+    own = int(config.clients.process_mb * 1e6) or process_bytes(read_config(config.model.path))
     budgets = {str(client): _budget(config, client, own) for client in range(config.clients.count)}
     # Memory that is not stated shall not be that of the machine on which somebody plans.
     memory = int(config.plan.server_memory_gb * 1e9) or sys.maxsize
-    server = Budget(memory, resting_bytes(), flops=config.plan.server_gflops * 1e9 or None)
+    server_process = int(config.plan.server_process_mb * 1e6) or resting_bytes()
+    server = Budget(memory, server_process, flops=config.plan.server_gflops * 1e9 or None)
     return Forecast(config, cost, budgets, server, make_round_plan(config, budgets, server, {}, cost))
 
 
