@@ -21,6 +21,8 @@ class Method:
     ----------
     source : str
         Where it comes from.
+    summary : str
+        What it does, in a line, for whoever chooses one.
     split : bool
         The model is cut, and the server trains its part. Else a client holds all of it.
     half : {"", "shared", "per_client"}
@@ -53,7 +55,8 @@ class Method:
         If ``half``, ``ranks`` or ``init`` is none of these.
     """
 
-    source: str
+    source: str = ""
+    summary: str = ""
     split: bool = True
     half: str = ""
     central: bool = False
@@ -96,8 +99,12 @@ def register_method(name: str, method: Method) -> Method:
     return METHODS.register(name, method)
 
 
-_WHOLE = Method("", split=False, importance=False)
-_HSPLITLORA = Method("arXiv 2505.02795", init="update")
+_WHOLE = Method(split=False, importance=False)
+_HSPLITLORA = Method(
+    source="arXiv 2505.02795",
+    summary="splits and ranks by importance and budget, noise-free aggregation",
+    init="update",
+)
 QUERY_AND_VALUE = ("q_proj", "v_proj", "c_attn", "query_key_value", "qkv_proj", "Wqkv")
 """Query and value projections by the names that families give them; some keep query, key and value in one layer."""
 
@@ -105,6 +112,7 @@ _OURS: dict[str, Method] = {
     "hsplitlora": _HSPLITLORA,
     "splitlora": replace(
         _HSPLITLORA,
+        summary="one split and one rank for all, query and value only; mean of A and mean of B",
         source="arXiv 2407.00952",
         half="shared",
         ranks="equal",
@@ -115,6 +123,7 @@ _OURS: dict[str, Method] = {
     ),
     "splitlora-v1": replace(
         _HSPLITLORA,
+        summary="the same, with a server half for each client, and the mean of them all",
         source="arXiv 2407.00952, version 1",
         half="per_client",
         ranks="equal",
@@ -123,18 +132,70 @@ _OURS: dict[str, Method] = {
         carries=True,
         targets=QUERY_AND_VALUE,
     ),
-    "fedit": replace(_WHOLE, source="arXiv 2305.05644", ranks="equal", rule="mean", carries=True),
-    "hetlora": replace(_WHOLE, source="arXiv 2401.06432", ranks="budget", rule="zero_pad_by_norm", carries=True),
-    "flexlora": replace(_WHOLE, source="arXiv 2402.11505", ranks="budget", rule="svd", carries=True),
-    "flora": replace(_WHOLE, source="arXiv 2409.05976", ranks="budget"),
-    "ffa": replace(_WHOLE, source="arXiv 2403.12313", ranks="equal", rule="mean_b", carries=True, freeze_a=True),
-    "cenlora": replace(_WHOLE, source="LoRA, arXiv 2106.09685", central=True, ranks="equal"),
-    "full": replace(_WHOLE, source="full fine-tuning", central=True, ranks="equal", full=True),
-    "hsplitlora-no-iwi": replace(_HSPLITLORA, source="ablation: uniform importance", importance=False),
-    "hsplitlora-no-armsc": replace(
-        _HSPLITLORA, source="ablation: one split, one rank", ranks="equal", importance=False
+    "fedit": replace(
+        _WHOLE,
+        summary="no split, one rank; mean of A and mean of B",
+        source="arXiv 2305.05644",
+        ranks="equal",
+        rule="mean",
+        carries=True,
     ),
-    "hsplitlora-no-naa": replace(_HSPLITLORA, source="ablation: zero padding", rule="zero_pad"),
+    "hetlora": replace(
+        _WHOLE,
+        summary="no split, ranks by budget; zero padding, weights by the norm of B A",
+        source="arXiv 2401.06432",
+        ranks="budget",
+        rule="zero_pad_by_norm",
+        carries=True,
+    ),
+    "flexlora": replace(
+        _WHOLE,
+        summary="no split, ranks by budget; dense sum, cut to each client's rank by SVD",
+        source="arXiv 2402.11505",
+        ranks="budget",
+        rule="svd",
+        carries=True,
+    ),
+    "flora": replace(_WHOLE, summary="no split, ranks by budget; stacking", source="arXiv 2409.05976", ranks="budget"),
+    "ffa": replace(
+        _WHOLE,
+        summary="no split, one rank, A frozen at a shared start; mean of B",
+        source="arXiv 2403.12313",
+        ranks="equal",
+        rule="mean_b",
+        carries=True,
+        freeze_a=True,
+    ),
+    "cenlora": replace(
+        _WHOLE, summary="LoRA with all data in one place", source="LoRA, arXiv 2106.09685", central=True, ranks="equal"
+    ),
+    "full": replace(
+        _WHOLE,
+        summary="full fine-tuning with all data in one place; it leaves a model instead of an adapter",
+        source="full fine-tuning",
+        central=True,
+        ranks="equal",
+        full=True,
+    ),
+    "hsplitlora-no-iwi": replace(
+        _HSPLITLORA,
+        summary="hsplitlora without importance: all weights count the same",
+        source="ablation: uniform importance",
+        importance=False,
+    ),
+    "hsplitlora-no-armsc": replace(
+        _HSPLITLORA,
+        summary="hsplitlora without adaptive ranks and split points: one split, one rank",
+        source="ablation: one split, one rank",
+        ranks="equal",
+        importance=False,
+    ),
+    "hsplitlora-no-naa": replace(
+        _HSPLITLORA,
+        summary="hsplitlora without noise-free aggregation: zero padding",
+        source="ablation: zero padding",
+        rule="zero_pad",
+    ),
 }
 for _name, _method in _OURS.items():
     register_method(_name, _method)

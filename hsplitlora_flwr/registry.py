@@ -18,6 +18,8 @@ from collections.abc import Iterator, Mapping
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
+from hsplitlora_flwr.schema import parts
+
 T = TypeVar("T")
 
 GROUP = "hsplitlora_flwr.plugins"
@@ -40,10 +42,12 @@ class Registry(Mapping[str, T]):
     *names : str
         Those that the package itself registers. They are known before that, so that settings are checked without
         importing what they choose from.
+    home : str, optional
+        Instead of those names, the module that registers them, where importing it costs nothing.
     """
 
-    def __init__(self, kind: str, *names: str) -> None:
-        self.kind, self._names = kind, dict.fromkeys(names)
+    def __init__(self, kind: str, *names: str, home: str = "") -> None:
+        self.kind, self._names, self._home = kind, dict.fromkeys(names), home
         self._items: dict[str, T] = {}
 
     def register(self, name: str, item: T) -> T:
@@ -69,16 +73,21 @@ class Registry(Mapping[str, T]):
 
     def __contains__(self, name: object) -> bool:
         if name not in self._names:
-            load_plugins()
+            self._load()
         return name in self._names
 
     def __iter__(self) -> Iterator[str]:
-        load_plugins()
+        self._load()
         return iter(list(self._names))
 
     def __len__(self) -> int:
-        load_plugins()
+        self._load()
         return len(self._names)
+
+    def _load(self) -> None:
+        if self._home:
+            importlib.import_module(self._home)
+        load_plugins()
 
 
 def load_plugins() -> None:
@@ -115,7 +124,7 @@ def import_plugins(run_config: Mapping[str, Any]) -> None:
     PluginError
         If one cannot be imported.
     """
-    for module in filter(None, map(str.strip, str(run_config.get(SETTING, "")).split(","))):
+    for module in parts(run_config.get(SETTING, "")):
         _import(module, f"{SETTING} names", "it must be importable on the server and on every client")
 
 

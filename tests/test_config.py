@@ -24,7 +24,7 @@ def test_run_config_round_trip() -> None:
     flat = config.to_run_config()
     assert all(type(value) in (int, float, bool, str) for value in flat.values())
     assert Config.from_run_config(flat) == config
-    assert config.memory_bytes == (1_000_000_000, 2_500_000_000)
+    assert config.clients.memory_bytes == (1_000_000_000, 2_500_000_000)
 
 
 @pytest.mark.parametrize("other", ["server.half=shared", "split.labels=client", "transport.kind=messages"])
@@ -102,6 +102,6 @@ def test_alpha_is_a_number_or_a_multiple_of_the_rank() -> None:
 
 def test_targets_and_ranks() -> None:
     config = Config.from_run_config({"lora.targets": "q_proj, v_proj", "lora.ranks": "8,4"})
-    assert config.targets == ("q_proj", "v_proj")
-    assert config.ranks == (0, 4, 8)
-    assert Config().targets is None
+    assert config.lora.targets == ("q_proj", "v_proj")
+    assert config.lora.ranks == (0, 4, 8)
+    assert Config().lora.targets == "auto"

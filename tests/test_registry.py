@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hsplitlora_flwr.config import KNOWN_METHODS, METHODS, Config, ConfigError
+from hsplitlora_flwr.config import KNOWN_METHODS, Config, ConfigError
 from hsplitlora_flwr.methods import METHODS as RESOLVED
 from hsplitlora_flwr.methods import Method
 from hsplitlora_flwr.registry import PluginError, Registry, import_plugins
@@ -36,8 +36,7 @@ def test_a_name_that_is_taken_is_refused() -> None:
 
 
 def test_every_name_of_the_schema_stands_for_something() -> None:
-    assert tuple(KNOWN_METHODS) == METHODS
-    assert all(isinstance(RESOLVED[name], Method) for name in METHODS)
+    assert all(isinstance(RESOLVED[name], Method) for name in KNOWN_METHODS)
 
 
 @pytest.mark.parametrize(("field", "value"), [("half", "own"), ("ranks", "equals"), ("init", "zero")])

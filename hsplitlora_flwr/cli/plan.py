@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def forecast(config: Config) -> Forecast:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(path.parent)))
     if METHODS[config.method.name].central:
         raise ConfigError(f"method.name={config.method.name} trains in one place; there are no clients to plan for")
-    if not config.memory_bytes:
+    if not config.clients.memory_bytes:
         raise ConfigError("clients.memory_gb is empty; state the memory of the clients")
     rows = min(train.micro_batch_size or train.batch_size, train.batch_size)
     cost = cost_model(config, rows, config.data.max_length)
@@ -98,12 +98,13 @@ def forecast(config: Config) -> Forecast:
 
 
 def _budget(config: Config, client: int, own: int) -> Budget:
-    def stated(key: str, unit: float) -> float | None:
-        speeds = config.speeds(key)
-        return speeds[client % len(speeds)] * unit if speeds else None
+    clients = config.clients
 
-    memory, adapters = config.memory_bytes[client % len(config.memory_bytes)], stated("adapter_mb", 1e6)
-    speeds = stated("gflops", 1e9), stated("mbit_up", 1e6 / 8), stated("mbit_down", 1e6 / 8)
+    def stated(values: Sequence[float], unit: float) -> float | None:
+        return values[client % len(values)] * unit if values else None
+
+    memory, adapters = clients.memory_bytes[client % len(clients.memory_bytes)], stated(clients.adapter_mb, 1e6)
+    speeds = stated(clients.gflops, 1e9), stated(clients.mbit_up, 1e6 / 8), stated(clients.mbit_down, 1e6 / 8)
     return Budget(memory, own, *speeds, None if adapters is None else int(adapters))
 
 
@@ -180,7 +181,7 @@ def _table(result: Forecast) -> Table:
 
 def _timed(config: Config) -> bool:
     """Whether predicted seconds mean something."""
-    return METHODS[config.method.name].ranks == "plan" and bool(config.speeds("gflops") or config.plan.server_gflops)
+    return METHODS[config.method.name].ranks == "plan" and bool(config.clients.gflops or config.plan.server_gflops)
 
 
 def _memory(result: Forecast, client: str) -> int:

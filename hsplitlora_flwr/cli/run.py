@@ -155,7 +155,7 @@ class Launcher:
         wanted, cores = config.clients.count * self.client_cpus, all_cores()
         if wanted <= cores or not takes_turns(config):
             return cores
-        budgets = itertools.cycle(config.memory_bytes or (_UNSTATED_BYTES,))
+        budgets = itertools.cycle(config.clients.memory_bytes or (_UNSTATED_BYTES,))
         taken = sum(itertools.islice(budgets, config.clients.count))
         return wanted if taken <= _SHARE_OF_MEMORY * psutil.virtual_memory().available else cores
 

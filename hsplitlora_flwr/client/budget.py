@@ -26,7 +26,7 @@ def is_measured(context: Context, config: Config) -> bool:
     if stated not in (None, "measured"):
         raise ConfigError(f'budget={stated!r} of the node is unknown; write budget="measured", or memory-gb=NUMBER')
     says_something = any(name in context.node_config for name in ("memory-gb", *_SPEEDS))
-    return stated is not None or not (says_something or config.memory_bytes)
+    return stated is not None or not (says_something or config.clients.memory_bytes)
 
 
 def load_memory_budget(context: Context, config: Config) -> int:
@@ -41,8 +41,8 @@ def load_memory_budget(context: Context, config: Config) -> int:
     stated = _stated(context, "memory-gb")
     if stated:
         return int(stated * 1e9)
-    if config.memory_bytes and not is_measured(context, config):
-        return config.memory_bytes[partition_of(context)[0] % len(config.memory_bytes)]
+    if config.clients.memory_bytes and not is_measured(context, config):
+        return config.clients.memory_bytes[partition_of(context)[0] % len(config.clients.memory_bytes)]
     return int(USABLE * free_bytes([pick_device(config.model.device)]))
 
 
@@ -108,5 +108,5 @@ def _stated(context: Context, name: str) -> float:
 
 
 def _speed(context: Context, config: Config, name: str) -> float:
-    speeds = config.speeds(name.replace("-", "_"))
+    speeds: tuple[float, ...] = getattr(config.clients, name.replace("-", "_"))
     return _stated(context, name) or (speeds[partition_of(context)[0] % len(speeds)] if speeds else 0.0)

@@ -84,7 +84,7 @@ def round_seconds(config: Config, summary: Mapping[str, Any]) -> list[float]:
     summary : Mapping[str, Any]
         Its ``summary.json``.
     """
-    if not config.speeds("gflops"):
+    if not config.clients.gflops:
         return []
     return _Clock(config, summary).rounds()
 
@@ -171,7 +171,8 @@ class _Clock:
 
 def _devices(config: Config) -> Iterable[Device]:
     """Of client 0, 1, ..., without an end."""
-    endless = [itertools.cycle(config.speeds(key) or [math.inf]) for key in ("gflops", "mbit_up", "mbit_down")]
+    clients = config.clients
+    endless = [itertools.cycle(speeds or [math.inf]) for speeds in (clients.gflops, clients.mbit_up, clients.mbit_down)]
     return (Device(flops * 1e9, up * 1e6 / 8, down * 1e6 / 8) for flops, up, down in zip(*endless, strict=True))
 
 

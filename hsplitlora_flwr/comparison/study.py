@@ -31,6 +31,7 @@ from hsplitlora_flwr.methods import METHODS
 from hsplitlora_flwr.reporting import event_text
 from hsplitlora_flwr.reporting.events import Event
 from hsplitlora_flwr.reporting.summary import ROWS_FILE, SUMMARY_FILE
+from hsplitlora_flwr.schema import scalar
 
 EACH = "each"
 RunOnce = Callable[[Config, Listener], int]
@@ -482,7 +483,7 @@ def describe(config: Config) -> str:
         else ""
     )
     return (
-        f"{config.model.path} on {data.source}: {clients.count} clients of {clients.memory_gb} GB, rows dealt "
+        f"{config.model.path} on {data.source}: {clients.count} clients of {scalar(clients.memory_gb)} GB, rows dealt "
         f"{data.partition}{alpha}, {train.rounds} rounds x {train.steps} steps x {train.batch_size} rows, measured on "
         f"{data.eval_rows} held-out rows.{devices}"
     )

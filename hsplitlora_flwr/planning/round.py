@@ -48,10 +48,11 @@ def cost_model(config: Config, rows: int, length: int, clients: int = 0) -> Cost
         # in a joint pass all clients meet; where the labels stay, activations wait for gradients
         passes=None if config.split.labels == "client" or takes_all(config) else passes_at_once(config),
     )
-    highest = max(*config.ranks, config.lora.rank)
+    highest = max(*config.lora.ranks, config.lora.rank)
     update_rank = config.lora.rank_cap or train.rounds * (clients or config.clients.count) * highest
-    cost = CostModel(model, family, workload, config.targets, update_rank, highest)
-    if config.lora.targets.strip() != "auto" or method.targets is None:
+    named = None if isinstance(config.lora.targets, str) else config.lora.targets
+    cost = CostModel(model, family, workload, named, update_rank, highest)
+    if config.lora.targets != "auto" or method.targets is None:
         return cost
     names = {layer.name.rpartition(".")[2] for layer in cost.layers}
     targets = tuple(sorted(names & set(method.targets)))
@@ -119,7 +120,7 @@ def make_round_plan(
         return whole_plan(
             budgets,
             cost,
-            ranks=config.ranks if method.ranks == "budget" else (config.lora.rank,),
+            ranks=config.lora.ranks if method.ranks == "budget" else (config.lora.rank,),
             over_budget=plan.over_budget,
             recompute=train.recompute,
             shares=shares,
@@ -142,7 +143,7 @@ def make_round_plan(
         importance,
         cost,
         shares=shares,
-        ranks=config.ranks,
+        ranks=config.lora.ranks,
         server=server,
         min_split=least,
         max_split=most,

@@ -15,6 +15,7 @@ from hsplitlora_flwr.models.loading import check_model, read_config
 from hsplitlora_flwr.models.quantisation import check_quantiser
 from hsplitlora_flwr.planning.budget import PlanError
 from hsplitlora_flwr.planning.round import cost_model
+from hsplitlora_flwr.schema import scalar
 
 
 def check_text(config: Config, text: TextData) -> None:
@@ -67,7 +68,8 @@ def check_model_settings(config: Config) -> None:
     _check_generation(config)
     if method.central:
         return
-    if config.plan.deadline and config.memory_bytes and not (config.clients.gflops or config.plan.server_gflops):
+    clients = config.clients
+    if config.plan.deadline and clients.memory_bytes and not (clients.gflops or config.plan.server_gflops):
         raise ConfigError(
             f"plan.deadline={config.plan.deadline:g} needs speeds, and a client whose memory is stated measures none; "
             "state clients.gflops, clients.mbit_up and clients.mbit_down, or set plan.deadline=0"
@@ -76,10 +78,10 @@ def check_model_settings(config: Config) -> None:
     needed, what = cost.client_bytes(config.split.min, {}), f"the embeddings and {config.split.min} block(s)"
     if not method.split:
         needed, what = (0 if config.plan.over_budget else cost.whole_bytes({})), "all"
-    missing = needed - max(config.memory_bytes, default=0)
-    if config.memory_bytes and missing > 0:
+    missing = needed - max(clients.memory_bytes, default=0)
+    if clients.memory_bytes and missing > 0:
         raise PlanError(
-            f"clients.memory_gb={config.clients.memory_gb}: even the largest budget misses {missing:,} bytes for "
+            f"clients.memory_gb={scalar(clients.memory_gb)}: even the largest budget misses {missing:,} bytes for "
             f"{what} of {config.model.path}; raise it or choose a smaller model"
             + ("" if method.split else f", or set plan.over_budget: method.name={config.method.name} does not split")
         )

@@ -52,6 +52,7 @@ from hsplitlora_flwr.planning.importance import combine, drift, scoring, smooth
 from hsplitlora_flwr.planning.planner import ClientPlan, Plan, probe_split
 from hsplitlora_flwr.planning.round import cost_model, make_round_plan, split_bounds
 from hsplitlora_flwr.reporting.report import RunReport
+from hsplitlora_flwr.schema import scalar
 from hsplitlora_flwr.server.checkpoint import RunState, check_resume, last_round, load_state, save_state
 from hsplitlora_flwr.server.clients import Clients
 from hsplitlora_flwr.server.dispatch import Dispatch
@@ -289,7 +290,7 @@ class HSplitLoRA(Strategy):
         else:
             self.delta.add(update, wholes)
             if starts_along_update(self.config):
-                highest = max(*self.config.ranks, self.config.lora.rank)
+                highest = max(*self.config.lora.ranks, self.config.lora.rank)
                 self.dispatch.adapter = {name: directions(factors, highest) for name, factors in update.items()}
         norm, known = update_norm(update), max(self.config.clients.count, len(clients))
         more = {"known_clients": known, "server_measured_bytes": self._server_peak, "steps_of_failed": failed}
@@ -393,7 +394,7 @@ class HSplitLoRA(Strategy):
     def summary(self) -> None:
         """Say what is in force."""
         c = self.config
-        adapters = "all weights" if self.method.full else f"ranks from {c.lora.ranks}"
+        adapters = "all weights" if self.method.full else f"ranks from {scalar(c.lora.ranks)}"
         if self.method.ranks == "equal" and not self.method.full:
             adapters = f"rank {c.lora.rank}"
         name = "HSplitLoRA" if c.method.name == "hsplitlora" else c.method.name
@@ -463,7 +464,7 @@ class HSplitLoRA(Strategy):
         above = dict[int, dict[str, float]]()
         with ExitStack() as stack:
             for node, client in self.clients.descriptions.items():
-                split = probe_split(self._cost, client.budget, config.ranks, *bounds, recompute=again)
+                split = probe_split(self._cost, client.budget, config.lora.ranks, *bounds, recompute=again)
                 if split is None:  # it cannot take part at all; the planner says by how many bytes
                     continue
                 plan = ClientPlan(split, {}, 0, recompute=again, server_recompute=again)

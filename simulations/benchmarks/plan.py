@@ -6,7 +6,6 @@ import itertools
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 
 from transformers import LlamaConfig
@@ -59,7 +58,7 @@ def plan(setup: Setup) -> Iterator[Row]:
         budgets = {str(index): Budget(memory(index), PROCESS_BYTES) for index in range(CLIENTS)}
         scarce, bound = 0, 0.0
         for server_gb, planner in itertools.product(("not stated", "scarce"), ("exact", "greedy")):
-            chosen = replace(config, plan=replace(config.plan, planner=planner))
+            chosen = Config.from_run_config({**config.to_run_config(), "plan.planner": planner})
             server = Budget(sys.maxsize if server_gb == "not stated" else scarce, PROCESS_BYTES)
             make = partial(make_round_plan, chosen, budgets, server, {}, cost)
             made = make()

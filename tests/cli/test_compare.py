@@ -15,7 +15,8 @@ from hsplitlora_flwr.cli.run import Launcher, Listener
 from hsplitlora_flwr.comparison.plots import plot
 from hsplitlora_flwr.comparison.results import Comparison
 from hsplitlora_flwr.comparison.study import Options, Study, tuning_changes, vary
-from hsplitlora_flwr.config import METHODS, Config, ConfigError
+from hsplitlora_flwr.config import Config, ConfigError
+from hsplitlora_flwr.methods import METHODS
 
 UNEVEN = Config.from_run_config(
     {"data.source": "e2e", "data.path": "e2e", "data.partition": "dirichlet", "data.eval_rows": 100, "train.rounds": 2}
@@ -180,7 +181,7 @@ def test_a_result_of_other_settings_does_not_count(tmp_path):
     again = FakeRuns()
     study(options(tmp_path), again, BASES | {"even": vary(EVEN, {"clients.memory_gb": "1.4"})})
     assert len(again.ran) == 4
-    assert {config.clients.memory_gb for config in again.configs} == {"1.4"}
+    assert {config.clients.memory_gb for config in again.configs} == {(1.4,)}
 
 
 def test_a_folder_may_be_written_in_another_way(tmp_path):
@@ -393,7 +394,7 @@ def test_the_command_line():
     found = parse(["data.path=x", "--seeds", "4,5", "--lrs", "1e-3", "train.rounds=3", "--target", "4.5", "--keep"])
     assert (found.seeds, found.lrs, found.target, found.keep) == ((4, 5), (1e-3,), 4.5, True)
     assert found.overrides == ("data.path=x", "train.rounds=3")
-    assert found.methods == METHODS
+    assert found.methods == tuple(METHODS)
     assert parse([]) == Options()
 
 

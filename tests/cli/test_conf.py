@@ -78,8 +78,8 @@ def test_data_that_need_a_path_say_so(option):
 
 def test_lists_may_be_written_as_lists():
     config = Config.from_mapping(composed("clients.memory_gb=[1,2.5]", "lora.ranks=[0,4]"))
-    assert config.memory_bytes == (1_000_000_000, 2_500_000_000)
-    assert config.ranks == (0, 4)
+    assert config.clients.memory_bytes == (1_000_000_000, 2_500_000_000)
+    assert config.lora.ranks == (0, 4)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,6 @@ from transformers import (
 )
 
 from hsplitlora_flwr.client.handlers import split_client_app
-from hsplitlora_flwr.config import METHODS as NAMES
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.data.collate import tokenize, training_batches
 from hsplitlora_flwr.data.partition import partition
@@ -237,7 +236,7 @@ RULES = {
     "svd": by_svd,
 }
 
-FEDERATED = [name for name in NAMES if not METHODS[name].central]
+FEDERATED = [name for name in METHODS if not METHODS[name].central]
 
 
 @pytest.mark.parametrize(
