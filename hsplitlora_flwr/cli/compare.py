@@ -129,7 +129,6 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     """
     default = Options()
     parser = argparse.ArgumentParser(
-        prog="python -m simulations.compare",
         description="Compare methods over client settings and seeds; a second call goes on where the first stopped.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

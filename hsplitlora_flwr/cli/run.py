@@ -52,7 +52,10 @@ from hsplitlora_flwr.models.cores import all_cores
 from hsplitlora_flwr.reporting import EVENTS_FILE, RunConsole, read_events
 from hsplitlora_flwr.reporting.events import Event
 
-PROJECT = Path(__file__).resolve().parents[2]
+_PACKAGE = Path(__file__).resolve().parents[1]
+PROJECT = shipped if (shipped := _PACKAGE / "app").is_dir() else _PACKAGE.parent
+"""The folder of the Flower app, with ``pyproject.toml`` and ``conf/``: a wheel has it inside the package, a checkout is
+it."""
 
 ENGINES = ("flower", "process")
 _LOG = "flwr.log"

@@ -21,6 +21,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -207,11 +208,16 @@ def open_superlink(connection: str, cwd: Path, log: Path, ray_address: str = "")
     Raises
     ------
     SuperLinkError
-        If our own SuperLink does not start.
+        If our own SuperLink does not start, or Ray is missing.
     """
     if connection:
         yield SuperLink(connection, _environment(), cwd)
         return
+    if find_spec("ray") is None:
+        raise SuperLinkError(
+            "clients are simulated by Ray, which is not installed: pip install 'hsplitlora-flwr[simulation]'; or name "
+            "a SuperLink with nodes of its own: launcher.superlink=NAME"
+        )
     if ray_address:
         _check_ray(ray_address)
     with ExitStack() as stack:

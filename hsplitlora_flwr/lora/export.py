@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -92,6 +92,44 @@ def save_peft_adapter(
         tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(str(folder))
+
+
+def load_peft_adapter(
+    folder: Path, model: PreTrainedModel, inside: Mapping[str, str] | None = None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Read what :func:`save_peft_adapter` wrote.
+
+    Parameters
+    ----------
+    folder : Path
+    model, inside
+        As they were written with; the weights of ``model`` are not read.
+
+    Returns
+    -------
+    dict[str, tuple[Tensor, Tensor]]
+        ``(B, A)`` by absolute layer name of ``model``, ``(out, r)`` and ``(r, in)``; their product is the update.
+
+    Raises
+    ------
+    DeltaError
+        If the file is damaged, or is of another model.
+    """
+    file = folder / "adapter_model.safetensors"
+    own = {name_in_whole(name, inside or {}): name for name, part in model.named_modules() if is_linear(part)}
+    with _reading(file):
+        tensors = load_file(file)
+    layers = {key.removeprefix("base_model.model.").rpartition(".lora_")[0] for key in tensors}
+    if strange := sorted(layers - set(own)):
+        raise DeltaError(f"{file} has the layer '{strange[0]}', which the model has not; name the base it was made for")
+    with _reading(file):
+        pairs = {
+            own[name]: tuple(tensors[f"base_model.model.{name}.lora_{half}.weight"] for half in "BA") for name in layers
+        }
+    for name, (b, a) in pairs.items():
+        if (b.shape[0], a.shape[1]) != shape_of(model.get_submodule(name)) or b.shape[1] != a.shape[0]:
+            raise DeltaError(f"{file}: the shapes of layer '{name}' are not the model's; name the base it was made for")
+    return {name: (b, a) for name, (b, a) in sorted(pairs.items())}
 
 
 def _is_conv1d(linear: torch.nn.Module) -> bool:

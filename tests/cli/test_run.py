@@ -21,6 +21,7 @@ import psutil
 import pytest
 from rich.console import Console
 
+from hsplitlora_flwr.cli import superlink
 from hsplitlora_flwr.cli.run import PROJECT, Launcher, _Watch, failure_cause, launch, run_config_toml
 from hsplitlora_flwr.cli.superlink import RunStatus, SuperLinkError, open_superlink
 from hsplitlora_flwr.config import Config, render_pyproject_block
@@ -486,6 +487,14 @@ def test_a_superlink_that_is_killed_ends_the_run_and_leaves_no_process(app, tmp_
     assert processes_of(tmp_path) == []
     log = folder / "superlink.log"
     assert output.splitlines()[-1] == f"failed: the SuperLink ended with status -9; its whole log is {log}"
+
+
+def test_without_ray_no_superlink_is_started(app, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(superlink, "find_spec", lambda name: None)
+    with RunConsole(Console(force_terminal=False)) as console:
+        assert launch(settings(tmp_path / "run", "succeed"), app, Launcher(), console) == 1
+    assert "pip install 'hsplitlora-flwr[simulation]'" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "superlink.log").exists()
 
 
 def test_a_superlink_that_cannot_start_says_why(tmp_path, monkeypatch):

@@ -1,0 +1,103 @@
+"""``hsplitlora COMMAND ...``: what there is to do, and which module of this package does it.
+
+A module is imported when its command is called, since torch and transformers take seconds: on a terminal a line says so
+meanwhile. Commands that need Hydra say what to install where it is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
+
+from rich.console import Console
+
+EXTRA = "pip install 'hsplitlora-flwr[simulation]'"
+"""What brings the packages that only the command line needs."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand.
+
+    Parameters
+    ----------
+    module : str
+        A module of this package; its ``command()`` reads ``sys.argv`` and ends with the exit status.
+    text : str
+        What it does.
+    needs : tuple[str, ...]
+        Packages of the extra ``simulation`` without which it cannot begin.
+    """
+
+    module: str
+    text: str
+    needs: tuple[str, ...] = ()
+
+
+COMMANDS = {
+    "run": Command("run", "one federated run on this machine; settings are KEY=VALUE", ("hydra",)),
+    "plan": Command("plan", "who would hold what, without running it: will my devices do?", ("hydra",)),
+    "compare": Command("compare", "methods x client settings x seeds: tables and plots", ("hydra",)),
+    "report": Command("report", "report.html of a run made anew; several runs side by side"),
+    "generate": Command("generate", "texts, with the model of a finished run"),
+    "export": Command("export", "the model of a finished run, merged or as a smaller adapter"),
+    "doctor": Command("doctor", "what of this machine would be in a run's way, and what to do"),
+}
+
+EXAMPLES = """\
+examples:
+  hsplitlora run train.rounds=4 clients.memory_gb=[1,1.3,1.8]
+  hsplitlora plan model.path=FOLDER_OR_HUB_NAME clients.memory_gb=[6,8,12,20]
+  hsplitlora compare data.path=E2E_FOLDER --methods hsplitlora,splitlora --seeds 1,2
+  hsplitlora generate RUN_FOLDER "What is a cell?"
+  hsplitlora export RUN_FOLDER --merged
+
+`hsplitlora COMMAND --help` says what a command takes. The exit status is 0 if it did what it was to do, 1 if a run
+failed, 2 if what was typed is wrong.
+"""
+
+
+def main(arguments: Sequence[str] | None = None, program: str = "hsplitlora {}") -> None:
+    """Run a subcommand; it ends the process with its exit status.
+
+    Parameters
+    ----------
+    arguments : Sequence[str], optional
+        The command and its arguments; by default those of the process.
+    program : str
+        What the user typed in place of the command ``{}``, as usage lines show it.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    name = _parser().parse_args(arguments[:1] or ["--help"]).command
+    command = COMMANDS[name]
+    if missing := [package for package in command.needs if find_spec(package) is None]:
+        print(f"error: this command needs {', '.join(missing)}: {EXTRA}", file=sys.stderr)
+        sys.exit(2)
+    sys.argv = [program.format(name), *arguments[1:]]
+    with Console(stderr=True).status(f"{name}: loading"):
+        module = import_module(f"hsplitlora_flwr.cli.{command.module}")
+    module.command()
+
+
+def _parser() -> argparse.ArgumentParser:
+    listed = "\n".join(f"  {name:<10}{command.text}" for name, command in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="hsplitlora",
+        usage="hsplitlora COMMAND ...",
+        description="Fine-tune language models on private data that cannot leave weak, uneven machines.\n\n"
+        f"commands:\n{listed}",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
+    parser.add_argument("--version", action="version", version=f"hsplitlora-flwr {version('hsplitlora-flwr')}")
+    return parser
+
+
+if __name__ == "__main__":
+    main(program="python -m hsplitlora_flwr.cli {}")

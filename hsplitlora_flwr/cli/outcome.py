@@ -1,0 +1,114 @@
+"""What a finished run left in its folder, as the commands read it that come after a run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hsplitlora_flwr.config import Config, ConfigError
+from hsplitlora_flwr.methods import METHODS
+from hsplitlora_flwr.reporting.summary import SUMMARY_FILE
+
+if TYPE_CHECKING:
+    from hsplitlora_flwr.lora.aggregation import Factors
+    from hsplitlora_flwr.lora.base import SharedBase
+
+ADAPTER, MERGED = "adapter", "merged"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run folder with its summary.
+
+    Parameters
+    ----------
+    folder : Path
+    summary : Mapping
+        The content of ``summary.json``.
+    """
+
+    folder: Path
+    summary: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, folder: str) -> Outcome:
+        """Of a run in any state.
+
+        Raises
+        ------
+        ConfigError
+            If this is no run folder.
+        """
+        path = Path(folder).expanduser().resolve()
+        try:
+            summary = json.loads((path / SUMMARY_FILE).read_text(encoding="utf-8"))
+        except OSError:
+            raise ConfigError(f"{folder} is no folder of a run: no {SUMMARY_FILE} can be read there") from None
+        except ValueError as error:
+            raise ConfigError(f"{path / SUMMARY_FILE} is damaged: {error}") from None
+        if not isinstance(summary, dict) or not {"status", "config", "rounds", "started"} <= set(summary):
+            raise ConfigError(f"{path / SUMMARY_FILE} is not the summary of a run")
+        return cls(path, summary)
+
+    @property
+    def config(self) -> Config:
+        """The settings."""
+        return Config.from_run_config(self.summary["config"])
+
+    @property
+    def full(self) -> bool:
+        """The run trained all weights, so it left a model and no adapter."""
+        return METHODS[self.config.method.name].full
+
+    def load(self, path: str = "", *, without: str = "") -> tuple[SharedBase, dict[str, Factors]]:
+        """The base model of the run, on the device there is, and the adapter by layer name.
+
+        Parameters
+        ----------
+        path : str
+            Where the base is, if not where the run found it.
+        without : str
+            What the adapter is needed for, if a model without one is of no use.
+
+        Raises
+        ------
+        ValueError
+            ``ConfigError`` if the run left no adapter, ``ModelFilesError`` if there is no base, ``DeltaError`` if the
+            two do not fit.
+        """
+        from hsplitlora_flwr.lora.base import SharedBase
+        from hsplitlora_flwr.lora.export import load_peft_adapter
+        from hsplitlora_flwr.models.placement import pick_devices
+
+        model = self.config.model
+        if self.full:
+            if without:
+                raise ConfigError(f"{self.folder} holds a run of method.name=full, which has no adapter to {without}")
+            return SharedBase(str(self.folder / MERGED), model.dtype, pick_devices("auto")), {}
+        if not (self.folder / ADAPTER).is_dir():
+            raise ConfigError(f"{self.folder} has no {ADAPTER}/: the run is {self.summary['status']}, not finished")
+        base = SharedBase(path or model.path, model.dtype, pick_devices("auto"), model.quantise)
+        return base, load_peft_adapter(self.folder / ADAPTER, base.model, base.inside)
+
+
+def ends(work: Callable[[], None]) -> None:
+    """Do a command's work and end the process: with 0, or with 2 and one line where something typed is wrong."""
+    try:
+        work()
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)
+
+
+def parser(text: str) -> argparse.ArgumentParser:
+    """Of a command on one finished run."""
+    made = argparse.ArgumentParser(description=text)
+    made.add_argument("run", metavar="RUN", help="folder of the run")
+    made.add_argument("--model", default="", metavar="PATH", help="the base model, if the run found it elsewhere")
+    return made

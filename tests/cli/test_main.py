@@ -1,0 +1,65 @@
+"""The command ``hsplitlora``: what it offers, how fast it answers, and what it says of what it cannot do."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from types import SimpleNamespace
+
+import pytest
+
+from hsplitlora_flwr.cli import __main__ as cli
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["--help"]):
+        with pytest.raises(SystemExit) as end:
+            cli.main(arguments)
+        assert end.value.code == 0
+        text = capsys.readouterr().out
+        assert all(f"  {name}" in text and command.text in text for name, command in cli.COMMANDS.items())
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_is_there(name: str) -> None:
+    assert callable(import_module(f"hsplitlora_flwr.cli.{cli.COMMANDS[name].module}").command)
+
+
+def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["trian", "train.rounds=4"])
+    assert end.value.code == 2
+    assert "'trian'" in (told := capsys.readouterr().err) and "'run'" in told
+
+
+def test_what_follows_the_command_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+
+    def command() -> None:
+        seen.append(sys.argv)
+
+    importer: Callable[[str], object] = lambda name: SimpleNamespace(command=command, name=name)  # noqa: E731
+    monkeypatch.setattr(cli, "import_module", importer)
+    monkeypatch.setattr(sys, "argv", ["hsplitlora"])
+    cli.main(["plan", "--help", "clients.memory_gb=[1,2]"])
+    cli.main(["plan"], "python -m simulations.{}")
+    assert seen == [["hsplitlora plan", "--help", "clients.memory_gb=[1,2]"], ["python -m simulations.plan"]]
+
+
+def test_a_command_without_its_packages_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["plan"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: this command needs hydra: pip install 'hsplitlora-flwr[simulation]'\n"
+
+
+def test_the_launcher_is_imported_without_what_takes_seconds() -> None:
+    code = "import sys, hsplitlora_flwr.cli.__main__, hsplitlora_flwr.cli.run\n"
+    code += "print({'torch', 'transformers', 'flwr', 'ray', 'peft', 'scipy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
