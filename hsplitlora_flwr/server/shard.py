@@ -62,6 +62,7 @@ class Shard:
         self._takes_all, self._passes = takes_all(config), passes_at_once(config)
         self._together = JointPass(self.base)
         self._half: SharedHalf | None = None
+        self._norms: dict[str, float] = {}  # of clients' last gradients on it
         self._cores = CorePool(self._passes)
 
     def share_half(
@@ -89,7 +90,8 @@ class Shard:
         server, method = self._config.server, METHODS[self._config.method.name]
         turns = Turns(list(splits), server.order, server.patience, passed_over)
         part = self._part(min(splits.values()))
-        self._half = SharedHalf(part, specs, seed, start, self._config.train, turns, kept, freeze_a=method.freeze_a)
+        train, freeze_a = self._config.train, method.freeze_a
+        self._half = SharedHalf(part, specs, seed, start, train, turns, kept, freeze_a=freeze_a, norms=self._norms)
 
     def admit(
         self, task: Task, start: Mapping[str, Factors], report: Callable[[StepReport], None], longest: int

@@ -40,6 +40,9 @@ OUTLIER = 1000.0
 """A step whose gradient, clipped, has more than so many times the largest norm of the others' last ones is refused.
 
 Honest ones differ by a hundred where one client's text is learnt by heart and another's is new."""
+USUAL = 1.0
+"""What a norm is held against too, until those of more than half of a round's clients are known: whoever comes first is
+not to decide what the others may send."""
 
 
 class Seat(Protocol):
@@ -124,6 +127,8 @@ class SharedHalf:
         Adapters that go on with their optimizer, as :meth:`tensors` gave them.
     freeze_a : bool
         Train ``B`` alone.
+    norms : dict[str, float], optional
+        Of clients' last gradients in the rounds before, clipped; those of this round are put into it.
 
     Attributes
     ----------
@@ -142,6 +147,7 @@ class SharedHalf:
         kept: Mapping[str, Tensor] = MappingProxyType({}),
         *,
         freeze_a: bool = False,
+        norms: dict[str, float] | None = None,
     ) -> None:
         trained = inject(part, specs, seed, start, freeze_a=freeze_a)
         self._part, self._layers = part.train(), adapted_layers(part)
@@ -150,9 +156,9 @@ class SharedHalf:
         self.optimizer.restore(kept)
         self.steps = Counter[str]()
         self.turns = turns
-        self._alone = turns.clients == 1
+        self._alone = len(turns.clients) == 1
         self._clip = train.clip or math.inf
-        self._norms: dict[str, float] = {}  # of each client's last gradient, clipped
+        self._norms = {} if norms is None else norms
 
     def attach(self, part: ServerModel | BodyModel) -> None:
         """Put the adapters on a client's part, which begins at its own split point."""
@@ -175,16 +181,22 @@ class SharedHalf:
     def take_step(self, client: str, step: int, before: float) -> float:
         """Move the adapters by a client's gradient, if it is one; returns its squared norm."""
         square = check_finite("the squared norm of the gradient of step", step, self.optimizer.square())
-        norm = min(math.sqrt(square), self._clip)
-        usual = max((norm for name, norm in self._norms.items() if name != client), default=0.0)
-        if usual and norm > OUTLIER * usual:
-            raise FloatingPointError(
-                f"the gradient of step {step} has norm {norm:.3g}, over {OUTLIER:g} times the {usual:.3g} of the others"
-            )
-        self._norms[client] = norm
+        self._norms[client] = self._check_size(client, step, min(math.sqrt(square), self._clip))
         move(self.optimizer, step, before)
         self.steps[client] += 1
         return square
+
+    def _check_size(self, client: str, step: int, norm: float) -> float:
+        """``norm``, if a step's gradient is not far larger than the others', of whom most are taken to be honest."""
+        others = [self._norms[name] for name in self.turns.clients if name != client and name in self._norms]
+        known = 2 * len(others) > len(self.turns.clients)
+        usual = max(others if known else [USUAL, *others])
+        if usual and norm > OUTLIER * usual:
+            whose = "of the others" if known else "that is usual; set train.clip"
+            raise FloatingPointError(
+                f"the gradient of step {step} has norm {norm:.3g}, over {OUTLIER:g} times the {usual:.3g} {whose}"
+            )
+        return norm
 
 
 class _SharedSeat:

@@ -34,8 +34,8 @@ class Turns:
 
     Attributes
     ----------
-    clients : int
-        How many there were at the start.
+    clients : tuple[str, ...]
+        Those that there were at the start.
     holder : str or None
         Whose step is under way.
     """
@@ -53,7 +53,7 @@ class Turns:
         self._taken = dict.fromkeys(clients, 0)  # steps of each client that is still there, in the order of a step
         self._late: set[str] = set()
         self._asking: list[str] = []  # in the order of their coming
-        self.clients = len(clients)
+        self.clients = tuple(clients)
         self.holder: str | None = None
         self._idle_since = 0.0  # when the turn became free, or somebody asked for it
         self._changed = Condition()

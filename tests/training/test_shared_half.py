@@ -6,6 +6,7 @@ The other side of every comparison is :mod:`tests.plain`.
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 from hsplitlora_flwr.config import TrainConfig
 from hsplitlora_flwr.lora import AdapterSpec, extract, inject
 from hsplitlora_flwr.lora.aggregation import Factors
+from hsplitlora_flwr.lora.joint import adapted_layers
 from hsplitlora_flwr.models import split_model
 from hsplitlora_flwr.training.client import ClientTrainer, take_turn, train_client
 from hsplitlora_flwr.training.half import SharedHalf
@@ -64,12 +66,13 @@ class Split:
         recompute: bool = False,
         splits: Mapping[str, int] = SPLITS,
         train: TrainConfig = TRAIN,
+        norms: dict[str, float] | None = None,
     ) -> None:
         self.family, self.base, self.splits = family, tiny_model(family), splits
         names = names_of(self.base)
         self.turns = Turns(list(splits), order)
         _, part, *_ = split_model(self.base, min(splits.values()), labels)
-        self.half = SharedHalf(part, shared_specs(names), "server", {}, train, self.turns)
+        self.half = SharedHalf(part, shared_specs(names), "server", {}, train, self.turns, norms=norms)
         self.clients: dict[str, ClientTrainer] = {}
         self.servers: dict[str, ServerTrainer] = {}
         for number, (client, split) in enumerate(splits.items()):
@@ -263,6 +266,53 @@ def test_a_step_that_is_far_larger_than_the_others_is_refused_before_it_moves_wh
     server.close()
     assert_equal({"server": split.half.adapters()}, {"server": before})
     assert split.half.steps["c"] == 0
+
+
+FREE = replace(TRAIN, clip=0.0)
+
+
+def take(half: SharedHalf, client: str, norm: float) -> None:
+    """A step whose gradient has this norm."""
+    parameters = [p for layer in adapted_layers(half._part).values() for p in layer.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, norm / math.sqrt(sum(p.numel() for p in parameters)))
+    assert half.take_step(client, 0, 0.0) == pytest.approx(norm**2)
+
+
+def refused(half: SharedHalf, client: str, norm: float, says: str) -> None:
+    before = half.adapters()
+    with pytest.raises(FloatingPointError, match=says):
+        take(half, client, norm)
+    half.optimizer.drop_gradients()
+    assert_equal({"server": half.adapters()}, {"server": before})
+
+
+def test_no_minority_sets_what_the_others_may_send() -> None:
+    """Neither by gradients that are next to nothing, nor by coming first."""
+    half = Split("llama", train=FREE).half
+    refused(half, "a", 1001.0, "has norm 1e.03, over 1000 times the 1 that is usual; set train.clip")
+    take(half, "a", 1e-30)
+    take(half, "b", 0.9)  # the only other one says 1e-30
+    take(half, "c", 0.5)
+    take(half, "a", 499.0)
+    half._norms["a"] = 1e-30
+    refused(half, "a", 901.0, "over 1000 times the 0.9 of the others")
+    pair = Split("llama", train=FREE, splits={"a": 2, "b": 1}).half
+    for norm in (1e-30, 0.9):
+        take(pair, "a", 1e-30)
+        take(pair, "b", norm)
+
+
+def test_what_is_usual_is_known_from_the_rounds_before() -> None:
+    norms: dict[str, float] = {}
+    first = Split("llama", train=FREE, norms=norms).half
+    for client in SPLITS:
+        take(first, client, 1e-3)
+    assert norms == pytest.approx(dict.fromkeys(SPLITS, 1e-3))
+    refused(Split("llama", train=FREE, norms=norms).half, "a", 1.1, "over 1000 times the 0.001 of the others")
+    clipped = Split("llama", norms={}).half
+    take(clipped, "a", 1e9)  # counts as what clipping makes of it
+    take(clipped, "b", 1e-3)
 
 
 def test_parts_of_a_half_share_their_adapters() -> None:
