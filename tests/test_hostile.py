@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from safetensors.torch import load_file
 
 from hsplitlora_flwr.client.handlers import split_client_app
@@ -17,7 +18,7 @@ from hsplitlora_flwr.messages import DESCRIBE, PACKET_TYPE, TRAIN, take_tensors,
 from tests.grid import LocalGrid
 from tests.server.test_strategy import run, settings
 
-HONEST, HOSTILE = (10, 12), 11
+HOSTILE = 11
 Deed = Callable[[RecordDict], None]
 
 
@@ -78,16 +79,29 @@ DEEDS: list[tuple[str, Deed, str]] = [
 
 
 class HostileGrid(LocalGrid):
-    """One of its nodes does one deed after another; every deed is refused, so it is asked anew in every round."""
+    """One of its nodes does one deed after another; every deed is refused, so it is asked anew in every round.
 
-    deeds = 0
+    Parameters
+    ----------
+    deeds : list
+        Those of :data:`DEEDS` that it does.
+    dies : bool
+        It fails in the place of each of them.
+    """
+
+    def __init__(self, nodes: Iterable[int], deeds: Sequence[tuple[str, Deed, str]], dies: bool) -> None:
+        super().__init__(split_client_app(), {each: node(each - 10) for each in nodes})
+        self._deeds, self._dies, self._number = deeds, dies, -1
 
     def answer(self, message: Message) -> Message:
         reply, kind = super().answer(message), message.metadata.message_type
         if message.metadata.dst_node_id == HOSTILE and not reply.has_error():
-            self.deeds += kind == DESCRIBE
-            wanted, deed, _ = DEEDS[min(self.deeds, len(DEEDS)) - 1]
-            if kind == wanted:
+            self._number += kind == DESCRIBE
+            wanted, deed, _ = self._deeds[min(self._number, len(self._deeds) - 1)]
+            if kind == wanted and self._dies:
+                reply = Message(Error(code=0, reason="no power"), reply_to=message)
+                reply.metadata.__dict__["_src_node_id"] = HOSTILE
+            elif kind == wanted:
                 deed(reply.content)
         return reply
 
@@ -96,29 +110,40 @@ def node(index: int) -> dict[str, Any]:
     return {"partition-id": index, "num-partitions": 3, "memory-gb": 20.0}
 
 
+@pytest.mark.parametrize("half", ["per_client", "shared"])
 def test_the_others_end_where_they_end_without_a_client_that_sends_all_of_this(
-    tiny_folder: Path, tmp_path: Path
+    half: str, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    ends = {}
-    for name, nodes in (("without", HONEST), ("with", (10, HOSTILE, 12))):
+    """A half that all train keeps the steps of a client whose last reply is refused, as of one that dies after them;
+    who is refused before that has taken none. With a half for each client nothing is left."""
+    deeds = DEEDS if half == "per_client" else DEEDS[::3]
+    ends, summaries = {}, {}
+    for name in ("without", "with"):
+        nodes = (10, 12) if (half, name) == ("per_client", "without") else (10, HOSTILE, 12)
         changes = {
             "method.name": "hsplitlora-no-armsc",
-            "server.half": "per_client",  # what it trains of a shared half, with frames that are in order, stays there
+            "server.half": half,
             "split.point": 2,
-            "train.rounds": len(DEEDS),
+            "data.eval_rows": 4,
+            "train.rounds": len(deeds),
             "train.steps": 2,
             "clients.count": len(nodes),
             "lora.rank_cap": 4,
         }
         folder = tmp_path / name
-        grid = HostileGrid(split_client_app(), {each: node(each - 10) for each in nodes})
-        summary = run(settings(tiny_folder, folder, **changes), folder, grid)
-        assert [[row["client"] for row in each["clients"]] for each in summary["rounds"]] == [["0", "2"]] * len(DEEDS)
+        grid = HostileGrid(nodes, deeds, dies=name == "without")
+        summary = summaries[name] = run(settings(tiny_folder, folder, **changes), folder, grid)
+        assert [[row["client"] for row in each["clients"]] for each in summary["rounds"]] == [["0", "2"]] * len(deeds)
         ends[name] = load_file(folder / "adapter" / "adapter_model.safetensors")
     assert ends["with"].keys() == ends["without"].keys()
     assert all(torch.equal(tensor, ends["without"][key]) for key, tensor in ends["with"].items())
-    events = map(json.loads, (tmp_path / "with" / "events.jsonl").open())
+    kept = [{"1": 2} if half == "shared" and kind == TRAIN else {} for kind, _, _ in deeds]
+    for summary in summaries.values():
+        assert [each["steps_of_failed"] for each in summary["rounds"]] == kept
+    events = list(map(json.loads, (tmp_path / "with" / "events.jsonl").open()))
     failures = [event["error"] for event in events if event["kind"] == "client_failed"]
-    assert len(failures) == len(DEEDS)
-    for said, (_, _, says) in zip(failures, DEEDS, strict=True):
+    assert len(failures) == len(deeds)
+    for said, (_, _, says) in zip(failures, deeds, strict=True):
         assert says in said and said.isprintable() and len(said) <= 500
+    told = [event["text"] for event in events if "keeps 2 steps of client 1, which failed" in event.get("text", "")]
+    assert len(told) == sum(map(bool, kept))

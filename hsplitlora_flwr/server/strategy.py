@@ -281,6 +281,8 @@ class HSplitLoRA(Strategy):
             clients.append(self._report_client(server_round, node, outcome, {**updates[-1], **above}))
             self.clients.remember(node)
         failed = self.shard.steps_of_others([row["client"] for row in clients])
+        for client, steps in failed.items():
+            self.report.status(f"the server's half keeps {steps} steps of client {client}, which failed")
         shared, wholes = self.dispatch.end_half([row["split"] for row in clients])
         self.shard.dismiss_all()
         update = aggregate(updates, shares, self.method.rule, shared)
