@@ -332,6 +332,9 @@ class RunConfig:
 
     dir: str = setting("", "run folder; empty = a new folder in the user's data directory")
     resume: str = setting("", "folder of a run to go on from, after its last finished round; empty = start anew")
+    resume_changed: bool = setting(
+        False, "go on from it with other settings of the training than it has, as a lower train.lr; else refused"
+    )
     merged: bool = setting(False, "also save the whole model with the update merged in, under merged/")
     plugins: Names = setting((), "modules of one's own that server and clients import: see docs/extending.md")
     seed: int = setting(0, "seed of data, adapters and batches", ge=0, le=2**32 - 1)  # what NumPy takes

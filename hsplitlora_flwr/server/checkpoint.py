@@ -41,9 +41,24 @@ from hsplitlora_flwr.reporting.summary import SUMMARY_FILE
 CHECKPOINTS = "checkpoints"
 _STATE, _START, _OPTIMIZER = "state.json", "start.safetensors", "optimizer.safetensors"
 _TENSORS = (DELTA_FILE, _START, _OPTIMIZER)
-_FREE = ("run.dir", "run.resume", "run.timeout", "run.merged")
+_UNPLANNED = ("run.dir", "run.resume", "run.resume_changed", "run.timeout", "run.merged")
 """Settings that no plan depends on."""
 
+_MAY_CHANGE = (
+    *_UNPLANNED,
+    # who takes part, with what machines
+    *("clients.count", "clients.wait", "clients.min", "clients.memory_gb", "clients.gflops", "clients.mbit_up"),
+    *("clients.mbit_down", "clients.adapter_mb", "plan.deadline", "plan.over_budget", "plan.server_gflops"),
+    *("plan.server_memory_gb", "model.device"),
+    # for how long, and how the same steps are computed, sent and measured
+    *("train.rounds", "train.micro_batch_size", "train.recompute", "train.joint", "train.passes"),
+    *("server.order", "server.patience"),
+    *("evaluation.batch_size", "evaluation.generate", "evaluation.beams", "evaluation.max_new_tokens"),
+    *("transport.kind", "transport.address", "transport.port", "transport.bind", "transport.public_port"),
+    *("transport.tls", "transport.proxy", "transport.certificate", "transport.private_key", "transport.in_flight"),
+)
+"""Settings with which a run goes on as it would have gone on. Of all others those that are fixed stay, since what is on
+the disk is of no use with another value, and the rest is for the user to say (``run.resume_changed``)."""
 
 _FOLDERS = {
     "model.path": "its update belongs to that model",
@@ -95,7 +110,7 @@ class RunState:
     def plans_hold(self, config: Config) -> bool:
         """Whether the plans are still those of these settings."""
         now = config.to_run_config()
-        return all(self.settings.get(key) == value for key, value in now.items() if key not in _FREE)
+        return all(self.settings.get(key) == value for key, value in now.items() if key not in _UNPLANNED)
 
 
 def save_state(state: RunState, run_folder: Path) -> None:
@@ -282,31 +297,42 @@ def _check_digest(file: Path, text: Mapping[str, Any]) -> None:
 
 
 def _check_settings(config: Config, text: Mapping[str, Any]) -> None:
-    now, then, method = config.to_run_config(), text["settings"], METHODS[config.method.name]
-    fixed = ["method.name", "model.quantise", "run.seed", "evaluation.client_rows"]
-    # other text would be held out and kept apart, of which some has been trained on
-    fixed += [key for key in now if key.startswith("data.") and key not in ("data.path", "data.eval_path")]
-    if method.carries or method.central:  # the same adapters go on
-        fixed += ["lora.rank", "lora.ranks", "lora.alpha", "lora.targets"]
-    if method.central or keeps_half(config):  # and the same optimizer
-        fixed += ["train.optimizer", "train.momentum"]
-    for key in fixed:
-        if now[key] != then.get(key):
-            raise ConfigError(
-                f"{key}={now[key]!r}, and the run in run.resume={config.run.resume} has {then.get(key)!r}; a run goes "
-                "on with what it began with"
-            )
+    now, then = config.to_run_config(), Config().to_run_config() | text["settings"]
+    fixed = _fixed(config)
+    changed = [key for key in now if now[key] != then[key] and key not in (*_MAY_CHANGE, *_FOLDERS)]
+    for key in (key for key in changed if key in fixed):
+        raise ConfigError(
+            f"{key}={now[key]!r}, and the run in run.resume={config.run.resume} has {then[key]!r}; a run goes on with "
+            "what it began with"
+        )
+    if changed and not config.run.resume_changed:
+        values = ", ".join(f"{key}={now[key]!r} for {then[key]!r}" for key in changed)
+        raise ConfigError(
+            f"other settings than those of the run in run.resume={config.run.resume}: {values}; it goes on with what "
+            "it began with, unless run.resume_changed=true says that these are meant"
+        )
     # a folder may have moved to another place
     for key, why in _FOLDERS.items():
-        if Path(str(now[key])).name != Path(str(then.get(key))).name:
-            raise ConfigError(
-                f"{key}={now[key]}, and the run in run.resume={config.run.resume} has {then.get(key)}; {why}"
-            )
+        if Path(str(now[key])).name != Path(str(then[key])).name:
+            raise ConfigError(f"{key}={now[key]}, and the run in run.resume={config.run.resume} has {then[key]}; {why}")
     if config.train.rounds < text["server_round"]:
         raise ConfigError(
             f"train.rounds={config.train.rounds}, and the run in run.resume={config.run.resume} has finished "
             f"{text['server_round']}; give at least as many"
         )
+
+
+def _fixed(config: Config) -> list[str]:
+    """Settings that what is on the disk belongs to."""
+    method = METHODS[config.method.name]
+    fixed = ["method.name", "model.quantise", "run.seed", "evaluation.client_rows"]
+    # other text would be held out and kept apart, of which some has been trained on
+    fixed += [key for key in config.to_run_config() if key.startswith("data.")]
+    if method.carries or method.central:  # the same adapters go on
+        fixed += ["lora.rank", "lora.ranks", "lora.alpha", "lora.targets"]
+    if method.central or keeps_half(config):  # and the same optimizer
+        fixed += ["train.optimizer", "train.momentum"]
+    return fixed
 
 
 @contextmanager

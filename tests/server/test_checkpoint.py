@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -364,6 +365,70 @@ def test_settings_that_do_not_fit_are_refused(key: str, value: Any, text: str, o
         value, text = 1, "train.rounds=1, and the run in .* has finished 2"
     with pytest.raises(ConfigError, match=text):
         check_resume(Config.from_run_config(config.to_run_config() | {key: value}), Path(config.run.dir))
+
+
+OTHER = {
+    "train.lr": 1e-4,
+    "train.steps": 7,
+    "train.batch_size": 2,
+    "train.clip": 0.5,
+    "train.schedule": "cosine",
+    "lora.ranks": "0,8",
+    "lora.dropout": 0.1,
+    "split.min": 2,
+    "server.half": "per_client",
+    "transport.up": "int8",
+    "model.dtype": "bfloat16",
+    "clients.max_share": 0.5,
+}
+
+
+@pytest.mark.parametrize("key", OTHER)
+def test_what_changes_the_training_is_for_the_user_to_say(key: str, old: Path, config: Config) -> None:
+    then = config.to_run_config()
+    changed = Config.from_run_config(then | {key: OTHER[key]})
+    with pytest.raises(
+        ConfigError,
+        match=rf"{re.escape(f'{key}={OTHER[key]!r} for {then[key]!r}')}; .* unless run\.resume_changed=true",
+    ):
+        check_resume(changed, Path(config.run.dir))
+    check_resume(Config.from_run_config(changed.to_run_config() | {"run.resume_changed": True}), Path(config.run.dir))
+
+
+def test_all_that_is_other_is_named_at_once_and_what_is_fixed_stays_so(old: Path, config: Config) -> None:
+    both = config.to_run_config() | {"train.lr": 1e-4, "train.steps": 7}
+    with pytest.raises(ConfigError, match=r"train\.steps=7 for 3, train\.lr=0\.0001 for 0\.02; "):
+        check_resume(Config.from_run_config(both), Path(config.run.dir))
+    said = config.to_run_config() | {"run.seed": 7, "run.resume_changed": True}
+    with pytest.raises(ConfigError, match=r"run\.seed=7, and the run in .* has 0; a run goes on with what it began"):
+        check_resume(Config.from_run_config(said), Path(config.run.dir))
+
+
+def test_where_and_how_a_run_is_computed_may_change(old: Path, config: Config) -> None:
+    other: dict[str, Any] = {
+        "train.rounds": 9,
+        "train.micro_batch_size": 1,
+        "train.recompute": "on",
+        "clients.count": 5,
+        "clients.memory_gb": "4,8",
+        "evaluation.generate": True,
+        "transport.kind": "messages",
+        "transport.port": 8443,
+        "server.order": "fixed",
+        "model.device": "cpu",
+        "run.timeout": 60,
+        "run.merged": True,
+    }
+    check_resume(Config.from_run_config(config.to_run_config() | other), Path(config.run.dir))
+
+
+def test_a_setting_that_there_was_not_yet_has_its_default(old: Path, state: RunState, config: Config) -> None:
+    older = {key: value for key, value in state.settings.items() if key != "server.half"}
+    save_state(RunState(2, older, state.delta), old)
+    check_resume(config, Path(config.run.dir))
+    own = Config.from_run_config(config.to_run_config() | {"server.half": "per_client"})
+    with pytest.raises(ConfigError, match=r"server\.half='per_client' for 'shared'"):
+        check_resume(own, Path(config.run.dir))
 
 
 def test_adapters_that_go_on_keep_their_ranks(old: Path, state: RunState, config: Config) -> None:
