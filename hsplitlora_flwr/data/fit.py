@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from transformers import PretrainedConfig
+
 from hsplitlora_flwr.config import Config, ConfigError
 from hsplitlora_flwr.data.collate import Tokens, tokenize
 from hsplitlora_flwr.data.sources import DataError, Example
@@ -82,9 +84,41 @@ def check_positions(config: Config) -> None:
     That is so where they are learnt or lie in a table; rotary ones are computed as they come.
     """
     model, longest = read_config(config.model.path).get_text_config(), config.data.max_length
-    positions = getattr(model, "max_position_embeddings", None)
-    if positions is not None and longest > positions and not getattr(model, "rope_parameters", None):
+    positions = _positions(model)
+    if positions is not None and longest > positions and not _is_rotary(model):
         raise ConfigError(
             f"data.max_length={longest} is above the {positions} positions of {config.model.path}; "
             f"set it to {positions} or less"
         )
+
+
+def beyond_training(config: Config) -> str:
+    """A warning where rows may have more tokens than a model with rotary positions was trained on; empty where not."""
+    model, longest = read_config(config.model.path).get_text_config(), config.data.max_length
+    positions = _positions(model)
+    if positions is None or longest <= positions or not _is_rotary(model):
+        return ""
+    return (
+        f"data.max_length={longest} is above the {positions} positions that {config.model.path} was trained on; its "
+        f"rotary positions go on, but it has not learnt what they mean. Set it to {positions} or less"
+    )
+
+
+def _positions(model: PretrainedConfig) -> int | None:
+    """How many positions a configuration speaks of, stretched ones included; None where it speaks of none."""
+    named = (getattr(model, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    positions: int | None = next((number for number in named if isinstance(number, int) and number > 0), None)
+    if positions is None or not _is_rotary(model):
+        return positions
+    rope = model.rope_parameters
+    kinds = [kind for kind in rope.values() if isinstance(kind, dict)] or [rope]  # by kind of layer, or of all
+    stretched = (
+        int(kind["factor"] * kind["original_max_position_embeddings"])
+        for kind in kinds
+        if kind.get("factor") and kind.get("original_max_position_embeddings")
+    )
+    return max(positions, *stretched, 0)
+
+
+def _is_rotary(model: PretrainedConfig) -> bool:
+    return bool(getattr(model, "rope_parameters", None))

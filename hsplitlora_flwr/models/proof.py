@@ -217,7 +217,10 @@ def prove(model: PreTrainedModel, family: Family) -> None:
         ):
             where = f"cut {parts} after block {split}"
             if not torch.allclose(split_loss, loss, rtol=0, atol=1e-9):
-                raise UnsupportedModelError(f"{where}, its loss is {split_loss:.9f}, not {loss:.9f}")
+                raise UnsupportedModelError(
+                    f"{where}, its loss is {split_loss:.9f}, not {loss:.9f}: its code does something around the blocks "
+                    "that a part of them cannot leave out, such as scaling the embeddings or adding positions to them"
+                )
             got = torch.autograd.grad(split_loss, weights, retain_graph=True, allow_unused=True)
             if not all(map(_equal, got, expected)):
                 raise UnsupportedModelError(f"{where}, its gradients differ from the whole's")

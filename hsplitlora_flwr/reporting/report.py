@@ -43,6 +43,11 @@ class RunReport:
         """Say what happens next."""
         self._events.emit("status", text=text)
 
+    def warning(self, text: str) -> None:
+        """Say what is likely to be a mistake, now and in the summary."""
+        self._summary.save(warnings=[*self._summary.content.get("warnings", []), text])
+        self.status(f"warning: {text}")
+
     def resumed(self, run_folder: Path, server_round: int) -> None:
         """The run goes on from a round of another, whose summary up to there becomes part of this one's."""
         self._summary.resume(run_folder, server_round)

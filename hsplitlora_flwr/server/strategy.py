@@ -32,7 +32,7 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.data.collate import evaluation_batches, prompts_inside_tokens
-from hsplitlora_flwr.data.fit import Cut, fit_text
+from hsplitlora_flwr.data.fit import Cut, beyond_training, fit_text
 from hsplitlora_flwr.data.sources import Example
 from hsplitlora_flwr.evaluation.generation import generate_and_score
 from hsplitlora_flwr.evaluation.perplexity import MAX_NLL, evaluate
@@ -410,8 +410,8 @@ class HSplitLoRA(Strategy):
     def _open(self) -> None:
         """Open the stream's port and load the base."""
         if self.config.transport.kind != "messages" and not self.config.transport.tls:
-            self.report.status(
-                "warning: transport.tls=false, so activations, labels and tokens can be read by anyone on the way"
+            self.report.warning(
+                "transport.tls=false, so activations, labels and tokens can be read by anyone on the way"
             )
         self.report.status(f"loading {self.config.model.path}")
         self.shard = Shard(self.config)
@@ -438,8 +438,8 @@ class HSplitLoRA(Strategy):
         what = f"the held-out loss after round {server_round} is {loss:g} per token, which no perplexity belongs to; "
         if kept := last_round(self.folder):
             return (
-                f"{what}its update is not kept, and round {kept} is: go on from there with run.resume={self.folder}, a "
-                "new run.dir, and a lower train.lr or train.clip"
+                f"{what}its update is not kept, and round {kept} is: go on from there with run.resume={self.folder}, "
+                "run.resume_changed=true, a new run.dir, and a lower train.lr or train.clip"
             )
         return f"{what}lower train.lr or set train.clip" if server_round else f"{what}see whether the base is whole"
 
@@ -502,6 +502,8 @@ class HSplitLoRA(Strategy):
         """Say what of the text does not fit, or is not written after as it is trained, while the run can be stopped."""
         inside = prompts_inside_tokens(self._held_out, load_tokenizer(self.config.model.path))
         self.report.text(self.config.data.max_length, training, Cut.of(self._held_out_tokens), inside)
+        if warning := beyond_training(self.config):
+            self.report.warning(warning)
 
     def _report_plan(self, server_round: int, reason: str, plan: Plan) -> None:
         figures = {"objective": plan.objective, "server_predicted_bytes": plan.server_bytes}

@@ -8,11 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer, GPT2Config, LlamaConfig, OPTConfig, PretrainedConfig
+from transformers import (
+    AutoTokenizer,
+    BloomConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MptConfig,
+    OPTConfig,
+    PretrainedConfig,
+)
 
 from hsplitlora_flwr.config import Config, ConfigError
 from hsplitlora_flwr.data.collate import tokenize
-from hsplitlora_flwr.data.fit import Cut, fit_text
+from hsplitlora_flwr.data.fit import Cut, beyond_training, fit_text
 from hsplitlora_flwr.data.sources import DataError, Example
 from hsplitlora_flwr.models.loading import load_tokenizer
 
@@ -37,9 +46,10 @@ def test_text_that_fits_has_the_tokens_of_its_model(tiny_folder: Path) -> None:
     [
         (GPT2Config(n_positions=32), 32),
         (OPTConfig(max_position_embeddings=48), 48),
+        (MptConfig(max_seq_len=40), 40),  # a bias of so many
         (LlamaConfig(max_position_embeddings=32), None),  # rotary: computed as they come
     ],
-    ids=["gpt2", "opt", "llama"],
+    ids=["gpt2", "opt", "mpt", "llama"],
 )
 def test_rows_may_be_as_long_as_there_are_positions(folder: Path, model: PretrainedConfig, limit: int | None) -> None:
     model.vocab_size = 300
@@ -52,6 +62,35 @@ def test_rows_may_be_as_long_as_there_are_positions(folder: Path, model: Pretrai
             ConfigError, match=rf"data.max_length={limit + 1} is above the {limit} positions of .*model"
         ):
             fit_text([Example("", "x")], config_of(folder, max_length=limit + 1))
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize(
+    ("model", "trained"),
+    [
+        (LlamaConfig(max_position_embeddings=32), 32),
+        (LlamaConfig(max_position_embeddings=32, rope_parameters=YARN), 128),
+        (Gemma3TextConfig(max_position_embeddings=64), 64),  # rotary positions by kind of layer
+        (BloomConfig(), None),  # no positions, but distances
+    ],
+    ids=["llama", "stretched", "gemma3", "bloom"],
+)
+def test_rows_beyond_what_rotary_positions_were_trained_on_are_told(
+    folder: Path, model: PretrainedConfig, trained: int | None
+) -> None:
+    model.vocab_size = 300
+    model.save_pretrained(folder)
+    assert beyond_training(config_of(folder, max_length=trained or 9999)) == ""
+    if trained:
+        said = beyond_training(config_of(folder, max_length=trained + 1))
+        assert f"data.max_length={trained + 1} is above the {trained} positions that {folder} was trained on" in said
+
+
+def test_positions_that_end_are_refused_and_not_warned_of(folder: Path) -> None:
+    GPT2Config(n_positions=32, vocab_size=300).save_pretrained(folder)
+    assert beyond_training(config_of(folder, max_length=33)) == ""
 
 
 def test_a_token_without_an_embedding(folder: Path) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import (
     BertConfig,
     CodeGenConfig,
+    CTRLConfig,
     DeepseekV3Config,
     FalconConfig,
     GPTJConfig,
@@ -161,6 +162,7 @@ def test_layers_that_code_looks_into_get_no_adapter() -> None:
         (T5Config(), "it has an encoder and a decoder; name a model that is a decoder alone"),
         (BertConfig(), "a token changes what the model says of earlier ones, as in an encoder"),
         (MambaConfig(), "its configuration has no num_attention_heads; .* no recurrent models such as Mamba or RWKV"),
+        (CTRLConfig(), "its loss is .* its code does something around the blocks .* such as scaling the embeddings"),
         (NanoChatConfig(), "cut in two after block 1, its loss is"),  # its norm runs before the blocks as well
         (XGLMConfig(), "no tiny model of it runs in float64, so whether it can be cut was not found out"),
         (Qwen2VLConfig(), "it is multimodal"),

@@ -108,3 +108,12 @@ def test_a_run_that_lost_clients_says_so_at_the_end(report: RunReport, tmp_path:
     assert (last_event(tmp_path)["clients"], last_event(tmp_path)["known_clients"]) == (2, 3)
     page = (tmp_path / "run" / "report.html").read_text()
     assert "2 of 3" in page and "its worker process died" in page
+
+
+def test_a_warning_is_told_at_once_and_stays_in_the_summary(tmp_path: Path) -> None:
+    report = RunReport(tmp_path / "run", {})
+    report.warning("long rows")
+    report.warning("open port")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["warnings"] == ["long rows", "open port"]
+    events, _ = read_events(tmp_path / "run" / EVENTS_FILE)
+    assert [event["text"] for event in events] == ["warning: long rows", "warning: open port"]
