@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from safetensors.torch import load_file
 
 from hsplitlora_flwr.client.handlers import split_client_app
-from hsplitlora_flwr.messages import DESCRIBE, PACKET_TYPE, TRAIN, take_tensors, to_arrays
+from hsplitlora_flwr.messages import DESCRIBE, PACKET_TYPE, TRAIN, TURN, take_tensors, to_arrays
+from hsplitlora_flwr.transport.frames import Activation, decode, encode
 from tests.grid import LocalGrid
 from tests.server.test_strategy import run, settings
 
@@ -55,6 +57,22 @@ def metric(record: str, **values: Any) -> Deed:
     return deed
 
 
+def parts(change: Callable[[list[bytes]], list[Any]]) -> Deed:
+    """Other frames in a message."""
+
+    def deed(content: RecordDict) -> None:
+        content["frames"] = ConfigRecord({"frames": change(content.config_records["frames"]["frames"])})
+
+    return deed
+
+
+def again(frames: list[bytes]) -> list[bytes]:
+    """The step before, with what belongs to this one."""
+    frame = decode(frames[0])
+    assert isinstance(frame, Activation)
+    return [encode(replace(frame, step=frame.step - 1))]
+
+
 NESTED = b"[" * 5000
 DEEDS: list[tuple[str, Deed, str]] = [
     (DESCRIBE, say(examples=10**15), "examples=1000000000000000, which must be"),
@@ -77,6 +95,14 @@ DEEDS: list[tuple[str, Deed, str]] = [
     (TRAIN, lambda content: content.clear(), "neither frames nor an outcome"),
 ]
 
+IN_FRAMES: list[tuple[str, Deed, str]] = [
+    (TURN, parts(lambda frames: frames * 1000), "a message with 1,000 frames; at most 1"),
+    (TURN, parts(lambda frames: [bytes(10**7)]), "a message with a frame of 10,000,000 bytes; at most"),
+    (TURN, parts(lambda frames: [b"GET / HTTP/1.1"]), "shorter than its prefix"),
+    (TURN, parts(lambda frames: [1, 2]), "the frames of a message are not bytes"),
+    (TURN, parts(again), "came where step"),
+]
+
 
 class HostileGrid(LocalGrid):
     """One of its nodes does one deed after another; every deed is refused, so it is asked anew in every round.
@@ -91,18 +117,21 @@ class HostileGrid(LocalGrid):
 
     def __init__(self, nodes: Iterable[int], deeds: Sequence[tuple[str, Deed, str]], dies: bool) -> None:
         super().__init__(split_client_app(), {each: node(each - 10) for each in nodes})
-        self._deeds, self._dies, self._number = deeds, dies, -1
+        self._deeds, self._dies, self._number, self._done = deeds, dies, -1, False
 
     def answer(self, message: Message) -> Message:
         reply, kind = super().answer(message), message.metadata.message_type
         if message.metadata.dst_node_id == HOSTILE and not reply.has_error():
-            self._number += kind == DESCRIBE
+            if kind == DESCRIBE:
+                self._number, self._done = self._number + 1, False
             wanted, deed, _ = self._deeds[min(self._number, len(self._deeds) - 1)]
-            if kind == wanted and self._dies:
-                reply = Message(Error(code=0, reason="no power"), reply_to=message)
-                reply.metadata.__dict__["_src_node_id"] = HOSTILE
-            elif kind == wanted:
-                deed(reply.content)
+            if kind == wanted and not self._done:
+                self._done = True
+                if self._dies:
+                    reply = Message(Error(code=0, reason="no power"), reply_to=message)
+                    reply.metadata.__dict__["_src_node_id"] = HOSTILE
+                else:
+                    deed(reply.content)
         return reply
 
 
@@ -110,19 +139,23 @@ def node(index: int) -> dict[str, Any]:
     return {"partition-id": index, "num-partitions": 3, "memory-gb": 20.0}
 
 
-@pytest.mark.parametrize("half", ["per_client", "shared"])
+@pytest.mark.parametrize(
+    ("half", "transport", "deeds"),
+    [("per_client", "stream", DEEDS), ("shared", "stream", DEEDS[::3]), ("shared", "messages", IN_FRAMES)],
+    ids=["own halves", "one half", "one half, by messages"],
+)
 def test_the_others_end_where_they_end_without_a_client_that_sends_all_of_this(
-    half: str, tiny_folder: Path, tmp_path: Path
+    half: str, transport: str, deeds: list[tuple[str, Deed, str]], tiny_folder: Path, tmp_path: Path
 ) -> None:
-    """A half that all train keeps the steps of a client whose last reply is refused, as of one that dies after them;
-    who is refused before that has taken none. With a half for each client nothing is left."""
-    deeds = DEEDS if half == "per_client" else DEEDS[::3]
+    """A half that all train keeps the steps that were accepted before, as of a client that dies then; who is refused
+    before its first has left none. With a half for each client nothing is left."""
     ends, summaries = {}, {}
     for name in ("without", "with"):
         nodes = (10, 12) if (half, name) == ("per_client", "without") else (10, HOSTILE, 12)
         changes = {
             "method.name": "hsplitlora-no-armsc",
             "server.half": half,
+            "transport.kind": transport,
             "split.point": 2,
             "data.eval_rows": 4,
             "train.rounds": len(deeds),
@@ -137,7 +170,8 @@ def test_the_others_end_where_they_end_without_a_client_that_sends_all_of_this(
         ends[name] = load_file(folder / "adapter" / "adapter_model.safetensors")
     assert ends["with"].keys() == ends["without"].keys()
     assert all(torch.equal(tensor, ends["without"][key]) for key, tensor in ends["with"].items())
-    kept = [{"1": 2} if half == "shared" and kind == TRAIN else {} for kind, _, _ in deeds]
+    taken = {DESCRIBE: 0, TURN: 1, TRAIN: 2 if half == "shared" else 0}
+    kept = [{"1": taken[kind]} if taken[kind] else {} for kind, _, _ in deeds]
     for summary in summaries.values():
         assert [each["steps_of_failed"] for each in summary["rounds"]] == kept
     events = list(map(json.loads, (tmp_path / "with" / "events.jsonl").open()))
@@ -145,5 +179,5 @@ def test_the_others_end_where_they_end_without_a_client_that_sends_all_of_this(
     assert len(failures) == len(deeds)
     for said, (_, _, says) in zip(failures, deeds, strict=True):
         assert says in said and said.isprintable() and len(said) <= 500
-    told = [event["text"] for event in events if "keeps 2 steps of client 1, which failed" in event.get("text", "")]
+    told = [event["text"] for event in events if "steps of client 1, which failed" in event.get("text", "")]
     assert len(told) == sum(map(bool, kept))

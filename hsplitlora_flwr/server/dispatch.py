@@ -32,7 +32,7 @@ from hsplitlora_flwr.server.shard import Shard
 from hsplitlora_flwr.training.memory import may_fragment
 from hsplitlora_flwr.training.server import StepReport
 from hsplitlora_flwr.transport.frames import Failure
-from hsplitlora_flwr.transport.messages import add_frames, has_frames, read_frames
+from hsplitlora_flwr.transport.messages import add_frames, has_frames
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +148,9 @@ class Dispatch:
         client = self._clients.name(reply.metadata.src_node_id)
         try:
             with reading("its reply"):
-                return not has_frames(reply.content) or self._shard.may_answer(client, read_frames(reply.content))
+                if not has_frames(reply.content):
+                    return True
+                return self._shard.may_answer(client, self._shard.read(client, reply.content))
         except ReplyError:
             return True  # with what is wrong
 
@@ -166,7 +168,8 @@ class Dispatch:
                 if Description.is_all_of(reply.content):  # its update is not what we thought
                     self._clients.take_description(node, Description.from_records(reply.content))
                     return self._again(node)
-                answers = self._shard.answer(self._tasks[node].client, read_frames(reply.content))
+                client = self._tasks[node].client
+                answers = self._shard.answer(client, self._shard.read(client, reply.content))
                 if Outcome.is_in(reply.content):
                     return None
                 if not answers:

@@ -7,6 +7,7 @@ import math
 import socket
 from collections.abc import Callable, Collection, Mapping, Sequence
 
+from flwr.app import RecordDict
 from torch import Tensor
 
 from hsplitlora_flwr.config import Config, TransportConfig
@@ -29,6 +30,7 @@ from hsplitlora_flwr.training.server import CorePool, ServerEvaluator, ServerTra
 from hsplitlora_flwr.training.turns import Turns
 from hsplitlora_flwr.transport.certificates import Identity, make_identity, read_identity
 from hsplitlora_flwr.transport.frames import Failure, Frame
+from hsplitlora_flwr.transport.messages import read_frames
 from hsplitlora_flwr.transport.stream import Handler, StreamServer
 from hsplitlora_flwr.transport.wire import WireError
 
@@ -57,6 +59,7 @@ class Shard:
         self._stream = None if config.transport.kind == "messages" else open_stream(config.transport)
         self._workers: dict[str, Worker] = {}
         self._handlers: dict[str, Handler] = {}
+        self._limits: dict[str, tuple[int, int]] = {}  # frames of a message, and bytes of a frame
         devices = pick_devices(config.model.device)
         self.base = SharedBase(config.model.path, config.model.dtype, devices, config.model.quantise)
         self._takes_all, self._passes = takes_all(config), passes_at_once(config)
@@ -131,11 +134,12 @@ class Shard:
             worker = ServerTrainer(model.train(), seat, report, threads, down, through, allowance)
         self._workers[task.client] = worker
         self._handlers[task.client] = handler = watched(task.client, worker)
+        limit = allowance.frame_bytes(int(model.decoder.config.hidden_size))
+        self._limits[task.client] = allowance.in_flight, limit
         if self._stream is None:
             return task
         if not self._waits_by_itself(task):
             handler = self._cores.share(handler)
-        limit = allowance.frame_bytes(int(model.decoder.config.hidden_size))
         token = self._stream.admit(handler, limit, worker.close, f"client {task.client}")
         return task.over_stream(self._stream.endpoint, token)
 
@@ -178,6 +182,16 @@ class Shard:
         taken = self._half.steps if self._half else {}
         return {client: steps for client, steps in taken.items() if client not in clients}
 
+    def read(self, client: str, records: RecordDict) -> list[Frame]:
+        """The frames of a client's message.
+
+        Raises
+        ------
+        FrameError
+            If they are damaged, or more or longer than its task allows; none are where the method does not split.
+        """
+        return read_frames(records, *self._limits.get(client, (0, 0)))
+
     def may_answer(self, client: str, frames: Sequence[Frame]) -> bool:
         """Whether frames that came in a message can be answered now, without waiting for another client's step."""
         return self._workers[client].may_answer(frames)
@@ -203,6 +217,7 @@ class Shard:
             self.leave(client)
         self._workers.clear()
         self._handlers.clear()
+        self._limits.clear()
         self._half = None
         self._together = JointPass(self.base)
         trim_heap()  # every client's thread has left freed activations behind
@@ -250,8 +265,9 @@ def allowance_of(task: Task, longest: int) -> Allowance:
         rows = config.evaluation.client_rows
         return Allowance(
             rows=rows,
-            rows_at_once=min(config.evaluation.batch_size, rows),
+            rows_at_once=(at_once := min(config.evaluation.batch_size, rows)),
             tokens=longest,
+            in_flight=math.ceil(rows / at_once),
             up=config.transport.up,
         )
     # a probe takes the batch whole

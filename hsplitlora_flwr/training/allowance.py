@@ -42,7 +42,8 @@ class Allowance:
     tokens : int
         Tokens of a row at most.
     in_flight : int
-        Hidden states at most that wait for their gradients, where labels stay with the client.
+        Frames at most that a message holds, and hidden states that wait for their gradients where labels stay with the
+        client.
     up : str or None
         Numbers on the wire; see :func:`hsplitlora_flwr.transport.wire.pack`. None takes any.
     """

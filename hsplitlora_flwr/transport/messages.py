@@ -34,15 +34,27 @@ def has_frames(records: RecordDict) -> bool:
     return _FRAMES in records
 
 
-def read_frames(records: RecordDict) -> list[Frame]:
+def read_frames(records: RecordDict, most: int | None = None, limit: int | None = None) -> list[Frame]:
     """The frames of a message's content; none if it holds none.
+
+    Parameters
+    ----------
+    most : int, optional
+        How many there may be.
+    limit : int, optional
+        Longest of them in bytes.
 
     Raises
     ------
     FrameError
-        If they are damaged.
+        If they are damaged, or more or longer than allowed; that is seen before any is read.
     """
-    return [decode(part) for part in _parts(records)]
+    parts = _parts(records)
+    if most is not None and len(parts) > most:
+        raise FrameError(f"a message with {len(parts):,} frames; at most {most:,} are accepted here")
+    if limit is not None and (longest := max(map(len, parts), default=0)) > limit:
+        raise FrameError(f"a message with a frame of {longest:,} bytes; at most {limit:,} are accepted here")
+    return [decode(part) for part in parts]
 
 
 def frame_bytes(records: RecordDict) -> int:

@@ -36,6 +36,9 @@ class FakeShard:
     def admit(self, task: Task, *_: Any) -> Task:
         return task
 
+    def read(self, client: str, records: RecordDict) -> list[Frame]:
+        return read_frames(records)
+
     def answer(self, client: str, frames: list[Frame]) -> list[Frame]:
         self.seen += [client] * len(frames)
         return [Failure(self.error) if self.error else Finished() for _ in frames]

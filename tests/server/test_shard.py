@@ -31,8 +31,12 @@ def task(kind: str, **settings: Any) -> Task:
         (TRAIN, {"train.micro_batch_size": 3, "transport.kind": "auto"}, Allowance(20, 10, 8, 3, 50, 3, "int8")),
         # a probe takes the batch whole
         (PROBE, {"train.micro_batch_size": 3}, Allowance(20, 10, 8, 8, 50, 1, "int8")),
-        (EVALUATE, {"evaluation.client_rows": 30}, Allowance(rows=30, rows_at_once=16, tokens=50, up="int8")),
-        (EVALUATE, {"evaluation.client_rows": 5}, Allowance(rows=5, rows_at_once=5, tokens=50, up="int8")),
+        (
+            EVALUATE,
+            {"evaluation.client_rows": 30},
+            Allowance(rows=30, rows_at_once=16, tokens=50, in_flight=2, up="int8"),
+        ),
+        (EVALUATE, {"evaluation.client_rows": 5}, Allowance(rows=5, rows_at_once=5, tokens=50, in_flight=1, up="int8")),
     ],
 )
 def test_what_a_task_allows(kind: str, settings: dict[str, Any], allowed: Allowance) -> None:

@@ -33,6 +33,19 @@ def test_damaged_frames_are_refused() -> None:
         read_frames(RecordDict({"frames": ConfigRecord({"frames": [b"HSPL and so on"]})}))
 
 
+def test_frames_are_counted_and_measured_before_any_is_read() -> None:
+    def noise(*sizes: int) -> RecordDict:
+        return RecordDict({"frames": ConfigRecord({"frames": [bytes(size) for size in sizes]})})
+
+    with pytest.raises(FrameError, match="a message with 1,000 frames; at most 2 are accepted here"):
+        read_frames(noise(*[9] * 1000), 2, 100)
+    with pytest.raises(FrameError, match="a message with a frame of 101 bytes; at most 100 are accepted here"):
+        read_frames(noise(9, 101), 2, 100)
+    good = add_frames(RecordDict(), [Loss(2.5), Loss(2.5)])
+    assert len(read_frames(good, 2, frame_bytes(good) // 2)) == 2
+    assert read_frames(RecordDict(), 2, 100) == []
+
+
 def counting_app() -> ClientApp:
     """Counts down what it is sent; a node that is sent -1 fails."""
     app = ClientApp()
