@@ -17,20 +17,17 @@ from hsplitlora_flwr.transport.frames import (
     HEADER_BYTES,
     Activation,
     Failure,
-    Finish,
-    Finished,
     Frame,
     FrameError,
     Gradient,
     Hidden,
-    HiddenGradient,
     Loss,
     Ping,
-    Pong,
     buffers,
     decode,
     encode,
 )
+from tests.transport.samples import every_frame
 
 NONE = torch.empty(0)
 
@@ -63,23 +60,9 @@ def same(one: Frame, other: Frame) -> bool:
     st.booleans(),
 )
 def test_round_trip(dtype: torch.dtype, rows: int, length: int, hidden: int, number: float, last: bool) -> None:
-    ids = torch.arange(rows * length).reshape(rows, length)
     cut = (100 * torch.randn(rows, length, hidden)).to(dtype).transpose(0, 1).contiguous().transpose(0, 1)
     scale = torch.rand(rows, length) if dtype == torch.int8 else NONE
-    frames: list[Frame] = [
-        Activation(3, cut, scale, ids % 2, ids - 100, rows, last, number),
-        Activation(3, cut, scale, ids % 2, torch.empty(0, dtype=torch.long), rows, last, number),
-        Gradient(cut, scale, number, -number),
-        Hidden(cut, scale),
-        HiddenGradient(cut, scale, number),
-        Loss(number),
-        Finish(number),
-        Finished(),
-        Failure("ValueError: ü"),
-        Ping(ids.to(torch.uint8), length),
-        Pong(torch.tensor(7, dtype=torch.uint8)),
-    ]
-    for frame in frames:
+    for frame in every_frame(cut, scale, number, last):
         data = encode(frame)
         assert data == b"".join(buffers(frame))
         for form in (data, bytearray(data), memoryview(data), memoryview(bytearray(b"x" + data))[1:]):

@@ -16,23 +16,9 @@ import torch
 
 from hsplitlora_flwr.config import WIRES
 from hsplitlora_flwr.transport.chunks import assemble
-from hsplitlora_flwr.transport.frames import (
-    Activation,
-    Failure,
-    Finish,
-    Finished,
-    Frame,
-    FrameError,
-    Gradient,
-    Hidden,
-    HiddenGradient,
-    Loss,
-    Ping,
-    Pong,
-    decode,
-    encode,
-)
+from hsplitlora_flwr.transport.frames import Activation, FrameError, decode, encode
 from hsplitlora_flwr.transport.wire import WireError, pack, unpack
+from tests.transport.samples import every_frame
 
 INPUTS = int(os.environ.get("HSPLITLORA_FUZZ", "6000"))
 SHARES = 6
@@ -41,21 +27,7 @@ SHARES = 6
 PREFIX = struct.Struct("<4sBBIQ")
 LIMIT = 2**16 + 2**12
 
-IDS = torch.arange(6).reshape(2, 3)
-FRAMES: list[Frame] = [
-    *(Activation(3, *pack(torch.randn(2, 3, 4), wire), IDS % 2, IDS, 4, True, 0.5) for wire in WIRES),
-    Activation(3, torch.ones(2, 3, 4), torch.empty(0), IDS, torch.empty(0, dtype=torch.long), 4, False, 0.0),
-    Gradient(*pack(torch.randn(1, 2, 3), "int8"), 0.5, 0.25),
-    Hidden(torch.ones(1, 2, 3), torch.empty(0)),
-    HiddenGradient(torch.ones(1, 2, 3), torch.empty(0), 1.5),
-    Loss(1.0),
-    Finish(2.0),
-    Finished(),
-    Failure("ValueError: ü"),
-    Ping(torch.zeros(5, dtype=torch.uint8), 7),
-    Pong(torch.zeros(3, dtype=torch.uint8)),
-]
-GOOD = [encode(frame) for frame in FRAMES]
+GOOD = [encode(frame) for wire in WIRES for frame in every_frame(*pack(torch.randn(2, 3, 4), wire))]
 
 # What JSON, or Python's reading of it, can hold in the place of something else
 ODD = [
