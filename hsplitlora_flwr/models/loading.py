@@ -461,6 +461,8 @@ class StoredModel:
         """What makes a tensor, or one that it is tied to; None for a buffer that files may leave out, and do."""
         if recipe := self._recipes.get(self._stored_as(name)):
             return recipe
+        # What files may leave out, and below hold besides, a class says for `from_pretrained` alone, which reads whole
+        # models: nothing public says it.
         if not self._state[name].is_meta and _matches(name, self.model._keys_to_ignore_on_load_missing):
             return None
         is_head = self.model.get_submodule(name.rpartition(".")[0]) is self.model.get_output_embeddings()
@@ -531,6 +533,8 @@ def _tied_parts(config: PretrainedConfig) -> list[PretrainedConfig]:
 
 def _compute_buffers(model: PreTrainedModel) -> None:
     """Compute buffers again, in fp32 before they are rounded to the dtype of the base, as transformers does."""
+    # Built without memory it has been initialised already, and every module is marked so: `init_weights` passes them
+    # by, and nothing public takes the marks away.
     for module in model.modules():
         vars(module).pop("_is_hf_initialized", None)
     model.init_weights()  # which ties weights as well
@@ -538,6 +542,7 @@ def _compute_buffers(model: PreTrainedModel) -> None:
 
 def _keep_in_fp32(model: PreTrainedModel) -> None:
     """Give those tensors fp32 that must have it, whatever the others have: biases of routers, for instance."""
+    # `from_pretrained` goes by this while it reads weights, and nothing public says it of a model that is not read yet.
     patterns = model._keep_in_fp32_modules_strict
     if model.dtype not in (torch.float16, torch.bfloat16) or not patterns:
         return
