@@ -17,7 +17,7 @@ from hsplitlora_flwr.registry import import_plugins
 from hsplitlora_flwr.reporting.report import RunReport, cause_of, failed_outside
 from hsplitlora_flwr.server.central import CentralTraining
 from hsplitlora_flwr.server.checkpoint import check_resume
-from hsplitlora_flwr.server.preflight import check_model_settings, check_text
+from hsplitlora_flwr.server.preflight import check_model_settings, check_run_folder, check_text
 from hsplitlora_flwr.server.shard import check_server
 from hsplitlora_flwr.server.strategy import HSplitLoRA
 from hsplitlora_flwr.training.process import OwnProcess
@@ -71,7 +71,14 @@ def make_strategy(config: Config, folder: Path, process: OwnProcess | None = Non
 
 
 def run_folder(wanted: str, run_id: int) -> Path:
-    """The configured run folder, or one named after the run in the user's data directory."""
+    """The configured run folder, or one named after the run in the user's data directory.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be written.
+    """
     folder = Path(wanted) if wanted else platformdirs.user_data_path("hsplitlora_flwr") / "runs" / str(run_id)
+    check_run_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     return folder.resolve()

@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
 import re
 import signal
 import subprocess
@@ -495,9 +494,6 @@ def _read(composed: DictConfig) -> tuple[Config, Launcher]:
         raise ConfigError("run.dir is empty; name a folder")
     if any((Path(folder) / name).exists() for name in (EVENTS_FILE, "summary.json", "adapter")):
         raise ConfigError(f"run.dir={folder} already holds a run; choose another folder or remove it")
-    parent = next(each for each in (Path(folder), *Path(folder).parents) if each.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise ConfigError(f"run.dir={folder} cannot be written: {parent} is no folder that you may write to")
     return with_absolute_paths(dataclasses.replace(config, run=dataclasses.replace(config.run, dir=folder))), launcher
 
 
@@ -528,11 +524,12 @@ def prepare(config: Config, console: Listener, *, simulated: bool = True) -> Non
     from hsplitlora_flwr.data.sources import load_text
     from hsplitlora_flwr.models.demo import DemoModelError, demo_model, is_demo_model
     from hsplitlora_flwr.server.checkpoint import check_resume
-    from hsplitlora_flwr.server.preflight import check_model_settings, check_parts, check_text
+    from hsplitlora_flwr.server.preflight import check_model_settings, check_parts, check_run_folder, check_text
     from hsplitlora_flwr.server.shard import check_server
     from hsplitlora_flwr.transport.certificates import CertificateError
     from hsplitlora_flwr.transport.stream import StreamError
 
+    check_run_folder(Path(config.run.dir))
     check_resume(config, Path(config.run.dir))
     text = load_text(config.data, config.run.seed)
     if is_demo_model(config.model.path):

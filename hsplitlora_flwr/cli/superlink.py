@@ -2,7 +2,7 @@
 
 Flower's own local SuperLink stays behind after a run, on a fixed port, with the Python path and the environment of
 whoever started it first. Ours has a free port, a private ``FLWR_HOME``, the code of the project, and at the end it
-takes everything that it started with it, Ray included.
+takes everything that it started with it, Ray included, even where we are killed (:mod:`hsplitlora_flwr.cli.guard`).
 """
 
 from __future__ import annotations
@@ -24,14 +24,13 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-import psutil
-
+from hsplitlora_flwr.cli.guard import HOME, end_all, guarding
 from hsplitlora_flwr.cli.interrupts import held, obey
 from hsplitlora_flwr.config import ConfigError
 
 START_SECONDS = 60.0
 ANSWER_SECONDS = 60.0
-_CONNECTION, _HOME = "hsplitlora", "FLWR_HOME"
+_CONNECTION = "hsplitlora"
 
 # Ray's longest socket path below its folder is 68 bytes, mkdtemp adds 13, and macOS allows 103 in all.
 _LONGEST_TEMP_DIR = 22
@@ -230,7 +229,7 @@ def open_superlink(connection: str, cwd: Path, log: Path, ray_address: str = "")
                 f'[superlink.{_CONNECTION}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
             )
             # Ray keeps its sockets and logs, and looks for running clusters, below RAY_TMPDIR.
-            env = {**_environment(), _HOME: str(home), "RAY_TMPDIR": str(home)}
+            env = {**_environment(), HOME: str(home), "RAY_TMPDIR": str(home)}
             env.pop("RAY_ADDRESS", None)
             if ray_address:
                 env["RAY_ADDRESS"] = ray_address
@@ -252,12 +251,14 @@ def _process(port: int, env: Mapping[str, str], cwd: Path, log: Path) -> Iterato
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    try:
-        _wait_until_healthy(process, port, log)
-        yield process
-    finally:
-        with held():
-            _stop_all(process, env[_HOME])
+    with guarding(process.pid, env[HOME], log.parent):
+        try:
+            _wait_until_healthy(process, port, log)
+            yield process
+        finally:
+            with held():
+                end_all(process.pid, env[HOME])
+                process.wait()
 
 
 def _check_ray(address: str) -> None:
@@ -285,50 +286,6 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path) 
     why = f"ended with status {process.poll()}" if process.poll() is not None else f"not up after {START_SECONDS:.0f} s"
     tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-10:])
     raise SuperLinkError(f"{tail}\nthe SuperLink did not start ({why}); its whole log is {log}")
-
-
-def _stop_all(process: subprocess.Popen[bytes], home: str) -> None:
-    """End the SuperLink and whatever it has started: first by asking it, then by asking all, then by force."""
-    sessions = _sessions(process.pid, home)
-    process.terminate()
-    psutil.wait_procs(_members(sessions), timeout=3)
-    sessions |= _sessions(process.pid, home)
-    for member in _members(sessions):
-        with suppress(psutil.NoSuchProcess):
-            member.terminate()
-    psutil.wait_procs(_members(sessions), timeout=3)
-    while members := _members(sessions):
-        for member in members:
-            with suppress(psutil.NoSuchProcess):
-                member.kill()
-        psutil.wait_procs(members, timeout=1)
-    process.wait()
-
-
-def _sessions(pid: int, home: str) -> set[int]:
-    """The sessions of a SuperLink and of what it has started, even if the SuperLink itself is dead.
-
-    Flower and Ray start sessions of their own, and a process whose parent died still belongs to its session. Who leads
-    a session has the SuperLink's private home in its environment; others may overwrite theirs with their title.
-    """
-    sessions = {pid}
-    for process in psutil.process_iter():
-        with suppress(psutil.Error, OSError):
-            if process.environ().get(_HOME) == home:
-                sessions.add(os.getsid(process.pid))
-    return sessions - {os.getsid(0)}
-
-
-def _members(sessions: set[int]) -> list[psutil.Process]:
-    """The living processes of some sessions."""
-    members = []
-    for process in psutil.process_iter():
-        try:
-            if os.getsid(process.pid) in sessions and process.status() != psutil.STATUS_ZOMBIE:
-                members.append(process)
-        except (psutil.NoSuchProcess, ProcessLookupError, PermissionError):
-            continue
-    return members
 
 
 def _environment() -> dict[str, str]:

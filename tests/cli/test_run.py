@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -22,6 +23,7 @@ import pytest
 from rich.console import Console
 
 from hsplitlora_flwr.cli import superlink
+from hsplitlora_flwr.cli.interrupts import ENDING
 from hsplitlora_flwr.cli.run import PROJECT, Launcher, _Watch, failure_cause, launch, run_config_toml
 from hsplitlora_flwr.cli.superlink import RunStatus, SuperLinkError, open_superlink
 from hsplitlora_flwr.config import Config, render_pyproject_block
@@ -456,10 +458,11 @@ def test_a_start_that_is_interrupted_leaves_no_process(app, tmp_path):
     assert "the same command starts anew" in output and "interrupted by SIGINT" in output
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", ENDING)
 def test_before_flower_starts_an_interrupted_run_says_so(number, tmp_path):
     code = (
-        "import sys; from hsplitlora_flwr.cli import run\n"
+        f"import signal, sys; signal.signal({int(number)}, signal.SIG_DFL)  # as it is without nohup\n"
+        "from hsplitlora_flwr.cli import run\n"
         "run.prepare = lambda *settings, **more: (print('preparing', flush=True), sys.stdin.read())\n"
         f"sys.argv = ['run', 'run.dir={tmp_path / 'run'}']\nrun.command()"
     )
@@ -495,6 +498,25 @@ def test_without_ray_no_superlink_is_started(app, tmp_path, capsys, monkeypatch)
         assert launch(settings(tmp_path / "run", "succeed"), app, Launcher(), console) == 1
     assert "pip install 'hsplitlora-flwr[simulation]'" in capsys.readouterr().out
     assert not (tmp_path / "run" / "superlink.log").exists()
+
+
+def test_a_launcher_that_is_killed_leaves_no_process(app, tmp_path):
+    folder = tmp_path / "run"
+    with launching(app, folder) as launcher:
+        until(launcher, "nodes are here")
+        (folder / "summary.json").write_text(json.dumps({"status": "running", "started": time.time()}))
+        children = psutil.Process(launcher.pid).children(recursive=True)
+        assert any("guard.py" in part for child in children for part in child.cmdline())
+        launcher.kill()
+        launcher.communicate(timeout=60)
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert alive == []
+    assert processes_of(tmp_path) == []
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["status"], summary["error"]) == (
+        "failed",
+        "the launcher was killed; everything that it had started is stopped",
+    )
 
 
 def test_a_superlink_that_cannot_start_says_why(tmp_path, monkeypatch):
@@ -534,3 +556,11 @@ def test_a_run_folder_is_used_once(tmp_path):
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "already holds a run" in done.stderr
+
+
+def test_a_run_folder_that_cannot_be_is_told_before_anything_else(tmp_path):
+    (tmp_path / "file").touch()
+    command = [sys.executable, "-m", "simulations.run", f"run.dir={tmp_path / 'file' / 'run'}", "model.path=nowhere"]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: run\.dir=.* cannot be written: .*; name another folder\n", done.stderr)

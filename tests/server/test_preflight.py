@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from hsplitlora_flwr.models import ModelFilesError, SplitError, quantisation
 from hsplitlora_flwr.models.placement import check_device
 from hsplitlora_flwr.planning import PlanError
 from hsplitlora_flwr.planning.round import cost_model
-from hsplitlora_flwr.server.preflight import check_model_settings, check_parts, check_text
+from hsplitlora_flwr.server.preflight import check_model_settings, check_parts, check_run_folder, check_text
 from tests.tiny import tiny_model
 
 
@@ -42,6 +43,28 @@ def test_each_mistake_has_an_error_of_its_own(config: Config, tmp_path: Path) ->
         check_model_settings(change(config, lora__targets="query"))
     with pytest.raises(ModelFilesError, match="no folder of that name"):
         check_model_settings(change(config, model__path=str(tmp_path / "nothing")))
+
+
+def test_a_run_folder_must_take_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(dir: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(dir))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuses)
+    with pytest.raises(ConfigError) as raised:
+        check_run_folder(tmp_path / "a" / "b")
+    assert str(raised.value) == (
+        f"run.dir={tmp_path / 'a' / 'b'} cannot be written: {tmp_path} takes no file (Read-only file system); "
+        "name another folder"
+    )
+
+
+def test_a_run_folder_need_not_be_there_but_is_a_folder(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "a" / "b"):
+        check_run_folder(folder)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"file takes no file \(Not a directory\); name another folder"):
+        check_run_folder(tmp_path / "file" / "run")
 
 
 def test_text_must_fit_the_model(tiny_folder: Path, tmp_path: Path) -> None:
