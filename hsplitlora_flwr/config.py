@@ -172,6 +172,12 @@ class SplitConfig:
     """Where a model may be cut."""
 
     min: int = setting(1, "fewest blocks on a client; a floor for privacy", unit="blocks", ge=1)
+    leakage: str = setting(
+        "", "file of an attack on this model (python -m simulations.attack): how much a server reads off each split"
+    )
+    max_leakage: float = setting(
+        1.0, "least split by that file: where at most this share of the tokens was recovered", ge=0, le=1
+    )
     max: int = setting(
         0,
         "most blocks on a client; 0 = half of them where server.half=shared, else all but one",
@@ -463,6 +469,11 @@ def _contradictions(config: Config) -> Iterator[str]:
     if data.source != "dialogues" and not data.path and not own_text:
         yield f"data.path is empty; data.source={data.source} needs the path of its files" + (
             ", or data.eval_path where nodes have text of their own" if data.source == "jsonl" else ""
+        )
+    if config.split.max_leakage < 1 and not config.split.leakage:
+        yield (
+            f"split.max_leakage={config.split.max_leakage:g} needs split.leakage, the file that an attack on this "
+            "model wrote: python -m simulations.attack --out FILE"
         )
     if config.split.max and config.split.max < config.split.min:
         yield f"split.max={config.split.max} is below split.min={config.split.min}"

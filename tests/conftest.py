@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-LONGEST = ("tests/system", "tests/test_transports", "tests/test_strategy", "tests/cli", "tests/simulations")
+LONGEST = ("tests/system", "tests/test_transports", "tests/server/test_strategy", "tests/cli", "tests/simulations")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -19,7 +19,7 @@ from hydra.errors import HydraException, OverrideParseException
 from hsplitlora_flwr.config import Config, ConfigError, unknown_key
 
 PATHS = (
-    *("model.path", "data.path", "data.eval_path", "run.dir", "run.resume"),
+    *("model.path", "data.path", "data.eval_path", "split.leakage", "run.dir", "run.resume"),
     *("transport.certificate", "transport.private_key"),
 )
 """Settings that name a file or folder."""

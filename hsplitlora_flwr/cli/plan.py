@@ -34,6 +34,7 @@ from hsplitlora_flwr.methods import METHODS
 from hsplitlora_flwr.models.loading import read_config
 from hsplitlora_flwr.models.quantisation import check_quantiser
 from hsplitlora_flwr.planning import Budget, CostModel, Plan
+from hsplitlora_flwr.planning.leakage import LeakageTable
 from hsplitlora_flwr.planning.round import cost_model, make_round_plan
 from hsplitlora_flwr.reporting.events import format_bytes
 from hsplitlora_flwr.training.memory import process_bytes, resting_bytes
@@ -127,6 +128,9 @@ def show(result: Forecast, console: Console) -> None:
     for client, missing in plan.left_out.items():
         say(f"client {client} is left out: it misses {missing:,} bytes of its {format_bytes(_memory(result, client))}")
     if METHODS[config.method.name].split:
+        if table := LeakageTable.of(config):
+            for warning in table.warnings({name: client.split for name, client in plan.clients.items()}):
+                say(f"warning: {warning}")
         up, down = cost.wire_bytes(config.transport.up, config.transport.down)
         say(f"wire: {format_bytes(up)} up and {format_bytes(down)} down, a client and step")
         budget = (

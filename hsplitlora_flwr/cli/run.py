@@ -506,6 +506,7 @@ def with_absolute_paths(config: Config) -> Config:
         run=dataclasses.replace(config.run, dir=_absolute(config.run.dir), resume=_absolute(config.run.resume)),
         data=dataclasses.replace(config.data, path=path, eval_path=eval_path),
         model=dataclasses.replace(config.model, path=model),
+        split=dataclasses.replace(config.split, leakage=_absolute(config.split.leakage)),
     )
 
 

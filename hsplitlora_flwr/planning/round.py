@@ -13,6 +13,7 @@ from hsplitlora_flwr.models.placement import pick_devices
 from hsplitlora_flwr.models.proof import find_family
 from hsplitlora_flwr.planning.budget import Budget, PlanError
 from hsplitlora_flwr.planning.cost import CostModel, Workload
+from hsplitlora_flwr.planning.leakage import LeakageTable
 from hsplitlora_flwr.planning.planner import Plan, make_plan
 from hsplitlora_flwr.planning.uniform import equal_plan, whole_plan
 
@@ -71,6 +72,8 @@ def split_bounds(config: Config, num_blocks: int) -> tuple[int, int]:
     its own steps, what the server holds from everybody's, and a plan weighs both alike.
     """
     least = config.split.min
+    if (table := LeakageTable.of(config)) and config.split.max_leakage < 1:
+        least = max(least, table.floor(config.split.max_leakage))
     most = num_blocks // 2 if shares_half(config) else num_blocks - 1
     return least, config.split.max or max(most, least)
 

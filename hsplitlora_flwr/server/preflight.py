@@ -16,7 +16,7 @@ from hsplitlora_flwr.methods import METHODS
 from hsplitlora_flwr.models.loading import check_model, read_config
 from hsplitlora_flwr.models.quantisation import check_quantiser
 from hsplitlora_flwr.planning.budget import PlanError
-from hsplitlora_flwr.planning.round import cost_model
+from hsplitlora_flwr.planning.round import cost_model, split_bounds
 from hsplitlora_flwr.schema import scalar
 
 
@@ -94,7 +94,8 @@ def check_model_settings(config: Config) -> None:
             "state clients.gflops, clients.mbit_up and clients.mbit_down, or set plan.deadline=0"
         )
     # What the process itself takes is measured later, on the clients; the weights alone may already be too much.
-    needed, what = cost.client_bytes(config.split.min, {}), f"the embeddings and {config.split.min} block(s)"
+    least, _ = split_bounds(config, cost.num_blocks)
+    needed, what = cost.client_bytes(least, {}), f"the embeddings and {least} block(s)"
     if not method.split:
         needed, what = (0 if config.plan.over_budget else cost.whole_bytes({})), "all"
     missing = needed - max(clients.memory_bytes, default=0)

@@ -49,6 +49,7 @@ from hsplitlora_flwr.models.quantisation import check_quantiser
 from hsplitlora_flwr.models.split import WholeModel
 from hsplitlora_flwr.planning.budget import Budget
 from hsplitlora_flwr.planning.importance import combine, drift, scoring, smooth
+from hsplitlora_flwr.planning.leakage import LeakageTable
 from hsplitlora_flwr.planning.planner import ClientPlan, Plan, probe_split
 from hsplitlora_flwr.planning.round import cost_model, make_round_plan, split_bounds
 from hsplitlora_flwr.reporting.report import RunReport
@@ -511,6 +512,9 @@ class HSplitLoRA(Strategy):
             figures |= {"greedy_objective": plan.greedy_objective, "bound": plan.bound, "seconds": plan.seconds}
         rows = plan_rows(self.clients.descriptions.values(), plan, self._cost.num_blocks)
         self.report.planned(server_round, reason, figures, rows)
+        if self.method.split and (table := LeakageTable.of(self.config)):
+            for warning in table.warnings({name: client.split for name, client in plan.clients.items()}):
+                self.report.status(warning)
 
     def _report_client(
         self, server_round: int, node: int, outcome: Outcome, adapters: Mapping[str, Factors]

@@ -1,0 +1,187 @@
+"""What a curious server reads off the cut: ``python -m simulations.attack [options] [key=value ...]``.
+
+Splits the groups of the configured text (topics of ``dialogues``, kinds of food of ``e2e``) into public ones, from
+which an attacker learns, and private ones, whose tokens it is to recover from the activations at the cut; another half
+for every seed. Writes ``leakage.json``, which ``split.leakage`` reads, and prints a table.
+
+::
+
+    python -m simulations.attack                                                  # SmolLM2-135M, dialogues
+    python -m simulations.attack --splits 1,4,8,12 model.path=FOLDER data=jsonl data.path=my.jsonl
+    python -m simulations.attack --run runs/2026-11-28_00-58-10                   # under the update of a finished run
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from hsplitlora_flwr.config import Config, ConfigError
+from hsplitlora_flwr.data.fit import fit_text
+from hsplitlora_flwr.data.sources import Example, load_text
+from hsplitlora_flwr.lora.base import SharedBase
+from hsplitlora_flwr.lora.export import load_delta
+from hsplitlora_flwr.models.loading import read_settled_config
+from hsplitlora_flwr.models.split import check_split
+from hsplitlora_flwr.privacy.attacks import ATTACKS
+from hsplitlora_flwr.privacy.leakage import measure
+from hsplitlora_flwr.server.checkpoint import CHECKPOINTS, last_round
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and write; returns the exit status, 2 where the command line is wrong."""
+    options = _parser().parse_args(arguments)
+    try:
+        config = _config(options.overrides)
+        splits = _splits(config, options.splits)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    found = [leakage | {"seed": seed} for seed in options.seeds for leakage in _measured(config, splits, seed, options)]
+    page = {
+        "model": config.model.path,
+        "update": str(options.run or ""),
+        "data": config.data.source,
+        "public_rows": options.public_rows,
+        "private_rows": options.private_rows,
+        "seeds": options.seeds,
+        "recovered": best_by_split(found),
+        "attacks": found,
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(page, indent=1) + "\n", encoding="utf-8")
+    show(found, Console())
+    print(f"written to {options.out}")
+    return 0
+
+
+def command() -> None:
+    """The process of a command line; ends with the exit status."""
+    sys.exit(main())
+
+
+def best_by_split(found: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What the strongest attack recovered of all tokens at every split, the mean over seeds."""
+    return {
+        str(split): max(
+            fmean(row["recovered"] for row in found if row["split"] == split and row["attack"] == attack)
+            for attack in {row["attack"] for row in found}
+        )
+        for split in sorted({row["split"] for row in found})
+    }
+
+
+def show(found: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """A row a split: of all tokens, and of those that the public text does not hold, by attack."""
+    attacks = list(dict.fromkeys(row["attack"] for row in found))
+    table = Table(title="tokens recovered: all / those that the public text does not hold", title_justify="left")
+    for column in ("split", *attacks):
+        table.add_column(column, justify="right")
+    for split in sorted({row["split"] for row in found}):
+        cells = []
+        for attack in attacks:
+            rows = [row for row in found if row["split"] == split and row["attack"] == attack]
+            cells.append(" / ".join(_with_spread([row[key] for row in rows]) for key in ("recovered", "unseen")))
+        table.add_row(str(split), *cells)
+    console.print(table)
+
+
+def _with_spread(found: Sequence[float | None]) -> str:
+    shares = [share for share in found if share is not None]
+    if not shares:
+        return "-"
+    spread = f" ± {100 * stdev(shares):.0f}" if len(shares) > 1 else ""
+    return f"{100 * fmean(shares):.0f}{spread} %"
+
+
+def _measured(
+    config: Config, splits: Sequence[int], seed: int, options: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    public, private = deal(load_text(config.data, config.run.seed).train, seed)
+    base = SharedBase(config.model.path, config.model.dtype, quantise=config.model.quantise)
+    if options.run:
+        last = options.run / CHECKPOINTS / f"round-{last_round(options.run)}"
+        base.update(load_delta(last).changes())
+    learn, recover = fit_text(public[: options.public_rows], config), fit_text(private[: options.private_rows], config)
+    for leakage in measure(base, learn, recover, splits, options.attacks, seed):
+        print(
+            f"seed {seed}, split {leakage.split}, {leakage.attack}: "
+            f"{leakage.recovered:.1%} of {leakage.tokens:,} tokens",
+            flush=True,
+        )
+        yield asdict(leakage)
+
+
+def deal(examples: Sequence[Example], seed: int) -> tuple[list[Example], list[Example]]:
+    """Whole groups at random to the public and the private half; single rows where there is one group only."""
+    generator = random.Random(seed)
+    groups = sorted({example.group for example in examples})
+    if len(groups) > 1:
+        chosen = set(generator.sample(groups, len(groups) // 2))
+        public = [example for example in examples if example.group in chosen]
+        private = [example for example in examples if example.group not in chosen]
+    else:
+        rows = set(generator.sample(range(len(examples)), len(examples) // 2))
+        public = [example for row, example in enumerate(examples) if row in rows]
+        private = [example for row, example in enumerate(examples) if row not in rows]
+    generator.shuffle(public)
+    generator.shuffle(private)
+    return public, private
+
+
+def _config(overrides: Sequence[str]) -> Config:
+    pairs = [override.partition("=") for override in overrides]
+    if wrong := [key for key, equals, _ in pairs if not equals]:
+        raise ConfigError(f"{wrong[0]!r} is no setting; write key=value, such as model.path=FOLDER")
+    given = {"data.source" if key == "data" else key: value for key, _, value in pairs}
+    defaults = Config().to_run_config()
+    typed = {key: type(defaults[key])(value) if key in defaults else value for key, value in given.items()}
+    return Config.from_run_config(typed)
+
+
+def _splits(config: Config, wanted: Sequence[int]) -> list[int]:
+    model = read_settled_config(config.model.path)
+    blocks = int(model.num_hidden_layers)
+    splits = sorted(set(wanted)) or [split for split in (1, 2, 4, 8, 12, 16, 20, 24, 28, 32) if split < blocks]
+    for split in splits:
+        check_split(model, split)
+    return splits
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m simulations.attack",
+        description=__doc__.split("::")[0] if __doc__ else "",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+    def numbers(text: str) -> list[int]:
+        return [int(number) for number in text.split(",")]
+
+    def attacks(text: str) -> list[str]:
+        names = text.split(",")
+        if wrong := [name for name in names if name not in ATTACKS]:
+            raise argparse.ArgumentTypeError(f"{wrong[0]!r} is unknown; choose of {', '.join(ATTACKS)}")
+        return names
+
+    parser.add_argument(
+        "--splits", type=numbers, default=[], help="split points, such as 1,4,8; some of all by default"
+    )
+    parser.add_argument("--attacks", type=attacks, default=list(ATTACKS), help=", ".join(ATTACKS))
+    parser.add_argument("--seeds", type=numbers, default=[0], help="each deals the groups anew (0)")
+    parser.add_argument("--public-rows", type=int, default=1000, help="rows that the attacker learns from (1000)")
+    parser.add_argument("--private-rows", type=int, default=200, help="rows to recover (200)")
+    parser.add_argument("--run", type=Path, help="folder of a run, whose update the model has")
+    parser.add_argument("--out", type=Path, default=Path("leakage.json"), help="where to write (leakage.json)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of model and data")
+    return parser

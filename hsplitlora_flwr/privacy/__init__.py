@@ -1,0 +1,1 @@
+"""What a curious server can learn from the cut: attacks that measure it."""

@@ -1,0 +1,69 @@
+"""The floor that a table of leakage gives a plan, and what is said of splits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hsplitlora_flwr.config import Config, ConfigError
+from hsplitlora_flwr.planning.budget import PlanError
+from hsplitlora_flwr.planning.leakage import LeakageTable
+from hsplitlora_flwr.planning.round import split_bounds
+
+
+@pytest.mark.parametrize(
+    ("recovered", "limit", "floor"),
+    [
+        ({1: 0.9, 4: 0.5, 8: 0.2}, 0.5, 4),
+        ({1: 0.9, 4: 0.3, 8: 0.4, 12: 0.1}, 0.35, 12),  # a dip on the way is no floor
+        ({1: 0.1}, 0.5, 1),
+    ],
+)
+def test_the_floor_is_the_lowest_split_from_which_on_all_are_safe(
+    recovered: dict[int, float], limit: float, floor: int
+) -> None:
+    assert LeakageTable(recovered).floor(limit) == floor
+
+
+def test_a_limit_that_no_split_keeps_is_told() -> None:
+    with pytest.raises(PlanError, match=r"split.max_leakage=0.5: even behind block 3 80% of the tokens"):
+        LeakageTable({1: 0.9, 4: 0.8}).floor(0.5)
+
+
+def test_between_attacked_splits_the_lower_one_counts() -> None:
+    table = LeakageTable({2: 0.7, 6: 0.4})
+    assert [table.at(split) for split in (1, 2, 5, 6, 20)] == [1.0, 0.7, 0.7, 0.4, 0.4]
+
+
+def config_with(file: Path, limit: float = 0.5, **more: int) -> Config:
+    return Config.from_run_config({"split.leakage": str(file), "split.max_leakage": limit, **more})
+
+
+def test_a_plan_keeps_to_the_floor(tmp_path: Path) -> None:
+    file = tmp_path / "leakage.json"
+    file.write_text(json.dumps({"recovered": {"1": 0.9, "4": 0.6, "8": 0.3}}))
+    assert split_bounds(config_with(file), 30)[0] == 8
+    assert split_bounds(config_with(file, 1.0), 30)[0] == 1
+    assert split_bounds(config_with(file, **{"split.min": 11}), 30)[0] == 11
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"recovered": {"x": 1}}', '{"recovered": {"1": 2}}', '{"recovered": {}}']
+)
+def test_a_file_that_is_no_table_is_refused(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "leakage.json"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=r"split.leakage=.*leakage.json"):
+        split_bounds(config_with(file), 30)
+
+
+def test_readable_cuts_are_warned_of() -> None:
+    [warning] = LeakageTable({2: 0.7, 6: 0.4}).warnings({"0": 3, "1": 6})
+    assert warning.startswith("client 0 keeps 3 block(s) to itself, behind which an attack recovered 70%")
+
+
+def test_a_limit_needs_a_table() -> None:
+    with pytest.raises(ConfigError, match=r"split.max_leakage=0.3 needs split.leakage"):
+        Config.from_run_config({"split.max_leakage": 0.3})

@@ -1,0 +1,77 @@
+"""Attacks recover planted text from an unprotected cut, and nothing from noise."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from pathlib import Path
+
+import pytest
+import torch
+
+from hsplitlora_flwr.data.collate import Tokens
+from hsplitlora_flwr.lora.base import SharedBase
+from hsplitlora_flwr.models.loading import split_model
+from hsplitlora_flwr.privacy.attacks import ATTACKS, Text
+from hsplitlora_flwr.privacy.leakage import cut_activations, embeddings_of, measure
+
+WORDS = 90  # of the vocabulary
+
+
+def rows_of(count: int, seed: int, words: int = WORDS) -> list[Tokens]:
+    generator = random.Random(seed)
+    return [Tokens(array("i", [generator.randrange(1, words) for _ in range(12)]), 0) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def base(tiny_folder: Path) -> SharedBase:
+    return SharedBase(str(tiny_folder))
+
+
+def test_the_activations_are_those_that_cross_the_cut(base: SharedBase, tiny_folder: Path) -> None:
+    rows = [*rows_of(17, 0), Tokens(array("i", [5, 6, 7]), 0)]  # of two lengths, over two batches
+    for split, texts in cut_activations(base, rows, [1, 3]):
+        client, _ = split_model(str(tiny_folder), split)
+        for row, (activation, ids) in zip(rows, texts, strict=True):
+            assert ids.tolist() == row.input_ids
+            alone = client.eval()(torch.tensor([row.input_ids]), torch.ones(1, len(row), dtype=torch.long))[0]
+            torch.testing.assert_close(activation, alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("attack", ["regression", "inverter"])
+def test_planted_text_is_recovered(base: SharedBase, attack: str) -> None:
+    [leakage] = measure(base, rows_of(150, 1), rows_of(20, 2), [1], [attack])
+    assert leakage.recovered > 0.9
+    assert leakage.tokens == 20 * 12
+
+
+def test_words_that_the_public_text_lacks_are_recovered_too(base: SharedBase) -> None:
+    [leakage] = measure(base, rows_of(300, 1, words=80), rows_of(20, 2), [1], ["regression"])
+    assert 10 < leakage.unseen_tokens < 60
+    assert leakage.unseen and leakage.unseen > 0.5  # by chance one of 257
+
+
+def test_without_unseen_words_there_is_no_share_of_them(base: SharedBase) -> None:
+    [leakage] = measure(base, rows_of(150, 1), rows_of(3, 2), [1], ["nearest"])
+    assert leakage.unseen_tokens == 0 and leakage.unseen is None
+
+
+@pytest.mark.parametrize("attack", list(ATTACKS))
+def test_noise_tells_nothing(base: SharedBase, attack: str) -> None:
+    def noise(rows: list[Tokens], seed: int) -> list[Text]:
+        generator = torch.Generator().manual_seed(seed)
+        return [
+            (torch.randn(activation.shape, generator=generator), ids)
+            for _, texts in cut_activations(base, rows, [1])
+            for activation, ids in texts
+        ]
+
+    recover = ATTACKS[attack](noise(rows_of(60, 1), 1), embeddings_of(base), 0)
+    private = noise(rows_of(40, 2), 2)
+    right = sum(int((recover(activation) == ids).sum()) for activation, ids in private)
+    assert right / (40 * 12) < 4 / WORDS
+
+
+def test_split_points_must_rise(base: SharedBase) -> None:
+    with pytest.raises(ValueError, match=r"splits=\[2, 1\] must rise"):
+        list(cut_activations(base, rows_of(2, 0), [2, 1]))
