@@ -46,6 +46,8 @@ class Allowance:
         client.
     up : str or None
         Numbers on the wire; see :func:`hsplitlora_flwr.transport.wire.pack`. None takes any.
+    forward_only : bool
+        The client trains nothing: no gradient goes down to it, and it has none of its own to clip by.
     """
 
     first_step: int = 0
@@ -55,6 +57,7 @@ class Allowance:
     tokens: int = _ANY
     in_flight: int = _ANY
     up: str | None = None
+    forward_only: bool = False
 
     def frame_bytes(self, hidden: int) -> int:
         """Bytes that no frame exceeds, for a model of this hidden size."""
@@ -71,6 +74,16 @@ class Allowance:
                 f"the task allows {self.rows_at_once} rows x {self.tokens} tokens"
             )
         self.check_wire(frame.cut)
+        self.check_square(frame)
+
+    def check_square(self, frame: Activation | Finish) -> None:
+        """Raise :class:`Refused` unless what a client says of its gradient is the squared norm of one, and 0 where it
+        trains nothing."""
+        square = frame.previous_square
+        if not 0 <= square < math.inf:
+            raise Refused(f"previous_square is {square}, which is no squared norm; lower train.lr")
+        if square and self.forward_only:
+            raise Refused(f"previous_square is {square}, and the client trains nothing")
 
     def check_wire(self, values: Tensor) -> None:
         """Raise ``WireError`` unless numbers came over the wire that was agreed on."""
@@ -186,13 +199,6 @@ def check_activation(frame: Activation, model: ServerModel | BodyModel) -> None:
     _check_mask(mask)
     if predicts:
         _check_labels(labels, int(model.decoder.config.vocab_size))
-    check_square(frame)
-
-
-def check_square(frame: Activation | Finish) -> None:
-    """Raise :class:`Refused` unless what a client says of its gradient is the squared norm of one."""
-    if not 0 <= frame.previous_square < math.inf:
-        raise Refused(f"previous_square is {frame.previous_square}, which is no squared norm; lower train.lr")
 
 
 def _check_mask(mask: Tensor) -> None:

@@ -1,9 +1,20 @@
-"""The client's side of split fine-tuning: forward to the cut, send, receive the gradient, backward."""
+"""The client's side of split fine-tuning: forward to the cut, send, receive the gradient, backward.
+
+A client that trains nothing computes forward alone: it keeps no graph, no gradient comes back, and it goes on with the
+next step while the server trains on the last one::
+
+    trains          forward 0 . . . . backward 0  forward 1 . . . . backward 1
+    forward alone   forward 0  forward 1  . . .   forward 2  . . .                   two micro-batches ahead at most
+
+Where the labels stay with it, the loss of a step needs what the server makes of that step, so there each one waits.
+"""
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar, cast
 
@@ -18,7 +29,7 @@ from hsplitlora_flwr.models.proof import find_family
 from hsplitlora_flwr.models.split import ClientModel, HeadModel, ModelPart, WholeModel, whole_model
 from hsplitlora_flwr.training.memory import trim_heap
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
-from hsplitlora_flwr.transport.frames import Activation, Finish, Frame, Gradient, Hidden, HiddenGradient
+from hsplitlora_flwr.transport.frames import Activation, Finish, Frame, Gradient, Hidden, HiddenGradient, Loss
 from hsplitlora_flwr.transport.wire import pack, unpack
 
 P = TypeVar("P", bound=ModelPart)
@@ -88,7 +99,8 @@ class ClientTrainer:
     """The client's half of one training step after another.
 
     A step is :meth:`begin`, then for every micro-batch :meth:`forward` and :meth:`backward`, then :meth:`step`. What
-    carries the frames stands outside: :func:`train_client` for a stream, :func:`take_turn` for messages.
+    carries the frames stands outside: :func:`train_client` for a stream, :func:`take_turn` for messages. Forward alone
+    it is :meth:`begin`, :meth:`forward` and :meth:`step`; losses are heard of (:meth:`hear`) when they come.
 
     Parameters
     ----------
@@ -106,6 +118,8 @@ class ClientTrainer:
         Rows that travel at once; gradients accumulate over the batch. 0 = the whole batch.
     up : str
         Numbers on the wire; see :func:`hsplitlora_flwr.transport.wire.pack`.
+    forward_only : bool
+        The part has no adapters, and nothing of its forward pass is kept.
 
     Attributes
     ----------
@@ -127,14 +141,21 @@ class ClientTrainer:
         head: HeadModel | None = None,
         micro_batch_size: int = 0,
         up: str = "float32",
+        forward_only: bool = False,
     ) -> None:
-        self.model, self.optimizer, self.head = model, optimizer, head
+        self.model, self.optimizer, self.head, self.forward_only = model, optimizer, head, forward_only
         self.global_step = first_step
         self.record = TrainingRecord()
         self.square = 0.0
         self.batches, self._micro_batch_size, self._up = batches, micro_batch_size, up
         self._device = model.device
         self._largest = 0
+        self._loss = 0.0
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a step needs nothing of the server's answers to the one before."""
+        return self.forward_only and self.head is None
 
     def begin(self) -> int:
         """Take the next batch; returns its number of micro-batches."""
@@ -144,14 +165,17 @@ class ClientTrainer:
             trim_heap()
         self._micro_batches = batch.micro_batches(self._micro_batch_size) if self._micro_batch_size else [batch]
         self._cuts: dict[int, Tensor] = {}
-        self._loss = self._server_square = 0.0
+        self._server_square = 0.0
         return len(self._micro_batches)
 
     def forward(self, index: int) -> Activation:
         """Compute a micro-batch up to the cut."""
         micro, last = self._micro_batches[index], index == len(self._micro_batches) - 1
         draw_masks(self.model, self.global_step, index)
-        cut = self._cuts[index] = self.model(micro.input_ids.to(self._device), micro.attention_mask.to(self._device))
+        with torch.no_grad() if self.forward_only else nullcontext():
+            cut = self.model(micro.input_ids.to(self._device), micro.attention_mask.to(self._device))
+        if not self.forward_only:
+            self._cuts[index] = cut
         labels = micro.labels if self.head is None else torch.empty(0, dtype=torch.int64)
         values, scale = pack(cut.detach(), self._up)
         return Activation(
@@ -169,20 +193,35 @@ class ClientTrainer:
         return HiddenGradient(*pack(state.grad, self._up), float(output.loss.detach()))
 
     def backward(self, index: int, answer: Frame) -> None:
-        """Take a micro-batch's :class:`Gradient` back through the blocks, into the adapters."""
+        """Take a micro-batch's :class:`Gradient` back through the blocks, into the adapters; forward alone there is its
+        :class:`Loss` and nothing to do."""
+        last = index == len(self._micro_batches) - 1
+        if isinstance(answer, Loss):
+            self.hear(answer, last)
+            return
         assert isinstance(answer, Gradient)
         cut = self._cuts.pop(index)
         if cut.requires_grad:  # not when no block of the client has an adapter
             cut.backward(unpack(answer.gradient, answer.scale, cut.dtype, cut.device))
-        self._loss += answer.loss
         self._server_square = answer.square
+        self._add(answer.loss, last)
+
+    def hear(self, answer: Frame, last: bool) -> None:
+        """Take note of a micro-batch's :class:`Loss`, forward alone; ``last`` says that its step had no more."""
+        assert isinstance(answer, Loss)
+        self._add(answer.total, last)
+
+    def _add(self, loss: float, last: bool) -> None:
+        self._loss += loss
+        if last:
+            self.record.losses.append(self._loss)
+            self._loss = 0.0
 
     def step(self) -> None:
         """Move the adapters, once every micro-batch of the batch has been through."""
         self.square = self.optimizer.square()
         self.optimizer.step(self.global_step, self._server_square)
         self.global_step += 1
-        self.record.losses.append(self._loss)
         self.record.label_tokens += self._batch.label_tokens
         self.record.tokens += int(self._batch.attention_mask.sum())
 
@@ -203,34 +242,57 @@ def train_client(trainer: ClientTrainer, link: Link, steps: int, in_flight: int 
         Number of steps.
     in_flight : int
         Micro-batches that may be under way at once: the client computes the next while the last one is on the wire or
-        at the server. Gradients are added up in the same order whatever it is.
+        at the server. Gradients are added up in the same order whatever it is. A client that computes forward alone has
+        one more, of whatever step comes next.
     """
     started = time.perf_counter()
-    for _ in range(steps):
-        count, sent, predicted, done = trainer.begin(), 0, 0, 0
-        while done < count:
-            while sent < min(count, done + in_flight):
-                link.send(trainer.forward(sent))
-                sent += 1
-            answer = link.receive()
-            if isinstance(answer, Hidden):
-                link.send(trainer.predict(predicted, answer))
-                predicted += 1
-            else:
-                trainer.backward(done, answer)
-                done += 1
-        trainer.step()
+    if trainer.runs_ahead:
+        _run_ahead(trainer, link, steps, in_flight + 1)
+    else:
+        for _ in range(steps):
+            _take_step(trainer, link, in_flight)
     link.send(trainer.finish())
     link.receive()
     trainer.record.seconds += time.perf_counter() - started
     return trainer.record
 
 
+def _take_step(trainer: ClientTrainer, link: Link, in_flight: int) -> None:
+    count, sent, predicted, done = trainer.begin(), 0, 0, 0
+    while done < count:
+        while sent < min(count, done + in_flight):
+            link.send(trainer.forward(sent))
+            sent += 1
+        answer = link.receive()
+        if isinstance(answer, Hidden):
+            link.send(trainer.predict(predicted, answer))
+            predicted += 1
+        else:
+            trainer.backward(done, answer)
+            done += 1
+    trainer.step()
+
+
+def _run_ahead(trainer: ClientTrainer, link: Link, steps: int, most: int) -> None:
+    """Send the micro-batches of all steps, as many as ``most`` before the server has trained on the first of them."""
+    waiting: deque[bool] = deque()  # for its loss, each; whether it is the last one of its step
+    for _ in range(steps):
+        count = trainer.begin()
+        for index in range(count):
+            if len(waiting) == most:
+                trainer.hear(link.receive(), waiting.popleft())
+            link.send(trainer.forward(index))
+            waiting.append(index == count - 1)
+        trainer.step()
+    while waiting:
+        trainer.hear(link.receive(), waiting.popleft())
+
+
 def take_turn(trainer: ClientTrainer, answers: Sequence[Frame], last_step: int) -> list[Frame]:
     """From the server's answers to the frames that it needs next, for a client that goes away between turns.
 
-    The micro-batches of a step share a turn. No activation outlives it, so the forward pass is computed again before
-    backward; the same masks are dropped.
+    The micro-batches of a step share a turn. No activation outlives it, so where there is a backward pass the forward
+    pass is computed again before it; the same masks are dropped.
 
     Parameters
     ----------
@@ -246,7 +308,8 @@ def take_turn(trainer: ClientTrainer, answers: Sequence[Frame], last_step: int) 
         return [trainer.predict(index, answer) for index, answer in enumerate(cast(Sequence[Hidden], answers))]
     if answers:
         for index, answer in enumerate(answers):
-            trainer.forward(index)
+            if not trainer.forward_only:
+                trainer.forward(index)
             trainer.backward(index, answer)
         trainer.step()
         if trainer.global_step == last_step:

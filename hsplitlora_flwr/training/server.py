@@ -19,7 +19,7 @@ from hsplitlora_flwr.models.split import (
     ModelPart,
     ServerModel,
 )
-from hsplitlora_flwr.training.allowance import TRUSTED, Allowance, Refused, Step, check_activation, check_square
+from hsplitlora_flwr.training.allowance import TRUSTED, Allowance, Refused, Step, check_activation
 from hsplitlora_flwr.training.half import Seat, check_finite
 from hsplitlora_flwr.transport.frames import (
     Activation,
@@ -138,7 +138,8 @@ class ServerTrainer:
         self._waiting: deque[tuple[Tensor, Tensor]] = deque()  # cut and hidden state, for their gradient
 
     def __call__(self, frame: Frame) -> Frame:
-        """The answer to a frame: for an activation its gradient, or the hidden state that the client predicts from.
+        """The answer to a frame: for an activation its gradient, or the hidden state that the client predicts from. A
+        client that computes forward alone gets the loss in place of the gradient.
 
         Raises
         ------
@@ -201,10 +202,10 @@ class ServerTrainer:
             self._before = frame.previous_square
         self._step = step
         draw_masks(self.model, step.number, step.micro_batches - 1)
-        cut.requires_grad_()
+        cut.requires_grad_()  # also where it does not go down: weights that are scored want gradients of what they read
         if isinstance(self.model, ServerModel):
             work = MicroBatch(self.model, cut, mask, frame.labels.to(cut.device), step.label_tokens)
-            return self._gradient(cut, self._through(work))
+            return self._trained(cut, self._through(work))
         hidden = self.model(cut, mask)
         self._waiting.append((cut, hidden))
         return Hidden(*pack(hidden.detach(), self._down))
@@ -221,11 +222,13 @@ class ServerTrainer:
         gradient = unpack(frame.gradient, frame.scale, hidden.dtype, hidden.device)
         self._waiting.popleft()
         hidden.backward(gradient)
-        return self._gradient(cut, frame.loss)
+        return self._trained(cut, frame.loss)
 
-    def _gradient(self, cut: Tensor, loss: float) -> Gradient:
+    def _trained(self, cut: Tensor, loss: float) -> Frame:
+        """The answer when a micro-batch has been through; the adapters move if it was the last of its step."""
         assert cut.grad is not None
-        values, scale = pack(cut.grad, self._down)  # refuses what is not finite
+        # refuses what is not finite
+        gradient = None if self._allowance.forward_only else pack(cut.grad, self._down)
         square = 0.0
         self._loss += loss
         if self._step.closed and not self._waiting:
@@ -235,10 +238,10 @@ class ServerTrainer:
             self._complete = True
             self._report(StepReport(step.number, self._loss, step.label_tokens, step.tokens))
             self._loss = 0.0
-        return Gradient(values, scale, loss, square)
+        return Loss(loss) if gradient is None else Gradient(*gradient, loss, square)
 
     def _finish(self, frame: Finish) -> Finished:
-        check_square(frame)
+        self._allowance.check_square(frame)
         if not self._complete:
             raise Refused(f"it ends in the middle of step {self._step.number}")
         self._allowance.check_finish(self._step)

@@ -124,7 +124,8 @@ class HiddenGradient:
 
 @dataclass(frozen=True, eq=False)
 class Loss:
-    """Server to client: summed negative log-likelihood (nats) of a micro-batch that is evaluated, not trained on."""
+    """Server to client, where no gradient goes down: of a micro-batch that is evaluated its summed negative
+    log-likelihood (nats), of one that trains the server alone its part of the batch's mean loss."""
 
     total: float
 

@@ -110,6 +110,15 @@ def test_a_client_that_keeps_to_its_task() -> None:
     assert [report.tokens for report in served.reports] == [int(batch.attention_mask.sum()) for batch in batches]
 
 
+def test_a_client_that_trains_nothing_has_no_gradient() -> None:
+    """What it says of one would shorten the server's steps."""
+    served = Served(task=replace(TASK, forward_only=True))
+    first, last = served.frames(FIRST, square=0.0)
+    served.refuses(replace(first, previous_square=0.25), r"previous_square is 0\.25, and the client trains nothing")
+    assert [type(answer) for answer in served.take(first, last)] == [Loss, Loss]
+    served.refuses(Finish(0.25), "the client trains nothing")
+
+
 @pytest.mark.parametrize("step", [-50, 0, FIRST - 1, FIRST + 1, FIRST + STEPS, 2**62])
 def test_a_task_begins_with_its_first_step(step: int) -> None:
     served = Served()

@@ -20,11 +20,22 @@ from hsplitlora_flwr.config import TrainConfig
 from hsplitlora_flwr.lora import AdapterSpec, extract, inject
 from hsplitlora_flwr.lora.aggregation import Factors
 from hsplitlora_flwr.models import load_causal_lm, split_model
+from hsplitlora_flwr.training.allowance import Allowance
 from hsplitlora_flwr.training.client import ClientTrainer, take_turn, train_client
 from hsplitlora_flwr.training.half import OwnHalf
 from hsplitlora_flwr.training.schedule import AdapterOptimizer, learning_rate
 from hsplitlora_flwr.training.server import ServerTrainer
-from hsplitlora_flwr.transport.frames import Activation, Finished, Frame, Gradient, HiddenGradient, decode, encode
+from hsplitlora_flwr.transport.frames import (
+    Activation,
+    Finished,
+    Frame,
+    Gradient,
+    Hidden,
+    HiddenGradient,
+    Loss,
+    decode,
+    encode,
+)
 from tests.tiny import BLOCKS, CONFIGS, quantised_twins, random_batches, tiny_model
 
 Labels = Literal["server", "client"]
@@ -71,19 +82,21 @@ def trainers(
     micro_batch_size: int = 0,
     wire: str = "",
 ) -> tuple[ClientTrainer, ServerTrainer]:
-    """Both halves of a fresh training run."""
+    """Both halves of a fresh training run; a client without an adapter computes forward alone."""
     client, server, *head = split_model(model, split, labels)
     wire = wire or wire_of(model)
     seat = OwnHalf(AdapterOptimizer(inject(server, specs, "seed"), TRAIN))
+    own = inject(client, specs, "seed")
     return ClientTrainer(
         client.train(),
-        AdapterOptimizer(inject(client, specs, "seed"), TRAIN),
+        AdapterOptimizer(own, TRAIN),
         random_batches(),
         first_step=0,
         head=head[0].train() if head else None,
         micro_batch_size=micro_batch_size,
         up=wire,
-    ), ServerTrainer(server.train(), seat, down=wire)
+        forward_only=not own,
+    ), ServerTrainer(server.train(), seat, down=wire, allowance=Allowance(forward_only=not own))
 
 
 def adapters_of(client: ClientTrainer, server: ServerTrainer) -> dict[str, Factors]:
@@ -103,7 +116,8 @@ def train_split(
     client, server = trainers(model, specs, split, labels, micro_batch_size)
     link = Loopback(server)
     record = train_client(client, link, STEPS, in_flight)
-    assert link.most_waiting == min(in_flight, -(-4 // (micro_batch_size or 4)))
+    each = -(-4 // (micro_batch_size or 4))
+    assert link.most_waiting == (min(in_flight + 1, STEPS * each) if client.runs_ahead else min(in_flight, each))
     return adapters_of(client, server), record.losses
 
 
@@ -200,6 +214,58 @@ def test_labels_that_stay_with_the_client_change_nothing(name: str) -> None:
     got, split_losses = train_split(tiny_model(name), specs, 2, labels="client")
     assert split_losses == pytest.approx(losses, rel=1e-9)
     assert_same(got, expected)
+
+
+def above(model: PreTrainedModel, split: int) -> dict[str, AdapterSpec]:
+    """Adapters on the server alone."""
+    own = {name for name, _ in split_model(model, split)[1].linears()}
+    return {name: spec for name, spec in specs_of(model).items() if name in own}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_client_that_trains_nothing_is_unsplit_training_of_what_lies_above_its_cut(name: str) -> None:
+    for split in range(1, BLOCKS):
+        specs = above(tiny_model(name), split)
+        expected, losses = train_unsplit(tiny_model(name), specs)
+        got, split_losses = train_split(tiny_model(name), specs, split)
+        assert split_losses == pytest.approx(losses, rel=1e-9)
+        assert_same(got, expected)
+
+
+@pytest.mark.parametrize("labels", ["server", "client"])
+@pytest.mark.parametrize(("micro_batch_size", "in_flight"), [(0, 1), (0, 3), (1, 1), (3, 2), (1, 9)])
+def test_how_far_it_runs_ahead_changes_nothing(micro_batch_size: int, in_flight: int, labels: Labels) -> None:
+    specs = above(tiny_model("llama"), 2)
+    expected, losses = train_unsplit(tiny_model("llama"), specs)
+    got, split_losses = train_split(tiny_model("llama"), specs, 2, micro_batch_size, labels, in_flight)
+    assert split_losses == pytest.approx(losses, rel=1e-9)
+    assert_same(got, expected)
+    got, turn_losses = train_in_turns(tiny_model("llama"), specs, 2, labels, micro_batch_size)
+    assert turn_losses == pytest.approx(losses, rel=1e-9)
+    assert_same(got, expected)
+
+
+@pytest.mark.parametrize("labels", ["server", "client"])
+def test_it_keeps_no_graph_and_no_gradient_comes_down(labels: Labels) -> None:
+    client, server = trainers(tiny_model("llama"), above(tiny_model("llama"), 2), 2, labels)
+    answers: list[Frame] = []
+
+    class Seen(Loopback):
+        def receive(self) -> Frame:
+            answers.append(super().receive())
+            return answers[-1]
+
+    made: list[torch.Tensor] = []
+    client.model.register_forward_hook(lambda part, given, cut: made.append(cut))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: pytest.fail("kept"), lambda t: t):
+        client.begin()
+        client.forward(0)
+    client, server = trainers(tiny_model("llama"), above(tiny_model("llama"), 2), 2, labels)
+    train_client(client, Seen(server), STEPS)
+    assert not made[0].requires_grad and not client._cuts
+    expected = [Loss] if labels == "server" else [Hidden, Loss]
+    assert [type(answer) for answer in answers] == [*expected * STEPS, Finished]
+    assert client.optimizer.tensors() == {} and extract(client.model) == {}
 
 
 @pytest.mark.parametrize("labels", ["server", "client"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -22,6 +22,7 @@ from hsplitlora_flwr.lora import AdapterSpec, extract, inject
 from hsplitlora_flwr.lora.aggregation import Factors
 from hsplitlora_flwr.lora.joint import adapted_layers
 from hsplitlora_flwr.models import split_model
+from hsplitlora_flwr.training.allowance import Allowance
 from hsplitlora_flwr.training.client import ClientTrainer, take_turn, train_client
 from hsplitlora_flwr.training.half import SharedHalf
 from hsplitlora_flwr.training.recompute import recompute_blocks
@@ -67,12 +68,17 @@ class Split:
         splits: Mapping[str, int] = SPLITS,
         train: TrainConfig = TRAIN,
         norms: dict[str, float] | None = None,
+        frozen: Collection[str] = (),
+        one_way: Collection[str] | None = None,
+        dropout: float = 0.0,
     ) -> None:
+        one_way = frozen if one_way is None else one_way
         self.family, self.base, self.splits = family, tiny_model(family), splits
         names = names_of(self.base)
         self.turns = Turns(list(splits), order)
         _, part, *_ = split_model(self.base, min(splits.values()), labels)
-        self.half = SharedHalf(part, shared_specs(names), "server", {}, train, self.turns, norms=norms)
+        shared = {name: replace(spec, dropout=dropout) for name, spec in shared_specs(names).items()}
+        self.half = SharedHalf(part, shared, "server", {}, train, self.turns, norms=norms)
         self.clients: dict[str, ClientTrainer] = {}
         self.servers: dict[str, ServerTrainer] = {}
         for number, (client, split) in enumerate(splits.items()):
@@ -80,16 +86,23 @@ class Split:
             self.half.attach(upper)
             if recompute:
                 recompute_blocks(upper)
+            specs = {} if client in frozen else own_specs(names, number)
             self.clients[client] = ClientTrainer(
                 lower.train(),
-                AdapterOptimizer(inject(lower, own_specs(names, number), client), train),
+                AdapterOptimizer(inject(lower, specs, client), train),
                 random_batches(number),
                 first_step=0,
                 head=head[0].train() if head else None,
                 micro_batch_size=micro_batch_size,
                 up=wire_of(self.base),
+                forward_only=client in one_way,
             )
-            self.servers[client] = ServerTrainer(upper.train(), self.half.seat(client), down=wire_of(self.base))
+            self.servers[client] = ServerTrainer(
+                upper.train(),
+                self.half.seat(client),
+                down=wire_of(self.base),
+                allowance=Allowance(forward_only=client in one_way),
+            )
 
     def train_over_streams(self, slow: str = "") -> None:
         """Every client in a thread of its own."""
@@ -182,6 +195,47 @@ def test_messages_take_the_same_turns(labels: Labels, micro_batch_size: int) -> 
     split = Split("llama", labels, micro_batch_size)
     split.train_in_messages()
     assert_equal(split.adapters(), reference())
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_clients_that_train_nothing_take_turns_with_those_that_do(family: str) -> None:
+    split = Split(family, frozen="bc")
+    expected = plain(split)
+    split.train_over_streams()
+    assert_equal(split.adapters(), expected)
+    assert not expected["b"] and not expected["c"] and expected["a"], "both forms are there"
+    assert all(b.abs().max() > 1e-7 for own in expected.values() for b, _ in own.values()), "all have moved"
+
+
+@pytest.mark.parametrize("frozen", ["a", "c", "abc"])
+@pytest.mark.parametrize(
+    "changes",
+    [{"labels": "client"}, {"micro_batch_size": 1}, {"micro_batch_size": 3, "labels": "client"}, {"recompute": True}],
+    ids=str,
+)
+def test_whoever_trains_nothing_and_whatever_travels(changes: dict[str, Any], frozen: str) -> None:
+    expected = plain(Split("llama", frozen=frozen))
+    for slow in ("", "a"):
+        split = Split("llama", frozen=frozen, **changes)
+        split.train_over_streams(slow)
+        assert_equal(split.adapters(), expected)
+    if "recompute" not in changes:
+        split = Split("llama", frozen=frozen, **changes)
+        split.train_in_messages()
+        assert_equal(split.adapters(), expected)
+
+
+def test_masks_do_not_depend_on_whether_gradients_come_down() -> None:
+    """Clients without an adapter: some get the gradient of their cut, which nothing uses, and others get none."""
+    ends = [
+        Split("llama", frozen="abc", one_way=one_way, dropout=dropout, micro_batch_size=2)
+        for one_way, dropout in (("abc", 0.3), ("", 0.3), ("", 0.0))
+    ]
+    for split in ends:
+        split.train_over_streams()
+    assert_equal(ends[0].adapters(), ends[1].adapters())
+    dropped, whole = (split.half.adapters() for split in ends[1:])
+    assert all((dropped[name][0] - whole[name][0]).abs().max() > 1e-7 for name in whole), "dropout does something"
 
 
 def test_without_clipping_and_for_a_single_client() -> None:
