@@ -204,6 +204,11 @@ class LoraConfig:
         "auto", "where A starts in a round; update = along the last round's update; auto = what the method takes"
     )
     dropout: float = setting(0.0, "dropout on the input of an adapter", ge=0, lt=1)
+    clients: Literal["plan", "all", "none"] = setting(
+        "plan",
+        "which clients have adapters; plan = those whose budget holds any, the others compute forward alone; all = who "
+        "holds none is left out; none = the server's half alone trains",
+    )
     targets: Targets = setting("auto", "'all-linear', names such as 'q_proj,v_proj', or 'auto': what the method takes")
 
 

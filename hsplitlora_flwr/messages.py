@@ -261,6 +261,8 @@ class Task:
         Adapters of the client's layers to go on from, scale folded in; empty where adapters start afresh.
     recompute, server_recompute : bool
         Whether blocks of the client, and of the server for it, compute their activations again in the backward pass.
+    forward_only : bool
+        The client computes forward alone: nothing of its part trains or is scored, and no gradient comes down.
     base : Mapping[str, str]
         Digests of the tensors of the client's part as the server has them, by name.
     """
@@ -280,6 +282,7 @@ class Task:
     start: Mapping[str, Factors] = field(default_factory=dict)
     recompute: bool = False
     server_recompute: bool = False
+    forward_only: bool = False
     base: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -331,6 +334,7 @@ class Task:
             "spacious": self.spacious,
             "recompute": self.recompute,
             "server-recompute": self.server_recompute,
+            "forward-only": self.forward_only,
         }
 
     @classmethod
@@ -349,6 +353,7 @@ class Task:
             spacious=bool(text["spacious"]),
             recompute=bool(text["recompute"]),
             server_recompute=bool(text["server-recompute"]),
+            forward_only=bool(text["forward-only"]),
             **more,
         )
 

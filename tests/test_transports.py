@@ -297,6 +297,26 @@ def test_a_node_may_keep_the_model_elsewhere(tiny_folder: Path, tmp_path: Path) 
     assert failure["client"] == "12" and f"model.path={tmp_path / 'nowhere'}" in failure["error"]
 
 
+@pytest.mark.parametrize("labels", ["server", "client"])
+def test_clients_that_train_nothing_over_stream_and_messages(labels: str, tiny_folder: Path, tmp_path: Path) -> None:
+    """The same adapters and losses, and no gradient on the way down; hidden states come where the labels stay."""
+    changes: dict[str, Any] = {"lora.clients": "none", "split.labels": labels, "train.micro_batch_size": 2}
+    rounds = {}
+    for kind in ("stream", "messages"):
+        summary, grid = same_run(tiny_folder, tmp_path / kind, **changes | {"transport.kind": kind, "train.rounds": 1})
+        rounds[kind] = summary["rounds"][0]["clients"]
+        assert bool([m for m in grid.sent if m.metadata.message_type == TURN]) == (kind == "messages")
+    assert_same(adapter(tmp_path / "messages"), adapter(tmp_path / "stream"))
+    for one, other in zip(*rounds.values(), strict=True):
+        assert one["losses"] == pytest.approx(other["losses"], rel=1e-9) and len(one["losses"]) == STEPS
+        frames = 2 * (STEPS + 2) + 2  # micro-batches of steps and probe, and the ends of both
+        for row in (one, other):
+            assert not row["trains"]
+            assert row["bytes_up"] > 8 * 32 * row["tokens"], "activations in float64"
+            if labels == "server":
+                assert row["bytes_down"] < 200 * frames, "a loss each"
+
+
 @pytest.mark.parametrize("kind", ["stream", "messages"])
 def test_labels_may_stay_with_the_client(kind: str, tiny_folder: Path, tmp_path: Path) -> None:
     same_plan = {"method.name": "hsplitlora-no-armsc", "split.point": 2, "train.rounds": 1, "lora.dropout": 0.1}

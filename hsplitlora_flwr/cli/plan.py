@@ -133,6 +133,9 @@ def show(result: Forecast, console: Console) -> None:
                 say(f"warning: {warning}")
         up, down = cost.wire_bytes(config.transport.up, config.transport.down)
         say(f"wire: {format_bytes(up)} up and {format_bytes(down)} down, a client and step")
+        if any(client.forward_only for client in plan.clients.values()):
+            _, down = cost.wire_bytes(config.transport.up, config.transport.down, forward_only=True)
+            say(f"      {format_bytes(down)} down to a client that trains nothing")
         budget = (
             "memory not stated" if server.memory_bytes == sys.maxsize else f"of {format_bytes(server.memory_bytes)}"
         )
@@ -153,6 +156,7 @@ def _table(result: Forecast) -> Table:
         "budget",
         "split",
         "blocks",
+        "trains",
         "ranks",
         "mean",
         "recompute",
@@ -173,6 +177,7 @@ def _table(result: Forecast) -> Table:
             format_bytes(budget.memory_bytes),
             "-" if whole else str(split),
             f"0-{split - 1}" if split > 1 else "0",
+            "no" if client.forward_only else "yes",
             f"{min(ranks)}-{max(ranks)}" if min(ranks) < max(ranks) else str(ranks[0]),
             f"{sum(ranks) / len(ranks):.1f}",
             client.recomputing,

@@ -194,6 +194,7 @@ class Participant:
             head=self.head,
             micro_batch_size=self._micro_batch_size,
             up=self.task.config.transport.up,
+            forward_only=self.task.forward_only,
         )
 
     def _held_out(self) -> list[Batch]:
@@ -203,7 +204,8 @@ class Participant:
         return training_batches(self.text.train, self.task.config.train.batch_size, self._seed, first_step)
 
     def _scoring(self) -> AbstractContextManager[dict[str, float]]:
-        return scoring(self.model) if self.task.kind == PROBE else nullcontext({})
+        scores = self.task.kind == PROBE and not self.task.forward_only
+        return scoring(self.model) if scores else nullcontext({})
 
     def _parameters_of_head(self) -> int:
         """Parameters of the head that the blocks' part does not hold: with tied embeddings it has none of its own."""

@@ -8,6 +8,9 @@ needs no weights. A client peaks while it loads or while it trains:
     training = process + weights + adapters x (parameter + gradient + optimizer states)
                + activations kept for backward + the largest temporary
 
+Without adapters a client computes forward alone and keeps nothing: its largest temporary is that of one block's forward
+pass, and no gradient comes down to it.
+
 An update that is merged into the weights is gone before training starts; one beside them (bf16, 8 or 4 bits) stays.
 Where the labels stay with the client it also holds the final norm and the head, and their step may be the largest
 temporary. Activations are kept for every micro-batch that is under way. Where they are computed again, a block keeps
@@ -238,6 +241,11 @@ class CostModel:
         self._temporary_again = max(again + waiting, all_waiting)
         head = trace_head(head_part(model, family), *shape)
         self.head_bytes = head + waiting
+        # Forward alone one micro-batch more may wait, but nothing is on its way down, unless labels stay.
+        sent = waiting if self._client_has_labels else in_flight * frames // 2
+        # beside the block that computes, what went into the first one
+        forward = dequantised + self.cut_bytes + max(trace.forward for trace in traces.values())
+        self.forward_bytes = max(forward + sent, all_waiting if self._client_has_labels else sent + frames // 2)
         # The server's, whose frames wait as long as its client is under way.
         self._frames, on_top = in_flight * frames, max(self.cut_bytes, 0 if self._client_has_labels else head)
         self._pass_temporary = max(step, on_top), max(again, on_top)
@@ -341,7 +349,7 @@ class CostModel:
             adapters=adapters,
             activations=self.kept_bytes(ranks, 0, split, recompute=recompute),
             update=self.update_bytes(split) if updated else 0,
-            temporary=self._temporary(self._client_has_labels, recompute and adapters > 0),
+            temporary=self._temporary(self._client_has_labels, recompute) if adapters else self._forward_temporary(),
             process=process_bytes,
         )
 
@@ -349,6 +357,10 @@ class CostModel:
         """The largest temporary of a part, with or without the head."""
         blocks = self._temporary_again if recompute else self.temporary_bytes
         return max(blocks, self.head_bytes) if head else blocks
+
+    def _forward_temporary(self) -> int:
+        """The largest temporary of a client without adapters."""
+        return max(self.forward_bytes, self.head_bytes if self._client_has_labels else 0)
 
     def _parts(
         self, weights: int, adapters: int, activations: int, update: int, temporary: int, process: int
@@ -451,11 +463,12 @@ class CostModel:
         blocks = 3 * (2.0 * self.rows * self.linear_parameters + self._attention_flops)
         return (last - first) * blocks + (3 * self._head_flops if head else 0)
 
-    def wire_bytes(self, up: str = "float32", down: str = "float32") -> tuple[int, int]:
+    def wire_bytes(self, up: str = "float32", down: str = "float32", *, forward_only: bool = False) -> tuple[int, int]:
         """Bytes of the tensors of one training step on the wire, up and down.
 
-        Up go the cut activation, the attention mask and, unless they stay, the labels; down goes the gradient. Where
-        the labels stay, the server's hidden state goes down and its gradient up as well.
+        Up go the cut activation, the attention mask and, unless they stay, the labels; down goes the gradient, unless
+        the client has no adapters (``forward_only``). Where the labels stay, the server's hidden state goes down and
+        its gradient up as well.
 
         Parameters
         ----------
@@ -471,7 +484,7 @@ class CostModel:
         ids = 8 * self.rows  # int64, of the attention mask and of the labels
         return (
             tensors * self._packed_bytes(up) + ids + (0 if self._client_has_labels else ids),
-            tensors * self._packed_bytes(down),
+            (tensors - forward_only) * self._packed_bytes(down),
         )
 
     def _packed_bytes(self, wire: str) -> int:

@@ -141,10 +141,10 @@ class Solver:
         alone = [max(way, key=lambda each: each[1]) for way in zip(*ways, strict=True)]
         above = np.array([value for _, value, _ in alone])
         reached = self.values + above
-        flops = self._least((1 - self.tolerance) * reached.max(axis=1), above, np.isfinite(reached))
+        least = self._least((1 - self.tolerance) * reached.max(axis=1), above, np.isfinite(reached))
         parameters = np.diag(p.from_split_up(p.parameters, np.stack([ranks for *_, ranks in alone])))
         work = np.array([c.served[s] + c.work * n for (c, *_), s, n in zip(alone, p.splits, parameters, strict=True)])
-        seconds = p.own_seconds(flops, p.speed_alone) + p.steps * work / p.server_speed_alone[:, None]
+        seconds = p.own_seconds(*least, p.speed_alone) + p.steps * work / p.server_speed_alone[:, None]
         deepest_first = seconds[:, ::-1].argmin(axis=1)
         none = ~np.isfinite(reached).any(axis=1)  # not even alone
         deepest = np.isfinite(self.values)[:, ::-1].argmax(axis=1)
@@ -213,12 +213,14 @@ class Solver:
 
     # ------------------------------------------------------------------ time
 
-    def _least(self, target: Array, above: Array, allowed: Mask) -> Array:
+    def _least(self, target: Array, above: Array, allowed: Mask) -> tuple[Array, Mask]:
         """``(clients, splits)``; the fewest operations of a client for so much value, ``(clients,)``, with the server's
-        ranks."""
+        ranks, and whether these are those of no adapters."""
         possible = allowed & np.isfinite(above)
-        flops, _ = self.lower.least(np.where(possible, target[:, None] - np.where(possible, above, 0.0) - SAME, np.inf))
-        return flops
+        flops, choice = self.lower.least(
+            np.where(possible, target[:, None] - np.where(possible, above, 0.0) - SAME, np.inf)
+        )
+        return flops, self.lower.is_without(choice)
 
     def _shortest(self, upper: Upper, tolerance: float) -> tuple[Upper, Index, float, float]:
         """The shortest round in which every client keeps its value within the tolerance: the server's ranks, splits,
@@ -237,7 +239,7 @@ class Solver:
                 enough = (1 - given) * frontier.value[-1] - SAME
                 ranks = np.minimum(ranks, frontier.ranks[np.argmax(frontier.value >= enough)])
             above = p.from_split_up(p.values, ranks)
-            own = p.own_seconds(self._least(target, above, upper.allowed), p.speed)
+            own = p.own_seconds(*self._least(target, above, upper.allowed), p.speed)
             if np.isfinite(own).any(axis=1).all():
                 work = upper.costs.served[p.splits] + upper.costs.work * p.from_split_up(p.parameters, ranks)
                 served = np.broadcast_to(p.steps * work / p.server_speed, own.shape)
@@ -247,7 +249,8 @@ class Solver:
     def _fill(self, upper: Upper, splits: Index, limit: float) -> Assignment:
         """The best ranks of clients at their splits, for whom a round may take so many seconds."""
         p, clients = self.problem, np.arange(len(splits))
-        _, choice = self.lower.best((limit * (1 + SAME) / p.steps - p.wire) * p.speed * (1 + SAME))
+        value, choice = self.lower.best((limit * (1 + SAME) / p.steps - p.wire) * p.speed * (1 + SAME))
+        choice = self.lower.else_least(value, choice)  # without adapters less comes over the wire
         at = p.splits[splits]
         below = self.lower.ranks(at, choice[clients, splits])
         return Assignment(at, np.where(p.block < at[:, None], below, upper.ranks).astype(np.uint8))

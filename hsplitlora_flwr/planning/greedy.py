@@ -123,7 +123,10 @@ def _order(problem: Problem, resource: str, split: int) -> Index:
 
 
 def _deepest(problem: Problem, costs: Costs, important: Index) -> Index:
-    """``(clients,)``; the deepest split at which a client can give the important layers the highest rank."""
+    """``(clients,)``; the deepest split at which a client can give the important layers the highest rank; the lowest
+    where it is to have no adapters."""
+    if not problem.may_train:
+        return np.full(len(problem.names), problem.splits[0])
     wanted = np.zeros((len(problem.splits), len(problem.block)), np.uint8)
     wanted[:, important] = len(problem.ranks) - 1
     wanted[problem.block >= problem.splits[:, None]] = 0
@@ -142,6 +145,8 @@ def _deepest(problem: Problem, costs: Costs, important: Index) -> Index:
 def _fill_clients(problem: Problem, costs: Costs, split: int, order: Index, clients: Index) -> Ranks:
     """Ranks of the weights below the split: by importance, the largest that still fits."""
     ranks = np.zeros((len(clients), len(problem.block)), np.uint8)
+    if not problem.may_train:
+        return ranks
     room, spare = problem.memory[clients] - costs.base[split], problem.adapters[clients].copy()
     lowest, opened = np.full(len(clients), split), np.zeros((len(clients), len(problem.input_bytes)), bool)
     for m in order.tolist():

@@ -84,6 +84,18 @@ def combine(measured: Iterable[tuple[float, Mapping[str, float]]]) -> dict[str, 
     return _normalised(total)
 
 
+def complete(importance: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
+    """The importance of all these weights: one that nobody scored counts as the mean of the others; sum 1.
+
+    So it is where no client below whose cut it lies had room to score it.
+    """
+    missing = [name for name in names if name not in importance]
+    if not missing:
+        return dict(importance)
+    mean = sum(importance.values()) / max(len(importance), 1)
+    return _normalised(dict.fromkeys(missing, mean) | dict(importance))
+
+
 def smooth(previous: Mapping[str, float], measured: Mapping[str, float], t: int, rounds: int) -> dict[str, float]:
     """The importance smoothed over rounds, ``J_m(t) = g J_m(t-1) + (1 - g) I_m(t)``.
 

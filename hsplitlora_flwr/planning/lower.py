@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hsplitlora_flwr.planning.frontier import Array, Frontier, Index, Ranks, add_block, join
-from hsplitlora_flwr.planning.problem import Problem
+from hsplitlora_flwr.planning.problem import Costs, Problem
 
 _WORK = 8000  # choices that are kept, over the blocks below a split
 _FEWEST, _MOST = 300, 2000
@@ -35,13 +36,18 @@ class Lower:
         held = problem.splits[problem.floor[problem.splits] <= problem.memory.max()]  # the lowest ones
         self.tables = {split: self._table(split) for split in held.tolist()}
         self.whole = all(table.whole for table in self.tables.values())
+        self._least = np.zeros(len(problem.splits), np.intp)  # the choice of the fewest bytes, by split
+        for s, table in enumerate(self.tables.values()):
+            self._least[s] = np.lexsort(table.cost[:, 1::-1].T)[0]
 
     def _table(self, split: int) -> Frontier:
         p, most = self._problem, float(self._problem.memory.max())
         points = int(np.clip(_WORK // split, _FEWEST, _MOST))
         nothing = Frontier.empty(len(p.block), self._counted, _MOST)
         fronts = [replace(nothing, cost=np.array([[p.floor[split], 0.0, p.forward[split]]]))]
-        for costs in p.costs:
+        if not p.may_rest and (p.block < split).any():
+            fronts = [join([self._single(costs, split, nothing) for costs in p.costs], most)]
+        for costs in p.costs if p.may_train else ():
             front = Frontier.empty(len(p.block), min(self._counted, 2), points)
             for block in range(split - 1, -1, -1):
                 fixed = costs.base[split] + (split - block) * costs.block_bytes
@@ -50,9 +56,24 @@ class Lower:
                 front = add_block(front, p, block, costs.below, costs.inputs_below, p.values, most - fixed)
                 taken = np.maximum(front.cost[:, 0] + fixed, p.floor[split])
                 flops = p.forward[split] + (split - block) * costs.backward + costs.work * front.cost[:, 1]
-                cost = np.stack([taken, front.cost[:, 1], flops], axis=1)
-                fronts = [join([*fronts, replace(front, cost=cost, counted=self._counted, points=_MOST)], most)]
+                some = front.cost[:, 1] > 0  # adapters; none at all are cheaper by what they keep
+                cost = np.stack([taken, front.cost[:, 1], flops], axis=1)[some]
+                own = replace(front, cost=cost, value=front.value[some], ranks=front.ranks[some])
+                fronts = [join([*fronts, replace(own, counted=self._counted, points=_MOST)], most)]
         return fronts[0]
+
+    def _single(self, costs: Costs, split: int, nothing: Frontier) -> Frontier:
+        """One adapter of the lowest rank, in the highest block below the split, however little it is worth."""
+        p = self._problem
+        highest = p.block[p.block < split].max()
+        m = np.flatnonzero(p.block == highest)
+        taken = costs.base[split] + (split - highest) * costs.block_bytes + costs.below[m, 1]
+        taken += costs.inputs_below[p.input[m]]
+        flops = p.forward[split] + (split - highest) * costs.backward + costs.work * p.parameters[m, 1]
+        cost = np.stack([np.maximum(taken, p.floor[split]), p.parameters[m, 1], flops], axis=1)
+        ranks = np.zeros((len(m), len(p.block)), np.uint8)
+        ranks[np.arange(len(m)), m] = 1
+        return replace(nothing, cost=cost, value=p.values[m, 1], ranks=ranks)
 
     def best(self, limit: Array | float = np.inf) -> tuple[Array, Index]:
         """Values and choices, ``(clients, splits)``; the highest value in so many operations, ``(clients,)``, minus
@@ -95,6 +116,17 @@ class Lower:
             at = order[first[of[some]]]
             found[client[some], s], choice[client[some], s] = (flops if least else value)[at], at
         return found, choice
+
+    def is_without(self, choice: Index) -> NDArray[np.bool_]:
+        """``(clients, splits)``; whether choices are of no adapters."""
+        found = np.zeros(choice.shape, bool)
+        for s, table in enumerate(self.tables.values()):
+            found[:, s] = table.cost[choice[:, s], 1] == 0
+        return found
+
+    def else_least(self, value: Array, choice: Index) -> Index:
+        """The choices, and where none was found the one that takes least: of no adapters, if there may be none."""
+        return np.where(np.isfinite(value), choice, self._least)
 
     def ranks(self, splits: Index, choice: Index) -> Ranks:
         """``(clients, layers)``; of the choices at these splits."""

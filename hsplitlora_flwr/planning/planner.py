@@ -19,9 +19,10 @@ from hsplitlora_flwr.planning import greedy
 from hsplitlora_flwr.planning.budget import Budget, PlanError
 from hsplitlora_flwr.planning.cost import CostModel
 from hsplitlora_flwr.planning.exact import Solver
-from hsplitlora_flwr.planning.problem import Assignment, Problem
+from hsplitlora_flwr.planning.problem import Assignment, Problem, least_bytes
 
 PLANNERS = ("exact", "greedy")
+CLIENTS = ("plan", "all", "none")
 RECOMPUTE = {"off": (False,), "on": (True,), "auto": (False, True)}
 
 
@@ -41,6 +42,8 @@ class ClientPlan:
         The client's own time in a round, computing and on the wire.
     recompute, server_recompute : bool
         Whether blocks of the client, and of the server for it, compute their activations again in the backward pass.
+    forward_only : bool
+        The client has no adapters: it computes forward alone, and its steps train the server's half.
     """
 
     split: int
@@ -49,6 +52,7 @@ class ClientPlan:
     predicted_seconds: float = 0.0
     recompute: bool = False
     server_recompute: bool = False
+    forward_only: bool = False
 
     @property
     def recomputing(self) -> str:
@@ -106,8 +110,13 @@ def make_plan(
     steps: int = 1,
     wire: tuple[str, str] = ("float32", "float32"),
     recompute: str = "off",
+    clients: str = "plan",
 ) -> Plan:
     """Choose a split point and ranks for every client.
+
+    A client trains wherever its budget holds adapters at its split: its memory, the bytes that it may send, the
+    deadline. Where it holds none at ``min_split`` or above, the client takes part without, as its steps still train
+    the server's half; and so it does where all that its part could gain lies within the tolerance, for a shorter round.
 
     Parameters
     ----------
@@ -143,6 +152,8 @@ def make_plan(
     recompute : {"off", "on", "auto"}
         Whether blocks compute their activations again in the backward pass, on both sides; with ``auto`` a client does,
         and so does the server, where its memory does not hold its part of the plan otherwise.
+    clients : {"plan", "all", "none"}
+        Which clients have adapters: as above; all, and who cannot hold any is left out; or none.
 
     Returns
     -------
@@ -157,17 +168,16 @@ def make_plan(
     """
     max_split = cost.num_blocks - 1 if max_split is None else max_split
     _check(ranks, min_split, max_split, cost, planner, tolerance, steps)
+    if clients not in CLIENTS:
+        raise PlanError(f"clients={clients!r} is unknown; choose one of {', '.join(CLIENTS)}")
     choices = recompute_choices(recompute)
     if deadline is not None:
         _check_deadline(deadline, planner, [*budgets.values(), *([server] if server else [])])
-    missing = {
-        client: cost.client_bytes(min_split, {}, budget.process_bytes) - budget.memory_bytes
-        for client, budget in budgets.items()
-    }
+    missing = missing_bytes(budgets, cost, min_split, min(rank for rank in ranks if rank > 0), clients, choices)
     left_out = {client: count for client, count in missing.items() if count > 0}
     able = {client: budget for client, budget in budgets.items() if client not in left_out}
     if not able:
-        what = f"even {min_split} block(s) without an adapter"
+        what = f"even {min_split} block(s) with{' one' if clients == 'all' else 'out an'} adapter"
         raise nobody_fits(budgets, left_out, what, "Raise clients.memory_gb (memory-gb of the node)")
     problem = Problem(
         able,
@@ -181,6 +191,7 @@ def make_plan(
         steps=steps,
         wire=wire,
         recompute=choices,
+        clients=clients,
     )
     if planner == "greedy":
         plan = greedy.solve(problem, important_share, resource)
@@ -207,7 +218,30 @@ def recompute_choices(recompute: str) -> tuple[bool, ...]:
     return RECOMPUTE[recompute]
 
 
-def probe_split(
+def missing_bytes(
+    budgets: Mapping[str, Budget],
+    cost: CostModel,
+    split: int,
+    rank: int,
+    clients: str,
+    recompute: Sequence[bool],
+) -> dict[str, int]:
+    """What every client lacks to take part, in bytes of memory or of adapters that it may send; 0 or less where it has
+    enough. Parameters as for :func:`make_plan`, and ``rank`` the lowest."""
+    needed, sent = least_bytes(cost, split, rank, clients, recompute), 0
+    if clients == "all":
+        below = (layer.adapter_parameters(rank) for layer in cost.layers if layer.block < split)
+        sent = cost.workload.adapter_item * min(below, default=0)
+    return {
+        client: max(
+            needed + budget.process_bytes - budget.memory_bytes,
+            0 if budget.adapter_bytes is None else sent - budget.adapter_bytes,
+        )
+        for client, budget in budgets.items()
+    }
+
+
+def probe_plan(
     cost: CostModel,
     budget: Budget,
     ranks: Sequence[int],
@@ -215,19 +249,23 @@ def probe_split(
     max_split: int | None = None,
     *,
     recompute: bool = False,
-) -> int | None:
-    """The split point of a client while the importance is measured; None when it cannot take part.
+    clients: str = "plan",
+) -> ClientPlan | None:
+    """What a client holds while the importance is measured; None when it cannot take part.
 
-    Scoring keeps the input of every weight, so there must be room for the lowest rank on all of them.
+    Scoring keeps the input of every weight, so there must be room for the lowest rank on all of them. A client that has
+    none, or is to have no adapters, computes forward alone, and the server scores what lies above its cut.
     """
-    if cost.client_bytes(min_split, {}, budget.process_bytes) > budget.memory_bytes:
+    room = budget.memory_bytes - budget.process_bytes
+    if cost.client_bytes(min_split, {}) > room:
         return None
     lowest = min(rank for rank in ranks if rank)
-    for split in range(cost.num_blocks - 1 if max_split is None else max_split, min_split, -1):
+    deepest = cost.num_blocks - 1 if max_split is None else max_split
+    for split in range(deepest, min_split - 1, -1) if clients != "none" else ():
         everywhere = {layer.name: lowest for layer in cost.layers if layer.block < split}
-        if cost.client_bytes(split, everywhere, budget.process_bytes, recompute=recompute) <= budget.memory_bytes:
-            return split
-    return min_split
+        if cost.client_bytes(split, everywhere, recompute=recompute) <= room:
+            return ClientPlan(split, {}, 0, recompute=recompute, server_recompute=recompute)
+    return ClientPlan(min_split, {}, 0, server_recompute=recompute, forward_only=True)
 
 
 def _plan(
@@ -239,17 +277,23 @@ def _plan(
     bound: float,
 ) -> Plan:
     """The plan with what it costs. A side computes nothing again that it can keep."""
-    taken, flops, again = problem.of_clients(assignment)
+    taken, flops, again, resting = problem.of_clients(assignment)
     sides = [(*problem.of_server(costs, assignment), costs.recompute) for costs in problem.costs]
     served, work, server_again = next((s for s in sides if s[0] <= problem.memory_of_server), min(sides))
-    own = problem.own_seconds(flops[:, None], problem.speed)[:, 0]
+    own = problem.own_seconds(flops[:, None], resting[:, None], problem.speed)[:, 0]
     names, ranks = [layer.name for layer in problem.cost.layers], problem.ranks.tolist()
     plans: dict[str, ClientPlan] = {}
     for i, (client, budget) in enumerate(budgets.items()):
         chosen = {names[m]: ranks[assignment.ranks[i, m]] for m in np.flatnonzero(assignment.ranks[i]).tolist()}
         memory = int(taken[i]) + budget.process_bytes
         plans[client] = ClientPlan(
-            int(assignment.splits[i]), chosen, memory, float(own[i]), bool(again[i]), server_again
+            int(assignment.splits[i]),
+            chosen,
+            memory,
+            float(own[i]),
+            recompute=bool(again[i] and not resting[i]),
+            server_recompute=server_again,
+            forward_only=bool(resting[i]),
         )
     return Plan(
         plans,

@@ -64,6 +64,19 @@ class Way(NamedTuple):
     room: float
 
 
+def least_bytes(cost: CostModel, split: int, rank: int, clients: str, recompute: Sequence[bool]) -> int:
+    """The least that a client takes beside its process.
+
+    Without adapters, where it may have none (``clients``); else with one of ``rank`` in the highest block that can get
+    any, below which nothing is kept.
+    """
+    if clients != "all":
+        return cost.client_bytes(split, {})
+    highest = max((layer.block for layer in cost.layers if layer.block < split), default=-1)
+    one = [{layer.name: rank} for layer in cost.layers if layer.block == highest] or [{}]
+    return min(cost.client_bytes(split, ranks, recompute=again) for ranks in one for again in recompute)
+
+
 class Problem:
     """Budgets, shares, importance and costs as arrays. Values are in units of the importance of all layers together.
 
@@ -89,6 +102,13 @@ class Problem:
         Numbers on the wire, up and down; see :meth:`hsplitlora_flwr.planning.cost.CostModel.wire_bytes`.
     recompute : Sequence[bool]
         Whether activations may be kept, computed again, or either. Keeping them takes less time and comes first.
+    clients : {"plan", "all", "none"}
+        Which clients have adapters; see :func:`hsplitlora_flwr.planning.planner.make_plan`.
+
+    Attributes
+    ----------
+    may_train, may_rest : bool
+        Whether a client can be given adapters, and whether it can be given none.
     """
 
     def __init__(
@@ -105,16 +125,18 @@ class Problem:
         steps: int,
         wire: tuple[str, str],
         recompute: Sequence[bool] = (False,),
+        clients: str = "plan",
     ) -> None:
         self.cost, self.server, self.steps = cost, server, steps
+        self.may_train, self.may_rest = clients != "none", clients != "all"
         self.ranks = np.array([0, *sorted({rank for rank in ranks if rank > 0})])
         self.splits = np.arange(min_split, max_split + 1)
         self.names = list(budgets)
         self._read_clients(list(budgets.values()), shares, wire)
         self._read_layers(importance)
         self.floor, self.forward = np.zeros(cost.num_blocks), np.zeros(cost.num_blocks)
-        for split in self.splits.tolist():  # without adapters, where nothing is kept or computed again
-            self.floor[split] = cost.client_bytes(split, {})
+        for split in self.splits.tolist():  # the least that there is; without adapters nothing is kept
+            self.floor[split] = least_bytes(cost, split, int(self.ranks[1]), clients, recompute)
             self.forward[split] = cost.client_flops(split, {})
         self.costs = tuple(map(self._costs, recompute))
         self.frames = cost.held_bytes(cost.num_blocks - 1, {})
@@ -124,14 +146,17 @@ class Problem:
     def _read_clients(
         self, budgets: Sequence[Budget], shares: Mapping[str, float] | None, wire: tuple[str, str]
     ) -> None:
-        up, down = self.cost.wire_bytes(*wire)
+        def seconds(*, forward_only: bool) -> Array:
+            up, down = self.cost.wire_bytes(*wire, forward_only=forward_only)
+            return np.array([(up / b.up if b.up else 0.0) + (down / b.down if b.down else 0.0) for b in budgets])
+
         stated = [machine.flops for machine in (*budgets, self.server) if machine and machine.flops]
         mean, server = fmean(stated or [NOMINAL_FLOPS]), self.server.flops if self.server else None
         self.memory = np.array([budget.memory_bytes - budget.process_bytes for budget in budgets], float)
         limits = (math.inf if b.adapter_bytes is None else b.adapter_bytes for b in budgets)
         self.adapters = np.floor(np.array(list(limits), float) / self.cost.workload.adapter_item)
         self.speed = np.array([budget.flops or mean for budget in budgets])
-        self.wire = np.array([(up / b.up if b.up else 0.0) + (down / b.down if b.down else 0.0) for b in budgets])
+        self.wire, self.wire_of_resting = seconds(forward_only=False), seconds(forward_only=True)
         self.server_speed = server or mean
         # Alone with the server, what is not stated is as for the other of the two.
         self.speed_alone = np.array([budget.flops or server or NOMINAL_FLOPS for budget in budgets])
@@ -209,9 +234,11 @@ class Problem:
             served,
         )
 
-    def own_seconds(self, flops: Array, speed: Array) -> Array:
-        """Time of a round of clients whose step takes ``flops`` operations, ``(clients, splits)``."""
-        seconds: Array = self.steps * (flops / speed[:, None] + self.wire[:, None])
+    def own_seconds(self, flops: Array, resting: NDArray[np.bool_], speed: Array) -> Array:
+        """Time of a round of clients whose step takes ``flops`` operations, ``(clients, splits)``; those that are
+        ``resting`` have no adapters, and no gradient comes down to them."""
+        wire = np.where(resting, self.wire_of_resting[:, None], self.wire[:, None])
+        seconds: Array = self.steps * (flops / speed[:, None] + wire)
         return seconds
 
     def total(self, table: Array, ranks: Ranks) -> Array:
@@ -230,9 +257,9 @@ class Problem:
         sums: Array = np.cumsum(blocks[..., ::-1], axis=-1)[..., ::-1][..., self.splits]
         return sums
 
-    def of_clients(self, plan: Assignment) -> tuple[Array, Array, NDArray[np.bool_]]:
-        """``(clients,)``; bytes beside the process, operations of a step, and whether activations are computed again:
-        only where they could not be kept."""
+    def of_clients(self, plan: Assignment) -> tuple[Array, Array, NDArray[np.bool_], NDArray[np.bool_]]:
+        """``(clients,)``; bytes beside the process, operations of a step, whether activations are computed again: only
+        where they could not be kept; and whether there are no adapters."""
         splits = plan.splits
         below = np.where(self.block < splits[:, None], plan.ranks, 0)
         blocks = np.maximum(splits - np.where(below > 0, self.block, self.cost.num_blocks).min(axis=1), 0)
@@ -246,7 +273,7 @@ class Problem:
             work = self.forward[splits] + blocks * costs.backward + costs.work * parameters
             taken, flops = np.where(fewer, needed, taken), np.where(fewer, work, flops)
             again = np.where(fewer, costs.recompute, again)
-        return taken, flops, again
+        return taken, flops, again, blocks == 0
 
     def of_server(self, costs: Costs, plan: Assignment) -> tuple[float, float]:
         """Bytes, and operations of a step of every client."""

@@ -140,6 +140,7 @@ def make_round_plan(
             max_split=most,
             recompute=train.recompute,
             shares=shares,
+            trains=config.lora.clients != "none",
         )
     return make_plan(
         budgets,
@@ -158,4 +159,5 @@ def make_round_plan(
         steps=train.steps * math.ceil(train.batch_size / (train.micro_batch_size or train.batch_size)),
         wire=(config.transport.up, config.transport.down),
         recompute=train.recompute,
+        clients=config.lora.clients,
     )

@@ -49,6 +49,8 @@ class BlockTrace:
     peak: int
     """Most bytes alive at one time in a step of one block with adapters on all layers, its parameters and their
     gradients apart."""
+    forward: int
+    """The same of a forward pass without adapters that keeps nothing."""
     layers: dict[str, LayerTrace]
     """By name inside the block."""
 
@@ -78,6 +80,8 @@ def trace_block(client: ClientModel, rows: int, length: int, rank: int) -> Block
             ).last_hidden_state
             return cut
 
+        with torch.no_grad(), LiveBytes(client.parameters()) as alone:
+            forward()
         kept, layers = _keep(client, forward)
         adapters = inject(client, {name: AdapterSpec(rank, 1.0) for name, _ in client.linears()}, "")
         gradients = [torch.empty_like(parameter) for parameter in adapters]
@@ -86,7 +90,7 @@ def trace_block(client: ClientModel, rows: int, length: int, rank: int) -> Block
         with LiveBytes([*client.parameters(), *gradients]) as live:
             cut = forward()
             cut.backward(torch.empty_like(cut))
-    return BlockTrace(kept, live.peak, layers)
+    return BlockTrace(kept, live.peak, alone.peak, layers)
 
 
 def trace_head(head: HeadModel, rows: int, length: int) -> int:

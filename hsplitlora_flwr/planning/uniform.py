@@ -75,6 +75,7 @@ def equal_plan(
     max_split: int | None = None,
     recompute: str = "off",
     shares: Mapping[str, float] | None = None,
+    trains: bool = True,
 ) -> Plan:
     """One split point and one rank for all weights of all clients.
 
@@ -88,22 +89,27 @@ def equal_plan(
         As for :func:`~hsplitlora_flwr.planning.planner.make_plan`.
     shares : Mapping[str, float], optional
         ``p_i`` by client; equal when None.
+    trains : bool
+        Whether clients have adapters; the server's half alone trains else.
 
     Raises
     ------
     PlanError
         If no client can hold it, or the server cannot hold its part; the text says how many bytes are missing.
     """
-    offer = dict.fromkeys((layer.name for layer in cost.layers), rank)
     choices = recompute_choices(recompute)
 
+    def offer(depth: int) -> dict[str, int]:
+        return {layer.name: rank for layer in cost.layers if trains or layer.block >= depth}
+
     def price(depth: int, budget: Budget) -> tuple[int, bool]:
-        return first_fitting(
-            partial(cost.client_bytes, depth, offer, budget.process_bytes), choices, budget.memory_bytes
+        taken, again = first_fitting(
+            partial(cost.client_bytes, depth, offer(depth), budget.process_bytes), choices, budget.memory_bytes
         )
+        return taken, again and trains
 
     def missing(depth: int, budget: Budget) -> int:
-        return _missing(budget, price(depth, budget)[0], cost, offer, depth)
+        return _missing(budget, price(depth, budget)[0], cost, offer(depth), depth)
 
     able = [budget for budget in budgets.values() if missing(min_split, budget) <= 0]
     deeper = range(max_split or cost.num_blocks - 1, min_split, -1) if able and not split else ()
@@ -113,7 +119,7 @@ def equal_plan(
     for client, budget in budgets.items():
         taken, again = price(depth, budget)
         if (lacking := missing(depth, budget)) <= 0:
-            plans[client] = ClientPlan(depth, offer, taken, recompute=again)
+            plans[client] = ClientPlan(depth, offer(depth), taken, recompute=again, forward_only=not trains)
         else:
             left_out[client] = lacking
     if not plans:
@@ -136,7 +142,7 @@ def equal_plan(
 
 def _missing(budget: Budget, taken: int, cost: CostModel, ranks: Mapping[str, int], split: int) -> int:
     """Bytes of memory, or of adapters that may be sent, that a client lacks; 0 or less where there are enough."""
-    sent = sum(layer.adapter_parameters(ranks[layer.name]) for layer in cost.layers if layer.block < split)
+    sent = sum(layer.adapter_parameters(ranks.get(layer.name, 0)) for layer in cost.layers if layer.block < split)
     unsent = 0 if budget.adapter_bytes is None else sent * cost.workload.adapter_item - budget.adapter_bytes
     return max(taken - budget.memory_bytes, unsent)
 

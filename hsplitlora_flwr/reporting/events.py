@@ -161,6 +161,8 @@ def plan_rows(event: Event) -> list[tuple[str, ...]]:
             continue
         which = "block 0" if client["split"] == 1 else f"blocks 0-{client['split'] - 1}"
         split = f"{which} of {client['blocks']}" if client["split"] < client["blocks"] else "whole model"
+        if not client.get("trains", True):
+            split += ", forward alone"
         ranks = client["ranks"]
         spread = str(ranks["min"]) if ranks["min"] == ranks["max"] else f"{ranks['min']}-{ranks['max']}"
         mean = f" (mean {ranks['mean']:.1f})"

@@ -71,7 +71,8 @@ model = PeftModel.from_pretrained(model, "{{ summary.adapter.folder }}")  # in t
 {% if client.left_out %}
 <td class="text" colspan="3">left out: {{ client.left_out }}</td>
 {% else %}
-<td>{{ client.split if client.split is defined else "-" }}{% if client.blocks %} of {{ client.blocks }}{% endif %}</td>
+<td>{{ client.split if client.split is defined else "-" }}{% if client.blocks %} of {{ client.blocks }}{% endif %}
+{{- ", forward alone" if client.trains is false }}</td>
 <td>{{ client.mean_rank | number(1) }}</td><td>{{ client.recompute or "-" }}</td>
 {% endif %}
 <td>{{ client.budget_bytes | gb }}</td><td>{{ client.predicted_bytes | gb }}</td>

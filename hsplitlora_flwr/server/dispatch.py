@@ -134,6 +134,7 @@ class Dispatch:
             spacious=kind == TRAIN and may_fragment(description.budget, plan.predicted_bytes),
             recompute=plan.recompute,
             server_recompute=plan.server_recompute,
+            forward_only=plan.forward_only,
         )
         start = self._start(specs)
         if self._method.split:

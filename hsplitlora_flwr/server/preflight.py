@@ -84,6 +84,11 @@ def check_model_settings(config: Config) -> None:
             f"method.name={config.method.name} adds adapters up by the rule {method.rule!r}, which is not registered; "
             f"there are {', '.join(RULES)}"
         )
+    if config.lora.clients == "none" and not method.split:
+        raise ConfigError(
+            f"lora.clients=none leaves training to the server's half, and method.name={config.method.name} has none; "
+            "set it to plan"
+        )
     _check_generation(config)
     if method.central:
         return

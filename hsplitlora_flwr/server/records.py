@@ -28,6 +28,7 @@ def plan_rows(clients: Iterable[Description], plan: Plan, num_blocks: int) -> li
             row |= {
                 "split": own.split,
                 "ranks": dict(own.ranks),
+                "trains": not own.forward_only,
                 "recompute": own.recomputing,
                 "predicted_bytes": own.predicted_bytes,
             }
@@ -83,6 +84,7 @@ def client_row(
         "examples": client.examples,
         "split": plan.split,
         "ranks": {rank: ranks.count(rank) for rank in sorted(set(ranks))},
+        "trains": not plan.forward_only,
         "recompute": plan.recomputing,
         "trainable_parameters": sum(b.numel() + (a.numel() if trains_a else 0) for b, a in adapters.values()),
         "resident_parameters": int(metrics["resident-parameters"]),

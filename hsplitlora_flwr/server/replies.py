@@ -110,7 +110,7 @@ class Asked:
                 if layer.name in ranks
             },
             dtype=torch.promote_types(getattr(torch, config.model.dtype), torch.float32),
-            scores={layer.name for layer in held} if task.kind == PROBE else (),
+            scores={layer.name for layer in held} if task.kind == PROBE and not task.forward_only else (),
             steps=task.steps,
             tokens=rows * config.data.max_length,
             figures=FIGURES[task.kind],

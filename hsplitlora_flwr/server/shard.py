@@ -286,6 +286,7 @@ def allowance_of(task: Task, longest: int) -> Allowance:
         if config.transport.kind == "stream"
         else micro_batches,
         up=config.transport.up,
+        forward_only=task.forward_only,
     )
 
 

@@ -48,9 +48,9 @@ from hsplitlora_flwr.models.placement import pick_devices
 from hsplitlora_flwr.models.quantisation import check_quantiser
 from hsplitlora_flwr.models.split import WholeModel
 from hsplitlora_flwr.planning.budget import Budget
-from hsplitlora_flwr.planning.importance import combine, drift, scoring, smooth
+from hsplitlora_flwr.planning.importance import combine, complete, drift, scoring, smooth
 from hsplitlora_flwr.planning.leakage import LeakageTable
-from hsplitlora_flwr.planning.planner import ClientPlan, Plan, probe_split
+from hsplitlora_flwr.planning.planner import ClientPlan, Plan, probe_plan
 from hsplitlora_flwr.planning.round import cost_model, make_round_plan, split_bounds
 from hsplitlora_flwr.reporting.report import RunReport
 from hsplitlora_flwr.schema import scalar
@@ -467,10 +467,11 @@ class HSplitLoRA(Strategy):
         above = dict[int, dict[str, float]]()
         with ExitStack() as stack:
             for node, client in self.clients.descriptions.items():
-                split = probe_split(self._cost, client.budget, config.lora.ranks, *bounds, recompute=again)
-                if split is None:  # it cannot take part at all; the planner says by how many bytes
+                plan = probe_plan(
+                    self._cost, client.budget, config.lora.ranks, *bounds, recompute=again, clients=config.lora.clients
+                )
+                if plan is None:  # it cannot take part at all; the planner says by how many bytes
                     continue
-                plan = ClientPlan(split, {}, 0, recompute=again, server_recompute=again)
                 messages.append(self.dispatch.task(node, PROBE, server_round, plan, config.plan.probe_batches))
                 upper = self.shard.trainer(client.name).model
                 above[node] = stack.enter_context(scoring(upper))
@@ -489,7 +490,7 @@ class HSplitLoRA(Strategy):
         self.shard.dismiss_all()
         totals = [math.fsum(scores.values()) for scores in measured.values()]
         weights = capped_weights(self.clients.shares(measured), totals, config.clients.max_share)
-        return combine(zip(weights, measured.values(), strict=True))
+        return complete(combine(zip(weights, measured.values(), strict=True)), [x.name for x in self._cost.layers])
 
     def _refuse_outliers(self, server_round: int, outcomes: dict[int, Outcome]) -> None:
         """Take clients out whose update is too large beside the others'."""

@@ -69,6 +69,15 @@ def test_the_plan_is_that_of_the_planner_for_uniform_importance(folder: Path) ->
     assert result.plan.seconds == again.seconds
 
 
+def test_clients_that_train_nothing_are_shown(folder: Path) -> None:
+    mute = ("clients.count=2", "clients.memory_gb=[2]", "clients.adapter_mb=[0.0001,10]", "data.max_length=16")
+    text = shown(folder, *mute)
+    rows = [line for line in text.splitlines() if "2.00 GB" in line]
+    assert ["no" in row.split() for row in rows] == [True, False]
+    assert "0.0 MB down to a client that trains nothing" in text
+    assert "client 0 is left out" in shown(folder, *mute, "lora.clients=all")
+
+
 def test_what_is_printed(folder: Path) -> None:
     text = shown(folder, "clients.count=2", "clients.memory_gb=[2]")
     result = planned(folder, "clients.count=2", "clients.memory_gb=[2]")

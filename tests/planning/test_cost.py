@@ -29,7 +29,7 @@ from hsplitlora_flwr.planning import Budget, CostModel, PlanError, Workload, mak
 from hsplitlora_flwr.planning.round import cost_model, make_round_plan
 from hsplitlora_flwr.training.recompute import recompute_blocks
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
-from hsplitlora_flwr.transport.frames import Activation, Frame, Gradient, Hidden, HiddenGradient, encode
+from hsplitlora_flwr.transport.frames import Activation, Frame, Gradient, Hidden, HiddenGradient, Loss, encode
 from tests.flops import flop_counter
 from tests.tiny import CONFIGS, tiny_model
 
@@ -136,6 +136,32 @@ def test_client_step_takes_what_is_predicted(name: str, dtype: str) -> None:
     parts = cost.memory_parts(3, ranks, updated=False)
     assert parts["adapters"] == 4 * adapters
     assert parts["activations"] + parts["temporary"] == pytest.approx(allocated_peak(step), rel=0.1)
+
+
+@pytest.mark.parametrize(("dtype", "rows", "length", "least"), [("float32", 4, 24, 0.92), ("bfloat16", 8, 64, 0.84)])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_client_without_adapters_takes_the_forward_pass_of_one_block(
+    name: str, dtype: str, rows: int, length: int, least: float
+) -> None:
+    model = tiny_model(name, dtype=getattr(torch, dtype))
+    cost = CostModel(model.config, find_family(model.config), Workload(rows, length, dtype))
+    ids = torch.arange(rows * length).reshape(rows, length) % 90 + 3
+    mask = torch.ones_like(ids)
+    mask[0, 20:] = 0
+
+    def step() -> None:
+        with torch.no_grad():
+            client(ids, mask)
+
+    waiting = frames_of(cost) // 2  # one micro-batch, as it was sent and inside the stream
+    for split in (2, 3):
+        client, _ = split_model(model, split)
+        parts = cost.memory_parts(split, {}, updated=False)
+        assert parts["adapters"] == parts["activations"] == 0
+        # For a hidden size of 32 masks, of which some models have two kinds, weigh as much as an activation.
+        assert least < (parts["temporary"] - waiting) / allocated_peak(step) < 1.1
+    one = {next(layer.name for layer in cost.layers if layer.block == 2): 1}
+    assert cost.client_bytes(3, {}, updated=False) < cost.client_bytes(3, one, updated=False)
 
 
 @pytest.mark.parametrize("quantise", ["8bit", "4bit"])
@@ -281,8 +307,11 @@ def test_steps_in_three_parts_take_what_is_predicted(name: str) -> None:
 def test_the_head_weighs_on_the_side_that_has_the_labels() -> None:
     above, below = cost_of("llama"), cost_of("llama", labels="client")
     assert above.head_bytes == below.head_bytes > above.temporary_bytes == below.temporary_bytes
-    assert above.memory_parts(2, {})["temporary"] == above.temporary_bytes
-    assert below.memory_parts(2, {})["temporary"] == below.head_bytes
+    every = {layer.name: 1 for layer in above.layers}
+    assert above.memory_parts(2, every)["temporary"] == above.temporary_bytes
+    assert above.memory_parts(2, {})["temporary"] == above.forward_bytes
+    assert below.memory_parts(2, every)["temporary"] == below.head_bytes
+    assert below.memory_parts(2, {})["temporary"] == max(below.forward_bytes, below.head_bytes)
     assert above.pass_bytes(2, {}) - below.pass_bytes(2, {}) >= above.head_bytes - above.temporary_bytes
 
 
@@ -368,6 +397,9 @@ def test_operations_are_those_that_torch_counts(name: str) -> None:
     assert above <= cost.server_flops(3, ranks) < 1.05 * above, "every position but the last of a row has a label"
     forward = counted(lambda: client(IDS, MASK))
     assert cost.client_flops(3, {}) < forward < cost.client_flops(3, ranks)
+    bare = tiny_model(name, dtype=torch.float32)
+    bare.set_attn_implementation("eager")
+    assert cost.client_flops(3, {}) == counted(lambda: split_model(bare, 3)[0](IDS, MASK))
     whole = whole_model(model, family)
     adapt(whole, ranks)
     both = counted(lambda: whole(IDS, MASK, IDS).loss.backward())
@@ -404,6 +436,13 @@ def test_bytes_on_the_wire_are_those_of_the_frames(wire: str) -> None:
     assert with_labels.wire_bytes(wire, wire) == (
         without_labels + tensor_bytes(HiddenGradient(hidden, scale, 0.0)),
         gradient + tensor_bytes(Hidden(hidden, scale)),
+    )
+    # Down to a client without adapters come losses alone, and hidden states where the labels stay.
+    assert tensor_bytes(Loss(0.0)) == 0
+    assert cost.wire_bytes(wire, wire, forward_only=True) == (sent, 0)
+    assert with_labels.wire_bytes(wire, wire, forward_only=True) == (
+        with_labels.wire_bytes(wire, wire)[0],
+        tensor_bytes(Hidden(hidden, scale)),
     )
 
 

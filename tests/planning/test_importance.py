@@ -26,6 +26,7 @@ from hsplitlora_flwr.models.split import ClientModel, ServerModel
 from hsplitlora_flwr.planning.importance import (
     ROWS,
     combine,
+    complete,
     drift,
     gradient_weight_product,
     scoring,
@@ -209,6 +210,12 @@ def test_global_importance_is_the_weighted_mean_normalised_to_one() -> None:
     importance = combine([(0.25, {"a": 4.0, "b": 0.0}), (0.75, {"a": 0.0, "b": 4.0})])
     assert importance == pytest.approx({"a": 0.25, "b": 0.75})
     assert combine([(1.0, {"a": 0.0, "b": 0.0})]) == {"a": 0.5, "b": 0.5}
+
+
+def test_a_weight_that_nobody_scored_counts_as_the_mean() -> None:
+    known = {"b": 0.25, "c": 0.75}
+    assert complete(known, ["a", "b", "c"]) == pytest.approx({"a": 0.5 / 1.5, "b": 0.25 / 1.5, "c": 0.75 / 1.5})
+    assert complete(known, ["b", "c"]) == known
 
 
 def test_smoothing_by_hand() -> None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from hsplitlora_flwr.models import find_family
 from hsplitlora_flwr.planning import Budget, CostModel, Plan, PlanError, Workload, make_plan
 from hsplitlora_flwr.planning.frontier import Array
-from hsplitlora_flwr.planning.planner import probe_split
+from hsplitlora_flwr.planning.planner import ClientPlan, probe_plan
 from hsplitlora_flwr.planning.problem import NOMINAL_FLOPS
 from tests.tiny import tiny_model
 
@@ -107,7 +107,8 @@ def test_no_budget_is_exceeded(
         if recompute == "auto":
             assert client.recompute == (taken() > budgets[name].memory_bytes), "what can be kept is kept"
         else:
-            assert client.recompute == (recompute == "on")
+            assert client.recompute == (recompute == "on" and not client.forward_only)
+        assert client.forward_only == (below == 0)
     for name, missing in plan.left_out.items():
         assert missing == FLOOR + process - budgets[name].memory_bytes > 0
     [again] = {client.server_recompute for client in plan.clients.values()}
@@ -207,6 +208,7 @@ class BruteForce:
         server: Budget,
         steps: int,
         shares: dict[str, float],
+        clients: str,
     ) -> BruteForce:
         cost, own, upper = (
             cost_of(TARGETS, dtype, passes, half),
@@ -222,13 +224,15 @@ class BruteForce:
         # Without what lies below the split: every plan once.
         distinct = [~(upper.ranks[:, blocks < split] > 0).any(axis=1) for split in range(4)]
         up, down = cost.wire_bytes()
+        trains = own.parameters > 0
+        allowed = {"plan": trains | True, "all": trains, "none": ~trains}[clients]
         resting, found = cost.server_bytes({}), []
         plans, seconds = [], []
         for budget in budgets.values():
             limit = np.inf if budget.adapter_bytes is None else budget.adapter_bytes
-            plans.append(np.flatnonzero((own.memory <= budget.memory_bytes) & (4 * own.parameters <= limit)))
+            plans.append(np.flatnonzero((own.memory <= budget.memory_bytes) & (4 * own.parameters <= limit) & allowed))
             assert budget.flops and budget.up and budget.down
-            seconds.append(own.flops / budget.flops + up / budget.up + down / budget.down)
+            seconds.append(own.flops / budget.flops + up / budget.up + np.where(trains, down / budget.down, 0.0))
         assert server.flops
         for a, b in itertools.product(range(1, 4), range(1, 4)):
             first, second = (p[own.split[p] == split] for p, split in zip(plans, (a, b), strict=True))
@@ -265,8 +269,10 @@ def instances(draw: st.DrawFn, half: str = "") -> dict[str, Any]:
     dtype = draw(st.sampled_from(("float32", "bfloat16")))
     recompute = draw(st.sampled_from(tuple(CHOICES)))
     cost, own, upper = cost_of(TARGETS, dtype), own_plans(dtype, recompute), server_plans(dtype, False)
-    low, high = int(own.memory.min()), int(own.memory.max() * 1.1)
-    adapters = st.one_of(st.none(), st.integers(0, int(4.4 * own.parameters.max())))
+    clients = draw(st.sampled_from(("plan", "all", "none")))
+    some = own.parameters > 0 if clients == "all" else own.parameters >= 0
+    low, high = int(own.memory[some].min()), int(own.memory.max() * 1.1)
+    adapters = st.one_of(st.none(), st.integers(4 * int(own.parameters[some].min()), int(4.4 * own.parameters.max())))
     budgets = {
         name: Budget(draw(st.integers(low, high)), 0, draw(SPEEDS), draw(SPEEDS), draw(SPEEDS), draw(adapters))
         for name in "ab"
@@ -283,12 +289,13 @@ def instances(draw: st.DrawFn, half: str = "") -> dict[str, Any]:
         "importance": draw(importances(cost)),
         "steps": draw(st.integers(1, 5)),
         "shares": {"a": draw(st.integers(1, 100)), "b": draw(st.integers(1, 100))},
+        "clients": clients,
     }
 
 
 def plan_of(instance: dict[str, Any], **options: Any) -> Plan:
     cost = cost_of(TARGETS, instance["dtype"], instance["passes"], instance["half"])
-    given = {key: instance[key] for key in ("budgets", "server", "steps", "recompute", "shares")} | options
+    given = {key: instance[key] for key in ("budgets", "server", "steps", "recompute", "shares", "clients")} | options
     return make_plan(given.pop("budgets"), instance["importance"], cost, ranks=(0, 8), **given)
 
 
@@ -556,6 +563,7 @@ def test_a_server_that_cannot_serve_names_the_missing_bytes(planner: str) -> Non
         ({"min_split": 0}, r"min_split=0 and max_split=3 must lie in 1 \.\. 3"),
         ({"max_split": 4}, r"max_split=4 must lie in 1 \.\. 3"),
         ({"tolerance": 1.5}, r"tolerance=1.5 must lie between 0 and 1"),
+        ({"clients": "some"}, r"clients='some' is unknown; choose one of plan, all, none"),
         ({"steps": 0}, r"steps=0 must be at least 1"),
         ({"deadline": 0.0}, r"deadline=0.0 must be above 0"),
         ({"deadline": 1.0}, r"deadline=1 needs a speed"),
@@ -575,7 +583,80 @@ def test_wrong_importance_and_speeds() -> None:
 
 
 def test_the_probe_keeps_the_input_of_every_weight_and_still_fits() -> None:
-    memory = COST.client_bytes(2, dict.fromkeys(NAMES, 2))
-    assert probe_split(COST, Budget(memory), RANKS) == 2
-    assert probe_split(COST, Budget(memory - 1), RANKS) == 1
-    assert probe_split(COST, Budget(FLOOR - 1), RANKS) is None
+    memory, least = (COST.client_bytes(split, dict.fromkeys(NAMES, 2)) for split in (2, 1))
+    assert probe_plan(COST, Budget(memory), RANKS) == ClientPlan(2, {}, 0)
+    assert probe_plan(COST, Budget(memory - 1), RANKS) == ClientPlan(1, {}, 0)
+    assert probe_plan(COST, Budget(least - 1), RANKS) == ClientPlan(1, {}, 0, forward_only=True), "the server scores"
+    assert probe_plan(COST, Budget(FLOOR - 1), RANKS) is None
+    assert probe_plan(COST, Budget(memory), RANKS, clients="none") == ClientPlan(1, {}, 0, forward_only=True)
+
+
+def cheapest(split: int) -> int:
+    """The least that a client takes that trains, by trying every single adapter."""
+    return min(COST.client_bytes(split, {layer.name: 2}) for layer in LAYERS if layer.block < split)
+
+
+@pytest.mark.parametrize("planner", ["exact", "greedy"])
+@pytest.mark.parametrize("least", [1, 2])
+def test_a_client_without_room_for_adapters_takes_part_without(planner: str, least: int) -> None:
+    able, unable = cheapest(least), cheapest(least) - 1
+    budgets = {"able": Budget(able), "unable": Budget(unable), "out": Budget(COST.client_bytes(least, {}) - 5)}
+    make = partial(make_plan, budgets, dict.fromkeys(NAMES, 1.0), COST, ranks=RANKS, min_split=least, planner=planner)
+    plan = make()
+    assert {name: client.forward_only for name, client in plan.clients.items()} == {"able": False, "unable": True}
+    assert plan.left_out == {"out": 5}
+    resting = plan.clients["unable"]
+    above = {layer.name for layer in LAYERS if layer.block >= least}
+    assert (resting.split, resting.ranks) == (least, dict.fromkeys(above, 8)), "the server's half trains in full"
+    assert resting.predicted_bytes == COST.client_bytes(least, {}) <= unable
+    every = make(clients="all")
+    assert not any(client.forward_only for client in every.clients.values())
+    assert every.left_out == {"unable": 1, "out": able - budgets["out"].memory_bytes}
+    nobody = make(clients="none")
+    assert {client.forward_only for client in nobody.clients.values()} == {True}
+    assert nobody.left_out == {"out": 5}
+    assert all(client.ranks.keys() <= above for client in nobody.clients.values())
+    with pytest.raises(PlanError, match=rf"no client can hold even {least} block\(s\) with one adapter"):
+        make_plan({"a": Budget(unable)}, {}, COST, ranks=RANKS, min_split=least, planner=planner, clients="all")
+
+
+@pytest.mark.parametrize("planner", ["exact", "greedy"])
+def test_a_client_that_may_send_nothing_trains_nothing(planner: str) -> None:
+    fewest = 4 * min(layer.adapter_parameters(2) for layer in LAYERS)
+    budgets = {"mute": Budget(10 * CEILING, adapter_bytes=fewest - 1), "free": Budget(10 * CEILING)}
+    make = partial(make_plan, budgets, dict.fromkeys(NAMES, 1.0), COST, ranks=RANKS, planner=planner)
+    assert {name: client.forward_only for name, client in make().clients.items()} == {"mute": True, "free": False}
+    assert make(clients="all").left_out == {"mute": 1}
+
+
+def test_a_client_without_time_for_adapters_takes_part_without() -> None:
+    """Its link down is slow, and gradients are all that comes down."""
+    up, down = COST.wire_bytes()
+    budgets = {"slow": Budget(10 * CEILING, 0, 1e9, 1e9, 1e3), "quick": Budget(10 * CEILING, 0, 1e9, 1e9, 1e9)}
+    make = partial(make_plan, budgets, dict.fromkeys(NAMES, 1.0), COST, ranks=RANKS, server=Budget(10**10, 0, 1e12))
+    plan = make(deadline=1.0)
+    assert down / 1e3 > 1.0 > plan.seconds
+    assert {name: client.forward_only for name, client in plan.clients.items()} == {"slow": True, "quick": False}
+    alone = plan.clients["slow"]
+    assert alone.predicted_seconds == pytest.approx(COST.client_flops(alone.split, {}) / 1e9 + up / 1e9)
+    assert not any(client.forward_only for client in make(deadline=100.0).clients.values())
+    with pytest.raises(PlanError, match="no plan meets the deadline of 1 s: the shortest possible round takes"):
+        make(deadline=1.0, clients="all")
+
+
+def test_where_nothing_can_be_gained_a_client_trains_only_if_it_must() -> None:
+    above = {layer.name: float(layer.block == 3) for layer in LAYERS}
+    make = partial(make_plan, {"a": Budget(10 * CEILING)}, above, COST, ranks=RANKS)
+    assert make().clients["a"].forward_only
+    must = make(clients="all").clients["a"]
+    assert not must.forward_only and sum(must.ranks[name] for name in must.ranks if not above[name]) > 0
+    assert make(clients="all").objective == make().objective
+
+
+@pytest.mark.parametrize("planner", ["exact", "greedy"])
+def test_for_clients_with_room_nothing_changes(planner: str) -> None:
+    rng = np.random.default_rng(3)
+    importance = dict(zip(NAMES, rng.exponential(size=len(NAMES)).tolist(), strict=True))
+    budgets = {str(i): Budget(int(memory)) for i, memory in enumerate(rng.uniform(cheapest(1), CEILING, 12))}
+    make = partial(make_plan, budgets, importance, COST, ranks=RANKS, planner=planner)
+    assert make().clients == make(clients="all").clients

@@ -54,6 +54,16 @@ def test_one_split_is_the_deepest_that_all_can_hold() -> None:
     assert equal_plan({"b": Budget(10**12)}, COST, rank=4, max_split=2).clients["b"].split == 2
 
 
+def test_one_split_for_clients_that_train_nothing() -> None:
+    budgets = {"a": Budget(COST.client_bytes(2, {})), "b": Budget(10**12, adapter_bytes=0)}
+    plan = equal_plan(budgets, COST, rank=4, trains=False)
+    above = {layer.name: 4 for layer in COST.layers if layer.block >= 2}
+    for name, client in plan.clients.items():
+        assert (client.split, client.forward_only, client.ranks) == (2, True, above), name
+        assert client.predicted_bytes == COST.client_bytes(2, {})
+    assert plan.server_bytes == COST.server_bytes(dict.fromkeys(budgets, (2, above)))
+
+
 def test_a_client_too_small_for_any_split_does_not_hold_the_others_back() -> None:
     budgets = {"tiny": Budget(COST.client_bytes(1, offer(4)) - 3), "b": Budget(COST.client_bytes(3, offer(4)))}
     plan = equal_plan(budgets, COST, rank=4)

@@ -145,6 +145,11 @@ def test_one_block_is_not_a_range():
     assert plan_rows({"clients": [CLIENT | {"split": 1}]})[0][3] == "block 0 of 30"
 
 
+def test_a_client_that_trains_nothing_is_told_of():
+    rows = plan_rows({"clients": [CLIENT | {"trains": trains} for trains in (False, True)]})
+    assert [row[3] for row in rows] == ["blocks 0-9 of 30, forward alone", "blocks 0-9 of 30"]
+
+
 def test_one_rank_everywhere_is_not_a_range():
     rows = plan_rows({"clients": [CLIENT | {"ranks": {"mean": 8.0, "min": 8, "max": 8}}]})
     assert rows[0][4] == "8 (mean 8.0)"

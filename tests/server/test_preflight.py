@@ -131,6 +131,12 @@ def test_adapters_that_are_carried_on_start_nowhere(method: str, config: Config)
         check_model_settings(change(config, method__name=method, plan__over_budget=True, lora__init="update"))
 
 
+def test_without_a_half_of_the_server_somebody_must_train(config: Config) -> None:
+    check_model_settings(change(config, lora__clients="none"))
+    with pytest.raises(ConfigError, match=r"lora.clients=none leaves .* method.name=fedit has none; set it to plan"):
+        check_model_settings(change(config, method__name="fedit", plan__over_budget=True, lora__clients="none"))
+
+
 def test_what_quantises_is_missing(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     quantisation._functional.cache_clear()
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)

@@ -55,6 +55,13 @@ def test_what_was_asked_for_passes(outcome: Outcome, task: Task) -> None:
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(found.adapters[name], pair, strict=True))
 
 
+def test_who_computes_forward_alone_scores_nothing() -> None:
+    task = replace(PROBING, forward_only=True)
+    read(replace(SCORED, importance={}), task)
+    with pytest.raises(ReplyError, match="2 scores, and at most 0"):
+        read(SCORED, task)
+
+
 def pair(rank: int = 2, fill: float = 0.01, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.full((4, rank), fill, dtype=dtype), torch.full((rank, 8), fill, dtype=dtype)
 

@@ -260,6 +260,38 @@ def test_a_run_is_its_rounds_calculated_plainly(name: str, init: str, tiny_folde
     assert moved > 1
 
 
+@pytest.mark.parametrize(
+    ("who", "changes"),
+    [
+        ("1", {}),
+        ("012", {"lora.clients": "none"}),
+        ("012", {"lora.clients": "none", "method.name": "splitlora"}),
+        ("012", {"lora.clients": "none", "server.half": "per_client"}),
+    ],
+)
+def test_clients_that_train_nothing_take_part_as_written_out(
+    who: str, changes: dict[str, Any], tiny_folder: Path, tmp_path: Path
+) -> None:
+    smooth = {"train.optimizer": "sgd", "train.lr": 0.5}
+    config = settings(tiny_folder, tmp_path, **DOUBLE | smooth | changes)
+    grid = grid_of()
+    if not changes:
+        grid.node_configs[11]["adapter-mb"] = 1e-6
+    summary = run(config, tmp_path, grid)
+    assert summary["perplexity_after"] < summary["perplexity_before"]
+    for rows in [plan["clients"] for plan in summary["plans"]] + [r["clients"] for r in summary["rounds"]]:
+        assert {row["client"] for row in rows if not row["trains"]} == set(who)
+    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_folder), tmp_path / "adapter")
+    base, tuned, moved = AutoModelForCausalLM.from_pretrained(tiny_folder), merged.merge_and_unload(), 0.0
+    for layer, expected in expected_update(config, summary).items():
+        found = (tuned.get_submodule(layer).weight - base.get_submodule(layer).weight).detach().double().numpy()
+        assert np.linalg.norm(found - expected) < 1e-4 * np.linalg.norm(expected) + 1e-6, layer
+        moved += float(np.abs(expected).sum())
+    assert moved > 1
+    for client in summary["rounds"][-1]["clients"]:
+        assert len(client["losses"]) == config.train.steps and client["losses"][-1] > 0
+
+
 def test_a_quantised_base_with_an_exact_update_beside_it(tiny_folder: Path, tmp_path: Path) -> None:
     """Two rounds are those of the weights that the quantised ones stand for, and leave the same kind of adapter."""
     pytest.importorskip("bitsandbytes")
