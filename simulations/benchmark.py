@@ -7,6 +7,7 @@ spread the distance between the quartiles. :mod:`simulations.benchmarks` has a m
 compared with what:
 
 - ``memory``: peak memory of a client process against the prediction of the cost model, over split points and batches.
+- ``frozen``: time, bytes and memory of a client that trains its part, and of one that computes forward alone.
 - ``step``: training speed of a client and the server against the unsplit model with stock PEFT.
 - ``clients``: total training speed of clients that train at once against that of one.
 - ``overlap``: time of a step over slow links with micro-batches in flight, against compute alone and wire alone.
@@ -19,7 +20,7 @@ compared with what:
 - ``start``: what a client process does before its first step, part by part.
 - ``deployment``: time of a step on SuperNodes against that of a simulation.
 
-``--model`` is for the first five, ``narrow``, ``start`` and ``deployment``; the others bring shapes of their own.
+``--model`` is for the first six, ``narrow``, ``start`` and ``deployment``; the others bring shapes of their own.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from simulations.benchmarks.aggregate import aggregate
 from simulations.benchmarks.clients import clients
 from simulations.benchmarks.common import Benchmark, Row, Setup
 from simulations.benchmarks.deployment import deployment, start
+from simulations.benchmarks.frozen import frozen
 from simulations.benchmarks.memory import memory
 from simulations.benchmarks.narrow import narrow
 from simulations.benchmarks.overlap import overlap
@@ -56,6 +58,7 @@ from simulations.benchmarks.wire import wire
 
 BENCHMARKS: dict[str, Benchmark] = {
     "memory": memory,
+    "frozen": frozen,
     "step": step,
     "clients": clients,
     "overlap": overlap,
