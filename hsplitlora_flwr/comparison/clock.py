@@ -8,8 +8,9 @@ after another, in the order that ``server.order`` says::
     client 1   forward ─ up ┼─┐         │ ┌ down ─ ...                  │
     server                  └ 0 ┘ 1 ┘ 2 ┘                               └ 0 ┘ ...
 
-A round is over when the last client's adapters have arrived. Aggregation and evaluation take no time here, and neither
-does bringing all text to one place, for the methods that train there.
+A client that computes forward alone waits for no gradient: it goes on with the next step when it has sent one, a step
+ahead of the server at most. A round is over when the last client's adapters have arrived. Aggregation and evaluation
+take no time here, and neither does bringing all text to one place, for the methods that train there.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import heapq
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -39,13 +40,15 @@ class Device:
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds of one client's step: up to its cut, on the link, on the server, on the link, and back."""
+    """Seconds of one client's step: up to its cut, on the link, on the server, on the link, and back; and whether its
+    next one waits for them."""
 
     forward: float
     up: float
     server: float
     down: float
     backward: float
+    waits: bool = True
 
 
 def serve(clients: Sequence[Step], steps: int, *, fixed: bool) -> list[float]:
@@ -59,17 +62,19 @@ def serve(clients: Sequence[Step], steps: int, *, fixed: bool) -> list[float]:
     fixed : bool
         The server takes them in the order of steps and clients, and else as they come.
     """
-    free, ends = 0.0, [0.0] * len(clients)
+    free, ends, ready = 0.0, [0.0] * len(clients), [0.0] * len(clients)
     # by arrival, or by step and then by client
     queue = [(0.0 if fixed else one.forward + one.up, 0, index) for index, one in enumerate(clients)]
     heapq.heapify(queue)
     while queue:
         _, step, index = heapq.heappop(queue)
         one = clients[index]
-        free = max(free, ends[index] + one.forward + one.up) + one.server
+        sent, before = ready[index] + one.forward + one.up, ends[index]
+        free = max(free, sent) + one.server
         ends[index] = free + one.down + one.backward
+        ready[index] = ends[index] if one.waits else max(sent, before)
         if step + 1 < steps:
-            arrival = ends[index] + one.forward + one.up
+            arrival = ready[index] + one.forward + one.up
             heapq.heappush(queue, (step + 1.0 if fixed else arrival, step + 1, index))
     return ends
 
@@ -100,7 +105,9 @@ class _Clock:
         steps = sum(len(row["losses"]) for row in rows)
         length = math.ceil(sum(row["tokens"] for row in rows) / (steps * config.train.batch_size))
         self.cost = cost_model(config, config.train.batch_size, length)
-        self._frame = self.cost.wire_bytes(config.transport.up, config.transport.down)
+        wire = config.transport.up, config.transport.down
+        self._frame = self.cost.wire_bytes(*wire)
+        self._one_way = self.cost.wire_bytes(*wire, forward_only=True)
 
     def rounds(self) -> list[float]:
         return [self._central(row) if self.method.central else self._round(row) for row in self.summary["rounds"]]
@@ -128,22 +135,28 @@ class _Clock:
             ]
             return max(times)
         half = _half(self.cost, plan.values()) if shares_half(self.config) else None
-        up, down = self._frame
         training, beside = [], list[float]()
         for row, device in zip(rows, devices, strict=True):
             own = plan[row["client"]]
-            training.append(self._training(device, own, half or own["ranks"], row["recompute"]))
+            up, down = self._frame if row.get("trains", True) else self._one_way
+            training.append(self._training(device, own, half or own["ranks"], row))
             messages = max(row["bytes_up"] - steps * up, 0), max(row["bytes_down"] - steps * down, 0)
             beside.append(messages[0] / device.up + messages[1] / device.down)
         ends = serve(training, steps, fixed=shares_half(self.config) and self.config.server.order == "fixed")
         probing = self._probe(devices, [plan[row["client"]]["split"] for row in rows], round_["round"])
         return probing + max(end + more for end, more in zip(ends, beside, strict=True))
 
-    def _training(self, device: Device, plan: Mapping[str, Any], above: Mapping[str, int], recompute: str) -> Step:
-        cost, split = self.cost, plan["split"]
+    def _training(
+        self, device: Device, plan: Mapping[str, Any], above: Mapping[str, int], row: Mapping[str, Any]
+    ) -> Step:
+        cost, split, recompute = self.cost, plan["split"], row["recompute"]
         both = cost.client_flops(split, plan["ranks"], recompute=recompute in ("client", "both"))
         served = cost.server_flops(split, above, recompute=recompute in ("server", "both"))
-        return self._step(device, split, both, served)
+        step = self._step(device, split, both, served)
+        if row.get("trains", True):
+            return step
+        stays = self.config.split.labels == "client"  # and then the loss is made of what the server sends
+        return replace(step, down=self._one_way[1] / device.down, waits=stays)
 
     def _probe(self, devices: Sequence[Device], splits: Sequence[int], server_round: int) -> float:
         """A measurement of the importance, where one was due: every weight's gradient is computed, none is sent."""

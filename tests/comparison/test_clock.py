@@ -23,6 +23,18 @@ def test_a_server_takes_steps_in_order_or_as_they_come() -> None:
     assert serve([], 3, fixed=True) == []
 
 
+def test_a_client_that_computes_forward_alone_is_a_step_ahead() -> None:
+    """Sent at 3, 6 and, as the first is served by then, 9; served from 3 to 5, 6 to 8 and 9 to 11."""
+    alone = Step(2.0, 1.0, 2.0, 0.0, 0.0, waits=False)
+    assert serve([alone], 3, fixed=True) == serve([alone], 3, fixed=False) == [11.0]
+    # the server is slower: served from 3 to 13, 23 and 33, and the fourth, sent at 16, to 43
+    slow = Step(2.0, 1.0, 10.0, 0.0, 0.0, waits=False)
+    assert serve([slow], 4, fixed=True) == [43.0]
+    # sent at 9, 18 and, as the third waits for the first to be served at 19, at 28; served at 29 and 39
+    late = Step(0.0, 9.0, 10.0, 0.0, 0.0, waits=False)
+    assert serve([late], 3, fixed=True) == [39.0]
+
+
 def settings(**changes: Any) -> Config:
     values = {
         "clients.count": 2,
@@ -39,7 +51,7 @@ def settings(**changes: Any) -> Config:
 def client(index: int, **fields: Any) -> dict[str, Any]:
     """Three steps of four rows of ten tokens."""
     row = {"client": str(index), "tokens": 120, "losses": [1.0] * 3, "bytes_up": 10**6, "bytes_down": 4 * 10**6}
-    return row | {"recompute": "none"} | fields
+    return row | {"recompute": "none", "trains": True} | fields
 
 
 @pytest.fixture
