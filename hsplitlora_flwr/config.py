@@ -442,10 +442,8 @@ def render_pyproject_block() -> str:
     for name, section in SECTIONS.items():
         lines = [f"[tool.flwr.app.config.{name}]"]
         for each in settings_of(name, section):
-            unit = f", in {each.unit}" if each.unit else ""
-            choices = f" ({' | '.join(each.choices)})" if each.choices else ""
             lines += [
-                f"# {each.meaning}{unit}{choices}",
+                "# " + "; ".join((each.meaning, *each.rules)),
                 f"{each.key.partition('.')[2]} = {json.dumps(scalar(each.default))}",
             ]
         tables.append("\n".join(lines) + "\n")
@@ -517,4 +515,6 @@ def _contradictions(config: Config) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    print(render_pyproject_block(), end="")
+    from hsplitlora_flwr import config  # the module in which methods are registered
+
+    print(config.render_pyproject_block(), end="")

@@ -140,6 +140,12 @@ class Setting:
         return tuple(name for mark in marks if isinstance(mark, OneOf) for name in mark.names)
 
     @property
+    def rules(self) -> tuple[str, ...]:
+        """What its values are and may be, in words."""
+        choices = f"one of {', '.join(self.choices)}" if self.choices else ""
+        return tuple(filter(None, (f"in {self.unit}" if self.unit else "", self.range, choices)))
+
+    @property
     def range(self) -> str:
         """Its bounds in words, without those that come from Flower alone."""
         return _range({name: bound for name, bound in self.bounds.items() if bound != _LARGEST})

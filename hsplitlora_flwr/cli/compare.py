@@ -36,6 +36,7 @@ from rich.console import Console
 from hsplitlora_flwr.cli.interrupts import Interrupted, interruptible
 from hsplitlora_flwr.cli.overrides import check_keys, keys_of, literal, one_line
 from hsplitlora_flwr.cli.run import PROJECT, Launcher, Listener, launch, prepare, with_absolute_paths
+from hsplitlora_flwr.cli.settings import CONF, register, settings_text
 from hsplitlora_flwr.cli.superlink import SuperLink, open_superlink
 from hsplitlora_flwr.comparison.study import EACH, Line, Options, Study, tuning_changes, vary
 from hsplitlora_flwr.config import Config
@@ -110,13 +111,21 @@ def compose_setting(setting: str, overrides: Sequence[str]) -> tuple[Config, Lau
     ConfigError, HydraException, OmegaConfBaseException
         If a key or a value is wrong, or there is no such setting.
     """
-    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+    register(Launcher)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         composed = compose("config", [f"experiment={setting}", "launcher.engine=process", *overrides])
     values: Any = OmegaConf.to_container(composed, resolve=True)
     launcher = Launcher.from_mapping(values.pop("launcher"))
     if launcher.engine == "process" and not launcher.cpus:  # several runs on a core each end sooner than one on all
         launcher = replace(launcher, cpus=1)
     return vary(Config.from_mapping(values), {"run.dir": ""}), launcher
+
+
+class _Parser(argparse.ArgumentParser):
+    """Its help goes on with the settings."""
+
+    def format_help(self) -> str:
+        return f"{super().format_help()}\n{settings_text(Launcher)}\n"
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
@@ -128,7 +137,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         If a value is not allowed. Options that do not exist end the program with status 2, as argparse does.
     """
     default = Options()
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         description="Compare methods over client settings and seeds; a second call goes on where the first stopped.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -11,12 +11,15 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException, OverrideParseException
 
+from hsplitlora_flwr.cli.settings import help_text, register
 from hsplitlora_flwr.config import Config, ConfigError, unknown_key
+from hsplitlora_flwr.registry import PluginError
 
 PATHS = (
     *("model.path", "data.path", "data.eval_path", "split.leakage", "run.dir", "run.resume"),
@@ -25,20 +28,26 @@ PATHS = (
 """Settings that name a file or folder."""
 
 
-def start(main: Callable[[], None], more_keys: Sequence[str] = ()) -> int:
-    """Run an entry point of Hydra; returns the exit status, which is 2 where the command line is wrong.
+def start(main: Callable[[], None], launcher: type[Any], about: str) -> int:
+    """Run an entry point of Hydra, or print its help; returns the exit status, 2 where the command line is wrong.
 
     Parameters
     ----------
-    more_keys : Sequence[str]
-        Keys that there are besides those of :class:`Config`.
+    launcher : type
+        The section ``launcher``, which there is besides those of :class:`Config`.
+    about : str
+        What the help says before it lists the settings.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # its errors come here, and are told in one line
     try:
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            print(help_text(about, launcher), end="")
+            return 0
+        register(launcher)
         sys.argv[1:] = literal(sys.argv[1:])
-        check_keys(sys.argv[1:], more_keys)
+        check_keys(sys.argv[1:], keys_of("launcher", launcher))
         main()
-    except (HydraException, ConfigError) as error:
+    except (HydraException, ConfigError, PluginError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0

@@ -27,8 +27,9 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 
-from hsplitlora_flwr.cli.overrides import keys_of, start
-from hsplitlora_flwr.cli.run import PROJECT, Launcher
+from hsplitlora_flwr.cli.overrides import start
+from hsplitlora_flwr.cli.run import Launcher
+from hsplitlora_flwr.cli.settings import CONF
 from hsplitlora_flwr.config import Config, ConfigError
 from hsplitlora_flwr.methods import METHODS
 from hsplitlora_flwr.models.loading import read_config
@@ -209,7 +210,7 @@ def run(composed: DictConfig, console: Console) -> int:
     return 0
 
 
-@hydra.main(version_base="1.3", config_path=str(PROJECT / "conf"), config_name="config")
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def main(composed: DictConfig) -> None:
     """Hydra's entry point."""
     console = Console(highlight=False)
@@ -221,4 +222,4 @@ def main(composed: DictConfig) -> None:
 
 def command() -> None:
     """The command line."""
-    sys.exit(start(main, keys_of("launcher", Launcher)))
+    sys.exit(start(main, Launcher, __doc__ or ""))

@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import hydra
 import psutil
@@ -34,9 +34,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import AfterValidator
 
 from hsplitlora_flwr.cli.interrupts import Interrupted, held, interruptible, obey
 from hsplitlora_flwr.cli.overrides import keys_of, start
+from hsplitlora_flwr.cli.settings import CONF
+from hsplitlora_flwr.cli.settings import PROJECT as PROJECT
 from hsplitlora_flwr.cli.superlink import (
     Question,
     RunStatus,
@@ -50,13 +53,8 @@ from hsplitlora_flwr.config import Config, ConfigError, unknown_key
 from hsplitlora_flwr.models.cores import all_cores
 from hsplitlora_flwr.reporting import EVENTS_FILE, RunConsole, read_events
 from hsplitlora_flwr.reporting.events import Event
+from hsplitlora_flwr.schema import checked, setting
 
-_PACKAGE = Path(__file__).resolve().parents[1]
-PROJECT = shipped if (shipped := _PACKAGE / "app").is_dir() else _PACKAGE.parent
-"""The folder of the Flower app, with ``pyproject.toml`` and ``conf/``: a wheel has it inside the package, a checkout is
-it."""
-
-ENGINES = ("flower", "process")
 _LOG = "flwr.log"
 _RUN_LOG = "run.log"
 _SUPERLINK_LOG = "superlink.log"
@@ -72,31 +70,33 @@ _UNSTATED_BYTES, _SHARE_OF_MEMORY = 2e9, 0.8
 _AGAINST_RAY = {"superlink": "it starts Ray by itself", "cpus": "the cluster says how many it has"}
 
 
+def _address(text: str) -> str:
+    if text and not re.fullmatch(r"[^\s:/]+:\d+", text):
+        raise ValueError("must be HOST:PORT of a Ray cluster, or '' for none")
+    return text
+
+
+Address = Annotated[str, AfterValidator(_address)]
+
+
 @dataclass(frozen=True)
 class Launcher:
-    """How a run is started; the section ``launcher`` of ``conf/config.yaml``.
+    """How a run is started, which is no part of the run itself."""
 
-    Parameters
-    ----------
-    engine : {"flower", "process"}
-        What runs the apps: Flower, with Ray for the clients, or threads of one process, which takes no longer than the
-        training does (:mod:`hsplitlora_flwr.cli.in_process`). The results are the same.
-    superlink : str
-        A connection of the user's Flower configuration; "" starts a SuperLink for this run and stops it after.
-    client_cpus : int
-        CPUs of one simulated client.
-    cpus : int
-        CPUs that simulated clients may take together; 0 for those of the machine, or for as many as let all clients
-        train at the same time where their steps take turns. With ``engine=process``, CPUs of the whole run.
-    ray_address : str
-        A running Ray cluster, ``HOST:PORT``, whose machines simulate the clients; "" starts Ray on this one.
-    """
-
-    engine: str = "flower"
-    superlink: str = ""
-    client_cpus: int = 1
-    cpus: int = 0
-    ray_address: str = ""
+    engine: Literal["flower", "process"] = setting(
+        "flower",
+        "flower = Flower, with Ray for the clients; process = threads of one process, the same results, sooner",
+    )
+    superlink: str = setting(
+        "", "a connection of `flwr config list`; empty = start a SuperLink for this run and stop it after"
+    )
+    client_cpus: int = setting(1, "CPUs of one simulated client; so many clients as fit run at the same time", ge=1)
+    cpus: int = setting(
+        0,
+        "CPUs of simulated clients together; 0 = the machine's, or enough for steps in turn; engine=process: all",
+        ge=0,
+    )
+    ray_address: Address = setting("", "HOST:PORT of a running Ray cluster, whose machines simulate the clients")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Launcher:
@@ -111,24 +111,16 @@ class Launcher:
         for key in values:
             if f"launcher.{key}" not in known:
                 raise unknown_key(f"launcher.{key}", known)
-        launcher = cls(**values)
-        if launcher.engine not in ENGINES:
-            raise ConfigError(f"launcher.engine={launcher.engine!r} must be one of {', '.join(ENGINES)}")
+        launcher: Launcher = checked("launcher", cls, values)
         for name in ("superlink", "ray_address") if launcher.engine == "process" else ():
             if value := getattr(launcher, name):
                 raise ConfigError(f"launcher.{name}={value!r} needs launcher.engine=flower")
-        if not isinstance(launcher.superlink, str):
-            raise ConfigError(f"launcher.superlink={launcher.superlink!r} must be a name, or '' for one of our own")
-        if type(launcher.cpus) is not int or launcher.cpus < 0:
-            raise ConfigError(f"launcher.cpus={launcher.cpus!r} must be a whole number from 1, or 0 for all CPUs here")
         address = launcher.ray_address
-        if not isinstance(address, str) or (address and not re.fullmatch(r"[^\s:/]+:\d+", address)):
-            raise ConfigError(f"launcher.ray_address={address!r} must be HOST:PORT of a Ray cluster, or '' for none")
         for name, why in _AGAINST_RAY.items() if address else ():
             if value := getattr(launcher, name):
                 raise ConfigError(f"launcher.{name}={value!r} is not possible with launcher.ray_address: {why}")
         cpus, most = launcher.client_cpus, launcher.cpus or all_cores()
-        if type(cpus) is not int or cpus < 1 or (cpus > most and not address):
+        if cpus > most and not address:
             raise ConfigError(
                 f"launcher.client_cpus={cpus!r} must be a whole number from 1 to the {most} CPUs there are"
             )
@@ -565,7 +557,7 @@ def _run(composed: DictConfig) -> int:
         return launch(config, PROJECT, launcher, console)
 
 
-@hydra.main(version_base="1.3", config_path=str(PROJECT / "conf"), config_name="config")
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def main(composed: DictConfig) -> None:
     """Hydra's entry point: one job. A sweep goes on after a job that failed."""
     _statuses.append(_run(composed))
@@ -575,7 +567,7 @@ def command() -> None:
     """The command line: the exit status of the worst job, or of the signal that ended it."""
     interruptible()
     try:
-        wrong = start(main, keys_of("launcher", Launcher))
+        wrong = start(main, Launcher, __doc__ or "")
     except Interrupted as error:
         if not error.told:
             when = "before Flower was started; the same command starts the run"

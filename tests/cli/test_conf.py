@@ -1,6 +1,7 @@
 """What ``conf/`` composes is what the schema says."""
 
-from pathlib import Path
+import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,13 +9,15 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from hsplitlora_flwr.cli.run import Launcher
-from hsplitlora_flwr.config import Config, ConfigError
-
-CONF = Path(__file__).resolve().parents[2] / "conf"
+from hsplitlora_flwr.cli.settings import CONF, help_text, register
+from hsplitlora_flwr.config import SETTINGS, Config, ConfigError
+from hsplitlora_flwr.methods import METHODS, register_method
+from hsplitlora_flwr.schema import settings_of
 
 
 def composed(*overrides: str) -> dict[str, Any]:
     """The settings of a run, without those of the launcher."""
+    register(Launcher)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         values: Any = OmegaConf.to_container(compose("config", list(overrides)), resolve=True)
     del values["launcher"]
@@ -34,6 +37,7 @@ def test_conf_names_every_setting_of_the_schema():
 
 
 def test_the_launcher_has_the_defaults_of_its_class():
+    register(Launcher)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         values: Any = OmegaConf.to_container(compose("config").launcher)
     assert values == {"engine": "flower", "superlink": "", "client_cpus": 1, "cpus": 0, "ray_address": ""}
@@ -56,6 +60,37 @@ def test_a_data_group_sets_every_setting_of_its_section():
     """Otherwise what a group leaves out depends on which group was chosen before it."""
     for option in options("data"):
         assert set(composed(option)["data"]) == set(composed()["data"])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_an_option(name):
+    assert Config.from_mapping(composed(f"method={name}")).method.name == name
+
+
+@pytest.mark.parametrize("kind", ["stream", "messages", "auto"])
+def test_every_transport_is_an_option(kind):
+    assert Config.from_mapping(composed(f"transport={kind}")).transport.kind == kind
+
+
+def test_a_method_that_is_registered_is_an_option_of_the_command_line_and_in_its_help(monkeypatch):
+    monkeypatch.setattr(METHODS, "_items", dict(METHODS._items))
+    monkeypatch.setattr(METHODS, "_names", dict(METHODS._names))
+    register_method("theirs", replace(METHODS["fedit"], summary="as others do it"))
+    assert Config.from_mapping(composed("method=theirs")).method.name == "theirs"
+    assert "\n  theirs: as others do it\n" in help_text("", Launcher)
+
+
+def test_the_help_says_every_setting_in_80_columns():
+    text = help_text("One run.", Launcher)
+    assert max(map(len, text.splitlines())) <= 80
+    known = [*SETTINGS, *settings_of("launcher", Launcher)]
+    assert [line.split("=")[0].strip() for line in text.splitlines() if re.match(r"  \w+\.\w+=", line)] == [
+        each.key for each in known
+    ]
+    words = " ".join(text.split())
+    for each in known:
+        assert " ".join("; ".join((each.meaning, *each.rules)).split()) in words
+    assert "clients.memory_gb=1.0,1.3,1.8 memory of client 0" in words and "; in 1e9 bytes" in words
 
 
 def test_the_reference_experiment():

@@ -13,13 +13,15 @@ from omegaconf import OmegaConf
 
 from hsplitlora_flwr.cli.overrides import PATHS, check_keys, keys_of, literal
 from hsplitlora_flwr.cli.run import PROJECT, Launcher
+from hsplitlora_flwr.cli.settings import CONF, register
 from hsplitlora_flwr.config import ConfigError
 
 LAUNCHER = keys_of("launcher", Launcher)
 
 
 def composed(*arguments: str) -> Any:
-    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+    register(Launcher)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         return OmegaConf.to_container(compose("config", literal(arguments)), resolve=True)
 
 

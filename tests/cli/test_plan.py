@@ -13,7 +13,8 @@ from rich.console import Console
 from transformers import LlamaConfig
 
 from hsplitlora_flwr.cli.plan import PARTS, Forecast, forecast, run
-from hsplitlora_flwr.cli.run import PROJECT
+from hsplitlora_flwr.cli.run import Launcher
+from hsplitlora_flwr.cli.settings import CONF, register
 from hsplitlora_flwr.config import Config, ConfigError
 from hsplitlora_flwr.planning import make_plan
 from tests.tiny import tiny_model
@@ -36,7 +37,8 @@ def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def composed(folder: Path, *overrides: str) -> DictConfig:
-    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+    register(Launcher)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("config", [f"model.path={folder}", "data.max_length=16", *overrides])
 
 
