@@ -30,6 +30,13 @@ def gains(problem: Problem, prices: Array, inputs: Array, price: Array) -> Array
 
 def bound_below(problem: Problem) -> Array:
     """``(clients, splits)``; no ranks of a client below a split are worth more."""
+    bound = np.empty((len(problem.names), len(problem.splits)))
+    for index, group in problem.groups:
+        bound[index] = _bound_of_group(group)
+    return bound
+
+
+def _bound_of_group(problem: Problem) -> Array:
     splits, blocks = problem.splits, problem.cost.num_blocks
     bounds = []
     for costs in problem.costs:

@@ -59,8 +59,7 @@ class Solver:
         self.problem, self.tolerance, self.deadline = problem, tolerance, deadline
         self.lower = Lower(problem, deadline is not None)
         self.values, _ = self.lower.best()
-        self.alone, self.floor = self._alone()
-        self.outlook = np.array([value for _, value, _ in self.alone])
+        self.alone, self.outlook, self.floor = self._alone()
         self.proven = math.inf
 
     def solve(self) -> Assignment:
@@ -93,11 +92,6 @@ class Solver:
 
     # ------------------------------------------------------------------ the server's ranks
 
-    def room(self, costs: Costs, clients: int) -> Array:
-        """``(splits,)``; bytes that the server has for adapters of a shared half when the lowest split is this one."""
-        p = self.problem
-        return p.memory_of_server - p.resting - clients * p.frames - costs.passing[p.splits]
-
     def best_above(self, costs: Costs, weights: Array, rooms: Array) -> Ranks:
         """``(splits, layers)``; the best ranks of the server from each split up in so many bytes, ``(splits,)``, where
         the values of a block's layers count ``weights``, ``(L,)``."""
@@ -129,26 +123,33 @@ class Solver:
         p = self.problem
         return np.cumsum(np.bincount(p.splits[splits], p.share, p.cost.num_blocks))
 
-    def _alone(self) -> tuple[list[tuple[Costs, float, Ranks]], Index]:
-        """The server's way, value and ranks for a client alone, by split; and every client's split."""
-        p = self.problem
-        ways: list[list[tuple[Costs, float, Ranks]]] = []
-        for costs in p.costs:
-            rooms = self.room(costs, 1)
-            ranks = self.best_above(costs, np.ones(p.cost.num_blocks), rooms)
-            value = np.where(rooms < 0, -np.inf, np.diag(p.from_split_up(p.values, ranks)))
-            ways.append(list(zip([costs] * len(value), value.tolist(), ranks, strict=True)))
-        alone = [max(way, key=lambda each: each[1]) for way in zip(*ways, strict=True)]
-        above = np.array([value for _, value, _ in alone])
+    def _alone(self) -> tuple[list[tuple[Costs, float, Ranks]], Array, Index]:
+        """The server's way, value and ranks for a client alone, by split, of the last group; that value of every
+        client, ``(clients, splits)``; and its split."""
+        p, (above, work) = self.problem, np.empty((2, *self.values.shape))
+        for index, group in p.groups:
+            alone = self._alone_with(group)
+            above[index] = [value for _, value, _ in alone]
+            parameters = np.diag(p.from_split_up(p.parameters, np.stack([ranks for *_, ranks in alone])))
+            work[index] = [c.served[s] + c.work * n for (c, *_), s, n in zip(alone, p.splits, parameters, strict=True)]
         reached = self.values + above
         least = self._least((1 - self.tolerance) * reached.max(axis=1), above, np.isfinite(reached))
-        parameters = np.diag(p.from_split_up(p.parameters, np.stack([ranks for *_, ranks in alone])))
-        work = np.array([c.served[s] + c.work * n for (c, *_), s, n in zip(alone, p.splits, parameters, strict=True)])
         seconds = p.own_seconds(*least, p.speed_alone) + p.steps * work / p.server_speed_alone[:, None]
         deepest_first = seconds[:, ::-1].argmin(axis=1)
         none = ~np.isfinite(reached).any(axis=1)  # not even alone
         deepest = np.isfinite(self.values)[:, ::-1].argmax(axis=1)
-        return alone, len(p.splits) - 1 - np.where(none, deepest, deepest_first)
+        return alone, above, len(p.splits) - 1 - np.where(none, deepest, deepest_first)
+
+    def _alone_with(self, group: Problem) -> list[tuple[Costs, float, Ranks]]:
+        """The server's way, value and ranks for one client of a group, by split."""
+        p = self.problem
+        ways: list[list[tuple[Costs, float, Ranks]]] = []
+        for costs in group.costs:
+            rooms = room(group, costs, 1)
+            ranks = self.best_above(costs, np.ones(p.cost.num_blocks), rooms)
+            value = np.where(rooms < 0, -np.inf, np.diag(p.from_split_up(p.values, ranks)))
+            ways.append(list(zip([costs] * len(value), value.tolist(), ranks, strict=True)))
+        return [max(way, key=lambda each: each[1]) for way in zip(*ways, strict=True)]
 
     def _shared(self) -> Upper:
         """The ranks that all clients share, and where they may be split."""
@@ -157,7 +158,7 @@ class Solver:
         places, floor = np.arange(count), 0 if self.deadline else self.floor[:, None]
         missing, found = math.inf, None
         for costs in p.costs:
-            rooms = self.room(costs, len(p.names))
+            rooms = room(p, costs, len(p.names))
             for lowest in range(count):
                 allowed = held & (places >= np.maximum(floor, lowest))
                 if not allowed.any(axis=1).all():
@@ -229,7 +230,7 @@ class Solver:
         above, lowest = p.from_split_up(p.values, upper.ranks), int(upper.allowed.any(axis=0).argmax())
         reached = (self.values + above)[:, lowest:].max(axis=1)
         # Where the server has room for all, also what a client would have with a lower split than any has.
-        free = above[..., lowest] >= self.outlook[lowest] - SAME
+        free = above[..., lowest] >= self.outlook[:, lowest] - SAME
         best = np.where(free, (self.values + self.outlook).max(axis=1), reached)
         target = np.minimum((1 - tolerance) * best, np.where(upper.allowed, self.values + above, -np.inf).max(axis=1))
         frontier = self._frontier_above(upper) if tolerance else Frontier.empty(len(p.block), 1, 1)
@@ -299,6 +300,11 @@ class Solver:
             allowed = np.isfinite(self.values) & room
             if allowed.any(axis=1).all():
                 yield Upper(costs, np.zeros(len(p.block), np.uint8), allowed)
+
+
+def room(problem: Problem, costs: Costs, clients: int) -> Array:
+    """``(splits,)``; bytes that the server has for adapters of a shared half when the lowest split is this one."""
+    return problem.memory_of_server - problem.resting - clients * problem.frames - costs.passing[problem.splits]
 
 
 def _sweep(own: Array, served: Array) -> tuple[Index, float, float]:

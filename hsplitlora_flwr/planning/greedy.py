@@ -35,11 +35,11 @@ def solve(problem: Problem, important_share: float, resource: str = "parameters"
         np.zeros(len(problem.names), np.intp), np.zeros((len(problem.names), len(problem.block)), np.uint8)
     )
     reached = np.full(len(problem.names), -np.inf)
-    for costs in problem.costs:
-        splits = _deepest(problem, costs, important)
+    for (index, group), costs in ((each, costs) for each in problem.groups for costs in each[1].costs):
+        splits = _deepest(group, costs, important)
         for split in np.unique(splits).tolist():
-            clients = np.flatnonzero(splits == split)
-            ranks = _fill_clients(problem, costs, split, orders[split], clients)
+            members = np.flatnonzero(splits == split)
+            ranks, clients = _fill_clients(group, costs, split, orders[split], members), index[members]
             value, before = problem.total(problem.values, ranks), chosen.splits[clients]
             better = (split > before) | ((split == before) & (value > reached[clients]))
             reached[clients[better]] = value[better]

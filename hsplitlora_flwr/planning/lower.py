@@ -1,6 +1,7 @@
 """What clients can hold: for every split point the choices of ranks below it.
 
-One table a split serves all clients, whatever their budgets: each looks up what its own allows.
+One table a split serves all clients with rows of like length, whatever their budgets: each looks up what its own
+allows.
 """
 
 from __future__ import annotations
@@ -20,7 +21,67 @@ _CELLS = 4_000_000  # clients times choices that are compared at once
 
 
 class Lower:
-    """The choices below every split point; in its tables ``cost`` is bytes, parameters and operations of a step.
+    """What every client can hold; each group of clients has tables of its own.
+
+    Parameters
+    ----------
+    problem : Problem
+    timed : bool
+        Whether time is limited, so that operations count as memory does.
+
+    Attributes
+    ----------
+    whole : bool
+        Nothing was thinned out.
+    """
+
+    def __init__(self, problem: Problem, timed: bool) -> None:
+        self._shape = len(problem.names), len(problem.splits)
+        self._layers = len(problem.block)
+        self._parts = [(index, Tables(group, timed)) for index, group in problem.groups]
+        self.whole = all(tables.whole for _, tables in self._parts)
+
+    def best(self, limit: Array | float = np.inf) -> tuple[Array, Index]:
+        """Values and choices, ``(clients, splits)``; the highest value in so many operations, ``(clients,)``, minus
+        infinity where there is none."""
+        limits = np.broadcast_to(limit, self._shape[:1])
+        found, choice = np.empty(self._shape), np.empty(self._shape, np.intp)
+        for index, tables in self._parts:
+            found[index], choice[index] = tables.best(limits[index])
+        return found, choice
+
+    def least(self, target: Array) -> tuple[Array, Index]:
+        """Operations and choices, ``(clients, splits)``; the fewest for a value of ``target``, ``(clients, splits)``,
+        infinity where there is none."""
+        found, choice = np.empty(self._shape), np.empty(self._shape, np.intp)
+        for index, tables in self._parts:
+            found[index], choice[index] = tables.least(target[index])
+        return found, choice
+
+    def is_without(self, choice: Index) -> NDArray[np.bool_]:
+        """``(clients, splits)``; whether choices are of no adapters."""
+        found = np.empty(self._shape, bool)
+        for index, tables in self._parts:
+            found[index] = tables.is_without(choice[index])
+        return found
+
+    def else_least(self, value: Array, choice: Index) -> Index:
+        """The choices, and where none was found the one that takes least: of no adapters, if there may be none."""
+        found = np.empty(self._shape, np.intp)
+        for index, tables in self._parts:
+            found[index] = tables.else_least(value[index], choice[index])
+        return found
+
+    def ranks(self, splits: Index, choice: Index) -> Ranks:
+        """``(clients, layers)``; of the choices at these splits, ``(clients,)`` each."""
+        found = np.empty((self._shape[0], self._layers), np.uint8)
+        for index, tables in self._parts:
+            found[index] = tables.ranks(splits[index], choice[index])
+        return found
+
+
+class Tables:
+    """The choices of a group below every split point; their ``cost`` is bytes, parameters and operations of a step.
 
     Parameters
     ----------
@@ -75,16 +136,14 @@ class Lower:
         ranks[np.arange(len(m)), m] = 1
         return replace(nothing, cost=cost, value=p.values[m, 1], ranks=ranks)
 
-    def best(self, limit: Array | float = np.inf) -> tuple[Array, Index]:
-        """Values and choices, ``(clients, splits)``; the highest value in so many operations, ``(clients,)``, minus
-        infinity where there is none."""
+    def best(self, limit: Array) -> tuple[Array, Index]:
+        """As of :class:`Lower`."""
         p = self._problem
         own = np.stack(np.broadcast_arrays(p.memory, p.adapters, limit), axis=1)
         return self._look_up(np.broadcast_to(own[:, None], (len(own), len(p.splits), 3)), False)
 
     def least(self, target: Array) -> tuple[Array, Index]:
-        """Operations and choices, ``(clients, splits)``; the fewest for a value of ``target``, ``(clients, splits)``,
-        infinity where there is none."""
+        """As of :class:`Lower`."""
         p = self._problem
         return self._look_up(
             np.stack(np.broadcast_arrays(p.memory[:, None], p.adapters[:, None], -target), axis=2), True
@@ -118,18 +177,18 @@ class Lower:
         return found, choice
 
     def is_without(self, choice: Index) -> NDArray[np.bool_]:
-        """``(clients, splits)``; whether choices are of no adapters."""
+        """As of :class:`Lower`."""
         found = np.zeros(choice.shape, bool)
         for s, table in enumerate(self.tables.values()):
             found[:, s] = table.cost[choice[:, s], 1] == 0
         return found
 
     def else_least(self, value: Array, choice: Index) -> Index:
-        """The choices, and where none was found the one that takes least: of no adapters, if there may be none."""
+        """As of :class:`Lower`."""
         return np.where(np.isfinite(value), choice, self._least)
 
     def ranks(self, splits: Index, choice: Index) -> Ranks:
-        """``(clients, layers)``; of the choices at these splits."""
+        """As of :class:`Lower`."""
         return np.stack([self.tables[s].ranks[c] for s, c in zip(splits.tolist(), choice.tolist(), strict=True)])
 
 

@@ -111,6 +111,7 @@ def make_plan(
     wire: tuple[str, str] = ("float32", "float32"),
     recompute: str = "off",
     clients: str = "plan",
+    own: Mapping[str, CostModel] | None = None,
 ) -> Plan:
     """Choose a split point and ranks for every client.
 
@@ -154,6 +155,9 @@ def make_plan(
         and so does the server, where its memory does not hold its part of the plan otherwise.
     clients : {"plan", "all", "none"}
         Which clients have adapters: as above; all, and who cannot hold any is left out; or none.
+    own : Mapping[str, CostModel], optional
+        What plans cost a client, by name, where its rows are not as long as those that the server counts with: so
+        another's long rows take none of its blocks.
 
     Returns
     -------
@@ -173,7 +177,10 @@ def make_plan(
     choices = recompute_choices(recompute)
     if deadline is not None:
         _check_deadline(deadline, planner, [*budgets.values(), *([server] if server else [])])
-    missing = missing_bytes(budgets, cost, min_split, min(rank for rank in ranks if rank > 0), clients, choices)
+    own, lowest = own or {}, min(rank for rank in ranks if rank > 0)
+    missing = dict[str, int]()
+    for client, budget in budgets.items():
+        missing |= missing_bytes({client: budget}, own.get(client, cost), min_split, lowest, clients, choices)
     left_out = {client: count for client, count in missing.items() if count > 0}
     able = {client: budget for client, budget in budgets.items() if client not in left_out}
     if not able:
@@ -192,6 +199,7 @@ def make_plan(
         wire=wire,
         recompute=choices,
         clients=clients,
+        own=own,
     )
     if planner == "greedy":
         plan = greedy.solve(problem, important_share, resource)

@@ -91,7 +91,7 @@ class Problem:
     shares : Mapping[str, float] or None
         ``p_i`` by client, in any unit; equal when None.
     cost : CostModel
-        What plans cost.
+        What plans cost the server, and clients of whom nothing else is known.
     ranks : Sequence[int]
         The set ``Q``.
     min_split, max_split : int
@@ -104,9 +104,14 @@ class Problem:
         Whether activations may be kept, computed again, or either. Keeping them takes less time and comes first.
     clients : {"plan", "all", "none"}
         Which clients have adapters; see :func:`hsplitlora_flwr.planning.planner.make_plan`.
+    own : Mapping[str, CostModel], optional
+        What plans cost a client, by name, where its rows are not as long as those that the server counts with.
 
     Attributes
     ----------
+    groups : list of (Index, Problem)
+        The clients by what plans cost them, each group as the problem of these clients alone: what a client can hold,
+        and what it would have alone with the server, is found there.
     may_train, may_rest : bool
         Whether a client can be given adapters, and whether it can be given none.
     """
@@ -126,6 +131,7 @@ class Problem:
         wire: tuple[str, str],
         recompute: Sequence[bool] = (False,),
         clients: str = "plan",
+        own: Mapping[str, CostModel] | None = None,
     ) -> None:
         self.cost, self.server, self.steps = cost, server, steps
         self.may_train, self.may_rest = clients != "none", clients != "all"
@@ -142,6 +148,31 @@ class Problem:
         self.frames = cost.held_bytes(cost.num_blocks - 1, {})
         self.resting = cost.server_bytes({}, server.process_bytes if server else 0)
         self.memory_of_server = float(server.memory_bytes) if server else math.inf
+        of_clients = {name: (own or {}).get(name, cost) for name in self.names}
+        models = list({id(model): model for model in of_clients.values()}.values())
+        self.groups: list[tuple[Index, Problem]] = [(np.arange(len(self.names)), self)]
+        if models == [cost]:
+            return
+        self.groups = []
+        for model in models:
+            index = np.flatnonzero([each is model for each in of_clients.values()])
+            members = {self.names[i]: budgets[self.names[i]] for i in index.tolist()}
+            group = Problem(
+                members,
+                server,
+                importance,
+                None,
+                model,
+                ranks=ranks,
+                min_split=min_split,
+                max_split=max_split,
+                steps=steps,
+                wire=wire,
+                recompute=recompute,
+                clients=clients,
+            )
+            self.wire[index], self.wire_of_resting[index] = group.wire, group.wire_of_resting
+            self.groups.append((index, group))
 
     def _read_clients(
         self, budgets: Sequence[Budget], shares: Mapping[str, float] | None, wire: tuple[str, str]
@@ -260,6 +291,14 @@ class Problem:
     def of_clients(self, plan: Assignment) -> tuple[Array, Array, NDArray[np.bool_], NDArray[np.bool_]]:
         """``(clients,)``; bytes beside the process, operations of a step, whether activations are computed again: only
         where they could not be kept; and whether there are no adapters."""
+        taken, flops, again, resting = np.zeros((4, len(self.names)))
+        for index, group in self.groups:
+            found = group._of_group(Assignment(plan.splits[index], plan.ranks[index]))
+            taken[index], flops[index], again[index], resting[index] = found
+        return taken, flops, again > 0, resting > 0
+
+    def _of_group(self, plan: Assignment) -> tuple[Array, Array, NDArray[np.bool_], NDArray[np.bool_]]:
+        """The same of clients that this problem's own cost model is for."""
         splits = plan.splits
         below = np.where(self.block < splits[:, None], plan.ranks, 0)
         blocks = np.maximum(splits - np.where(below > 0, self.block, self.cost.num_blocks).min(axis=1), 0)

@@ -65,6 +65,31 @@ def cost_model(config: Config, rows: int, length: int, clients: int = 0) -> Cost
     return CostModel(model, family, workload, targets, update_rank, highest)
 
 
+def own_costs(config: Config, rows: int, lengths: Mapping[str, int], clients: int = 0) -> dict[str, CostModel]:
+    """What plans cost each client, by the length of its own rows: what another says of its rows does not count.
+
+    Lengths are rounded up to one of few, four from one to its double, that settings alone decide; clients with the same
+    share a model.
+
+    Parameters
+    ----------
+    lengths : Mapping[str, int]
+        Tokens of every client's longest example, by name.
+    rows, clients
+        As for :func:`cost_model`.
+    """
+    most = config.data.max_length
+    rounded = {name: rounded_length(length, most) for name, length in lengths.items()}
+    models = {length: cost_model(config, rows, length, clients) for length in sorted(set(rounded.values()))}
+    return {name: models[length] for name, length in rounded.items()}
+
+
+def rounded_length(length: int, most: int) -> int:
+    """The least of ``most / 2^(k/4)``, rounded up, that is no less than ``length``."""
+    steps = math.floor(4 * math.log2(most / min(max(length, 2), most)))
+    return max(math.ceil(most / 2 ** (steps / 4)), length)
+
+
 def split_bounds(config: Config, num_blocks: int) -> tuple[int, int]:
     """Fewest and most blocks on a client.
 
@@ -99,6 +124,7 @@ def make_round_plan(
     importance: Mapping[str, float],
     cost: CostModel,
     shares: Mapping[str, float] | None = None,
+    own: Mapping[str, CostModel] | None = None,
 ) -> Plan:
     """Splits and ranks of a round, as the method chooses them.
 
@@ -112,6 +138,8 @@ def make_round_plan(
         By absolute layer name; all weights count the same where the method scores none.
     shares : Mapping[str, float], optional
         ``p_i`` by client; equal when None.
+    own : Mapping[str, CostModel], optional
+        Of each client's side; see :func:`own_costs`.
 
     Raises
     ------
@@ -127,6 +155,7 @@ def make_round_plan(
             over_budget=plan.over_budget,
             recompute=train.recompute,
             shares=shares,
+            own=own,
         )
     least, most = split_bounds(config, cost.num_blocks)
     if method.ranks == "equal":
@@ -141,6 +170,7 @@ def make_round_plan(
             recompute=train.recompute,
             shares=shares,
             trains=config.lora.clients != "none",
+            own=own,
         )
     return make_plan(
         budgets,
@@ -160,4 +190,5 @@ def make_round_plan(
         wire=(config.transport.up, config.transport.down),
         recompute=train.recompute,
         clients=config.lora.clients,
+        own=own,
     )

@@ -24,6 +24,7 @@ def whole_plan(
     over_budget: bool = False,
     recompute: str = "off",
     shares: Mapping[str, float] | None = None,
+    own: Mapping[str, CostModel] | None = None,
 ) -> Plan:
     """No split: every client holds the whole model, with one rank for all its weights.
 
@@ -37,6 +38,8 @@ def whole_plan(
         As for :func:`~hsplitlora_flwr.planning.planner.make_plan`.
     shares : Mapping[str, float], optional
         ``p_i`` by client; equal when None.
+    own : Mapping[str, CostModel], optional
+        As for :func:`~hsplitlora_flwr.planning.planner.make_plan`.
 
     Raises
     ------
@@ -49,7 +52,7 @@ def whole_plan(
     choices = recompute_choices(recompute)
     for client, budget in budgets.items():
         for offer in reversed(offers):
-            memory = partial(cost.whole_bytes, offer, budget.process_bytes)
+            memory = partial((own or {}).get(client, cost).whole_bytes, offer, budget.process_bytes)
             price, again = first_fitting(memory, choices, budget.memory_bytes)
             missing = _missing(budget, price, cost, offer, cost.num_blocks)
             if missing <= 0:
@@ -76,6 +79,7 @@ def equal_plan(
     recompute: str = "off",
     shares: Mapping[str, float] | None = None,
     trains: bool = True,
+    own: Mapping[str, CostModel] | None = None,
 ) -> Plan:
     """One split point and one rank for all weights of all clients.
 
@@ -91,6 +95,8 @@ def equal_plan(
         ``p_i`` by client; equal when None.
     trains : bool
         Whether clients have adapters; the server's half alone trains else.
+    own : Mapping[str, CostModel], optional
+        As for :func:`~hsplitlora_flwr.planning.planner.make_plan`.
 
     Raises
     ------
@@ -102,23 +108,24 @@ def equal_plan(
     def offer(depth: int) -> dict[str, int]:
         return {layer.name: rank for layer in cost.layers if trains or layer.block >= depth}
 
-    def price(depth: int, budget: Budget) -> tuple[int, bool]:
+    def price(depth: int, client: str) -> tuple[int, bool]:
+        mine, budget = (own or {}).get(client, cost), budgets[client]
         taken, again = first_fitting(
-            partial(cost.client_bytes, depth, offer(depth), budget.process_bytes), choices, budget.memory_bytes
+            partial(mine.client_bytes, depth, offer(depth), budget.process_bytes), choices, budget.memory_bytes
         )
         return taken, again and trains
 
-    def missing(depth: int, budget: Budget) -> int:
-        return _missing(budget, price(depth, budget)[0], cost, offer(depth), depth)
+    def missing(depth: int, client: str) -> int:
+        return _missing(budgets[client], price(depth, client)[0], cost, offer(depth), depth)
 
-    able = [budget for budget in budgets.values() if missing(min_split, budget) <= 0]
+    able = [client for client in budgets if missing(min_split, client) <= 0]
     deeper = range(max_split or cost.num_blocks - 1, min_split, -1) if able and not split else ()
-    depth = next((depth for depth in deeper if all(missing(depth, budget) <= 0 for budget in able)), split or min_split)
+    depth = next((depth for depth in deeper if all(missing(depth, each) <= 0 for each in able)), split or min_split)
     plans: dict[str, ClientPlan] = {}
     left_out: dict[str, int] = {}
-    for client, budget in budgets.items():
-        taken, again = price(depth, budget)
-        if (lacking := missing(depth, budget)) <= 0:
+    for client in budgets:
+        taken, again = price(depth, client)
+        if (lacking := missing(depth, client)) <= 0:
             plans[client] = ClientPlan(depth, offer(depth), taken, recompute=again, forward_only=not trains)
         else:
             left_out[client] = lacking

@@ -91,9 +91,9 @@ class Clients:
         return {description.name: description.budget for description in self.descriptions.values()}
 
     @property
-    def longest(self) -> int:
-        """Tokens of the longest example of all."""
-        return max(description.longest for description in self.descriptions.values())
+    def longest(self) -> dict[str, int]:
+        """Tokens of each one's longest example, by name."""
+        return {description.name: description.longest for description in self.descriptions.values()}
 
     def shares(self, nodes: Iterable[int]) -> list[float]:
         """The weights ``p_i`` of these nodes by their numbers of examples, none above ``clients.max_share``."""

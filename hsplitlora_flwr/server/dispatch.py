@@ -138,7 +138,7 @@ class Dispatch:
         )
         start = self._start(specs)
         if self._method.split:
-            task = self._shard.admit(task, start, lambda step: self._report_step(task, step), self._clients.longest)
+            task = self._shard.admit(task, start, lambda step: self._report_step(task, step), description.longest)
         self._tasks[node] = task.without_tensors()
         self._sent_again.discard(node)
         self._failed.discard(node)

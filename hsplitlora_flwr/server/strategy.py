@@ -48,10 +48,11 @@ from hsplitlora_flwr.models.placement import pick_devices
 from hsplitlora_flwr.models.quantisation import check_quantiser
 from hsplitlora_flwr.models.split import WholeModel
 from hsplitlora_flwr.planning.budget import Budget
+from hsplitlora_flwr.planning.cost import CostModel
 from hsplitlora_flwr.planning.importance import combine, complete, drift, scoring, smooth
 from hsplitlora_flwr.planning.leakage import LeakageTable
 from hsplitlora_flwr.planning.planner import ClientPlan, Plan, probe_plan
-from hsplitlora_flwr.planning.round import cost_model, make_round_plan, split_bounds
+from hsplitlora_flwr.planning.round import cost_model, make_round_plan, own_costs, split_bounds
 from hsplitlora_flwr.reporting.report import RunReport
 from hsplitlora_flwr.schema import scalar
 from hsplitlora_flwr.server.checkpoint import RunState, check_resume, last_round, load_state, save_state
@@ -96,7 +97,9 @@ class HSplitLoRA(Strategy):
         self.importance: dict[str, float] = {}
         self.plans: dict[str, ClientPlan] = {}
         self._held_out, self._process = held_out, process or OwnProcess()
-        self._cost_shape = (0, 0)  # longest example and number of clients that the cost model is for
+        self._own: dict[str, CostModel] = {}  # of each client's side
+        self._lengths: dict[str, int] = {}  # of the rows that the cost models are for
+        self._planned_lengths: dict[str, int] = {}
         self.clients = Clients(config, self.report)
         self.size_limit = SizeLimit(config.clients.max_update)
         self._planned_budgets: dict[str, Budget] = {}
@@ -186,7 +189,7 @@ class HSplitLoRA(Strategy):
         self._process_bytes = stated or self._process.resting_bytes(read_config(self.config.model.path))
         self.clients.wait(grid)
         self.describe(grid)
-        make_round_plan(self.config, self.clients.budgets, None, {}, self._cost)
+        make_round_plan(self.config, self.clients.budgets, None, {}, self._cost, own=self._own)
         self._open()
         self._report_text(Cut.total(client.cut for client in self.clients.descriptions.values()))
 
@@ -210,11 +213,11 @@ class HSplitLoRA(Strategy):
     def describe(self, grid: Grid, server_round: int = 0) -> None:
         """Ask nodes for their budget, their amount of data, and the update that they hold."""
         self.clients.describe(grid, server_round)
-        shape = self.clients.longest, len(self.clients.descriptions)
-        if shape != self._cost_shape:
-            train, self._cost_shape = self.config.train, shape
+        if (lengths := self.clients.longest) != self._lengths:
+            train, self._lengths, count = self.config.train, lengths, len(lengths)
             rows = min(train.micro_batch_size or train.batch_size, train.batch_size)
-            self._cost = cost_model(self.config, rows, *shape)
+            self._cost = cost_model(self.config, rows, max(lengths.values()), count)
+            self._own = own_costs(self.config, rows, lengths, count)
 
     def score_weights(self, grid: Grid, server_round: int) -> None:
         """Measure which weights matter, when a measurement is due, and let it move the importance known so far."""
@@ -238,21 +241,27 @@ class HSplitLoRA(Strategy):
             reason = "clients came or went"
         elif budgets != self._planned_budgets:
             reason = "budgets changed"
+        elif self._planned_lengths and self._lengths != self._planned_lengths:
+            reason = "rows became longer or shorter"
         elif moved > self.config.plan.drift:
             reason = f"importance moved by {moved:.3f}, more than plan.drift={self.config.plan.drift:g}"
         else:
+            self._planned_lengths = self._lengths
             self.report.importance(server_round, self.importance, moved)
             return
         server = self._server_budget()
         names = map(self.clients.name, self.clients.descriptions)
         shares = dict(zip(names, self.clients.shares(self.clients.descriptions), strict=True))
-        plan = make_round_plan(self.config, self.clients.budgets, server, self.importance, self._cost, shares)
+        plan = make_round_plan(
+            self.config, self.clients.budgets, server, self.importance, self._cost, shares, self._own
+        )
         if not may_fragment(server, plan.server_bytes):
             self._process.return_freed_memory()
         self.plans = dict(plan.clients)
         self._report_plan(server_round, reason, plan)
         self.report.importance(server_round, self.importance, moved if self._planned_importance else 0.0)
         self._planned_budgets, self._planned_importance = budgets, self.importance
+        self._planned_lengths = self._lengths
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -468,7 +477,12 @@ class HSplitLoRA(Strategy):
         with ExitStack() as stack:
             for node, client in self.clients.descriptions.items():
                 plan = probe_plan(
-                    self._cost, client.budget, config.lora.ranks, *bounds, recompute=again, clients=config.lora.clients
+                    self._own[client.name],
+                    client.budget,
+                    config.lora.ranks,
+                    *bounds,
+                    recompute=again,
+                    clients=config.lora.clients,
                 )
                 if plan is None:  # it cannot take part at all; the planner says by how many bytes
                     continue
