@@ -304,7 +304,7 @@ class Task:
     @property
     def from_base(self) -> bool:
         """What trains goes on from a global adapter over the base itself, not from an update in its weights."""
-        return self.method.carries and self.kind == TRAIN
+        return self.method.carries and not self.method.residual and self.kind == TRAIN
 
     @property
     def nbytes(self) -> int:

@@ -39,6 +39,8 @@ class Method:
     carries : bool
         There is one global adapter, which every round goes on from, cut to each client's rank. Else the update of a
         round goes into the weights and adapters start afresh.
+    residual : bool
+        Of a global adapter: what the exact sum of the clients has and the adapter lacks goes into the weights.
     init : str
         Where ``A`` starts in a round unless ``lora.init`` says otherwise: ``kaiming``, or from the second round on
         along the last round's ``update``. Without meaning where an adapter is carried on.
@@ -52,7 +54,7 @@ class Method:
     Raises
     ------
     ValueError
-        If ``half``, ``ranks`` or ``init`` is none of these.
+        If ``half``, ``ranks`` or ``init`` is none of these, or ``residual`` has no global adapter of a whole model.
     """
 
     source: str = ""
@@ -64,6 +66,7 @@ class Method:
     importance: bool = True
     rule: str = "noise_free"
     carries: bool = False
+    residual: bool = False
     init: Literal["kaiming", "update"] = "kaiming"
     freeze_a: bool = False
     full: bool = False
@@ -73,6 +76,8 @@ class Method:
         for name, allowed in _ALLOWED.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} of a method; choose one of {allowed}")
+        if self.residual and (self.split or not self.carries):
+            raise ValueError("residual of a method is for one global adapter over a whole model: carries and no split")
 
 
 _ALLOWED = {"half": ("", "shared", "per_client"), "ranks": ("plan", "budget", "equal"), "init": ("kaiming", "update")}
@@ -108,37 +113,41 @@ _HSPLITLORA = Method(
 QUERY_AND_VALUE = ("q_proj", "v_proj", "c_attn", "query_key_value", "qkv_proj", "Wqkv")
 """Query and value projections by the names that families give them; some keep query, key and value in one layer."""
 
+_SPLITLORA = replace(
+    _HSPLITLORA,
+    summary="one split and one rank for all, query and value only; mean of A and mean of B",
+    source="arXiv 2407.00952",
+    half="shared",
+    ranks="equal",
+    importance=False,
+    rule="mean",
+    carries=True,
+    targets=QUERY_AND_VALUE,
+)
+_FEDIT = replace(
+    _WHOLE,
+    summary="no split, one rank; mean of A and mean of B",
+    source="arXiv 2305.05644",
+    ranks="equal",
+    rule="mean",
+    carries=True,
+)
+
 _OURS: dict[str, Method] = {
     "hsplitlora": _HSPLITLORA,
-    "splitlora": replace(
-        _HSPLITLORA,
-        summary="one split and one rank for all, query and value only; mean of A and mean of B",
-        source="arXiv 2407.00952",
-        half="shared",
-        ranks="equal",
-        importance=False,
-        rule="mean",
-        carries=True,
-        targets=QUERY_AND_VALUE,
-    ),
+    "splitlora": _SPLITLORA,
     "splitlora-v1": replace(
-        _HSPLITLORA,
+        _SPLITLORA,
         summary="the same, with a server half for each client, and the mean of them all",
         source="arXiv 2407.00952, version 1",
         half="per_client",
-        ranks="equal",
-        importance=False,
-        rule="mean",
-        carries=True,
-        targets=QUERY_AND_VALUE,
     ),
-    "fedit": replace(
-        _WHOLE,
-        summary="no split, one rank; mean of A and mean of B",
-        source="arXiv 2305.05644",
-        ranks="equal",
-        rule="mean",
-        carries=True,
+    "fedit": _FEDIT,
+    "fedex": replace(
+        _FEDIT,
+        summary="the same; what the product of the means lacks of the exact sum goes into the weights",
+        source="arXiv 2410.09432",
+        residual=True,
     ),
     "hetlora": replace(
         _WHOLE,

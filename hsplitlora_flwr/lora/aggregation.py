@@ -152,6 +152,30 @@ def aggregate(
     return result
 
 
+def residual(updates: Sequence[Update], weights: Sequence[float], adapter: Update) -> dict[str, Factors]:
+    """What the exact sum of the clients has and an adapter in its place lacks: ``sum_i p_i B_i A_i - B A``.
+
+    Source: FedEx-LoRA, arXiv 2410.09432.
+
+    Parameters
+    ----------
+    updates, weights
+        As for :func:`aggregate`.
+    adapter : Mapping[str, tuple[Tensor, Tensor]]
+        ``(B, A)`` of the same layers, which goes on in the place of the sum.
+
+    Returns
+    -------
+    dict[str, tuple[Tensor, Tensor]]
+        ``(B, A)`` by layer name.
+    """
+    exact = aggregate(updates, weights)
+    return {
+        name: (torch.cat([exact[name][0], b], dim=1), torch.cat([exact[name][1], -a]))
+        for name, (b, a) in adapter.items()
+    }
+
+
 def directions(factors: Factors, rank: int) -> Factors:
     """The directions of a layer's input along which an update changes its output most, as an adapter that adds nothing.
 

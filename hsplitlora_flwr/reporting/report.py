@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,25 @@ class RunReport:
             changes["perplexity_before"] = perplexity
         self._summary.save(**changes, perplexity_after=perplexity, held_out_tokens=tokens)
         self._draw()
+
+    @property
+    def best_round(self) -> int:
+        """The round whose adapter is kept as the best; 0 before there is one."""
+        return int(self._summary.content.get("best", {}).get("round", 0))
+
+    def improved(self, server_round: int) -> bool:
+        """Whether a round measured better than the best one."""
+        best = self._summary.content.get("best", {}).get("perplexity", math.inf)
+        return bool(self._perplexity_of(server_round) < best)
+
+    def best(self, server_round: int) -> None:
+        """The adapter of this round is kept as the best; 0 = none is."""
+        best = {"round": server_round, "perplexity": self._perplexity_of(server_round)} if server_round else {}
+        self._summary.save(best=best)
+
+    def _perplexity_of(self, server_round: int) -> float:
+        rows = {row["round"]: row for row in self._summary.content["rounds"]}
+        return float(rows[server_round]["perplexity"])
 
     def evaluated_clients(self, server_round: int, perplexity: float, clients: Mapping[str, float]) -> None:
         """Perplexity of what the clients keep out of training: over all their tokens, and of each client."""

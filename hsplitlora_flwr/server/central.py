@@ -134,6 +134,11 @@ class CentralTraining(HSplitLoRA):
         settings = self.config.to_run_config()
         save_state(RunState(server_round, settings, self.delta, optimizer=self._optimizer.tensors()), self.folder)
 
+    def keep_best(self, server_round: int) -> None:
+        """As elsewhere; full fine-tuning has no adapter to keep."""
+        if not self.method.full:
+            super().keep_best(server_round)
+
     def export(self) -> None:
         """Write the adapter; after full fine-tuning there is none, and the model itself is written."""
         if not self.method.full:

@@ -288,6 +288,9 @@ def _check_summary(content: Mapping[str, Any]) -> None:
         rows = content.get(name, [])
         if not isinstance(rows, list) or not all(isinstance(r, dict) and type(r.get("round")) is int for r in rows):
             raise ValueError(f"its {name} are not those of a run")
+    best = content.get("best") or {"round": 0, "perplexity": 0.0}
+    if not isinstance(best, dict) or (type(best.get("round")), type(best.get("perplexity"))) != (int, float):
+        raise ValueError("its best round is not that of a run")
 
 
 def _check_digest(file: Path, text: Mapping[str, Any]) -> None:

@@ -36,11 +36,11 @@ from hsplitlora_flwr.data.fit import Cut, beyond_training, fit_text
 from hsplitlora_flwr.data.sources import Example
 from hsplitlora_flwr.evaluation.generation import generate_and_score
 from hsplitlora_flwr.evaluation.perplexity import MAX_NLL, evaluate
-from hsplitlora_flwr.lora.aggregation import Factors, aggregate, directions
+from hsplitlora_flwr.lora.aggregation import Factors, aggregate, directions, residual
 from hsplitlora_flwr.lora.export import TOLERANCE, save_merged_model, save_peft_adapter
 from hsplitlora_flwr.lora.kept import KeptHalf
 from hsplitlora_flwr.lora.limits import SizeLimit, capped_weights, update_norm, update_size
-from hsplitlora_flwr.lora.update import Delta
+from hsplitlora_flwr.lora.update import Change, Delta, with_adapter
 from hsplitlora_flwr.messages import EVALUATE, PROBE, TRAIN, Outcome, ReplyError
 from hsplitlora_flwr.methods import METHODS, keeps_half, shares_half, starts_along_update
 from hsplitlora_flwr.models.loading import load_tokenizer, read_config
@@ -55,6 +55,7 @@ from hsplitlora_flwr.planning.planner import ClientPlan, Plan, probe_plan
 from hsplitlora_flwr.planning.round import cost_model, make_round_plan, own_costs, split_bounds
 from hsplitlora_flwr.reporting.report import RunReport
 from hsplitlora_flwr.schema import scalar
+from hsplitlora_flwr.server.best import replace_best, take_best
 from hsplitlora_flwr.server.checkpoint import RunState, check_resume, last_round, load_state, save_state
 from hsplitlora_flwr.server.clients import Clients
 from hsplitlora_flwr.server.dispatch import Dispatch
@@ -153,10 +154,12 @@ class HSplitLoRA(Strategy):
             self.prepare(grid)
             done = self._resumed.server_round if self._resumed else 0
             result.evaluate_metrics_serverapp[done] = self.evaluate(done)
+            self.keep_best(done)
             for server_round in range(done + 1, self.config.train.rounds + 1):
                 result.train_metrics_clientapp[server_round] = self.train_round(grid, server_round)
                 result.evaluate_metrics_serverapp[server_round] = self.evaluate(server_round)
                 self.checkpoint(server_round)
+                self.keep_best(server_round)
                 if measured := self.evaluate_clients(grid, server_round):
                     result.evaluate_metrics_clientapp[server_round] = measured
             self.generate()
@@ -175,6 +178,8 @@ class HSplitLoRA(Strategy):
             return
         state = self._resumed = load_state(self.config)
         self.report.resumed(Path(self.config.run.resume), state.server_round)
+        if self.report.best_round and not take_best(Path(self.config.run.resume), self.folder):
+            self.report.best(0)
         self.delta, self.importance = state.delta, dict(state.importance)
         if state.plans_hold(self.config):
             self.plans = dict(state.plans)
@@ -296,7 +301,10 @@ class HSplitLoRA(Strategy):
         shared, wholes = self.dispatch.end_half([row["split"] for row in clients])
         self.shard.dismiss_all()
         update = aggregate(updates, shares, self.method.rule, shared)
-        if self.method.carries:
+        if self.method.residual:
+            self.dispatch.adapter = update
+            self.delta.add(residual(updates, shares, update))
+        elif self.method.carries:
             self.dispatch.adapter = update
             self.delta.replace(update)
         else:
@@ -352,6 +360,12 @@ class HSplitLoRA(Strategy):
         )
         save_state(state, self.folder)
 
+    def keep_best(self, server_round: int) -> None:
+        """Write the adapter of a round that measured better than all before it; before the first there is none."""
+        if server_round and self.report.improved(server_round):
+            replace_best(self.folder, lambda folder: self._save_adapter(folder / "adapter"))
+            self.report.best(server_round)
+
     def generate(self) -> None:
         """On request, let the model write a text for every held-out prompt, and score the texts."""
         options = self.config.evaluation
@@ -371,11 +385,10 @@ class HSplitLoRA(Strategy):
 
     def export(self) -> None:
         """Write the PEFT adapter and what else was asked for; then the run is finished."""
-        changes, path = self.delta.changes(), self.config.model.path
         self.report.status("writing the adapter")
-        save_peft_adapter(changes, self.folder / "adapter", self.base.model, path, self.base.inside)
+        self._save_adapter(self.folder / "adapter")
         if self.config.run.merged:
-            save_merged_model(self.base.merged(), load_tokenizer(path), self.folder / "merged")
+            save_merged_model(self.base.merged(), load_tokenizer(self.config.model.path), self.folder / "merged")
         self.report.finished(ADAPTER_FILES, adapter={"folder": "adapter", "relative_error": TOLERANCE})
 
     # ------------------------------------------------------------------ what Flower's Strategy also asks for
@@ -440,9 +453,22 @@ class HSplitLoRA(Strategy):
         if hasattr(self, "shard"):
             self.shard.stop()
 
+    def _changes(self) -> Mapping[str, Change]:
+        """The whole update of the model."""
+        changes = self.delta.changes()
+        if not self.method.residual:
+            return changes
+        return {
+            **changes,
+            **{name: with_adapter(changes.get(name), pair) for name, pair in self.dispatch.adapter.items()},
+        }
+
     def _global_model(self) -> WholeModel:
-        self.base.update(self.delta.changes())
+        self.base.update(self._changes())
         return self.base.whole()
+
+    def _save_adapter(self, folder: Path) -> None:
+        save_peft_adapter(self._changes(), folder, self.base.model, self.config.model.path, self.base.inside)
 
     def _diverged(self, server_round: int, loss: float) -> str:
         what = f"the held-out loss after round {server_round} is {loss:g} per token, which no perplexity belongs to; "

@@ -19,6 +19,7 @@ from hsplitlora_flwr.lora.aggregation import (
     aggregate,
     directions,
     pad,
+    residual,
     truncate,
 )
 
@@ -430,3 +431,20 @@ def test_a_client_does_not_count_twice_on_a_layer() -> None:
     shared = SharedUpdate({name: updates[0][name]}, {name: [1]})
     with pytest.raises(AggregationError, match=r"layer 'model.layers.0.q': updates\[1\] hold an adapter of their own"):
         aggregate(updates, weights, shared=shared)
+
+
+def test_means_and_their_residual_are_the_exact_sum() -> None:
+    """FedEx-LoRA: ``sum p_i B_i A_i - (sum p_i B_i)(sum p_i A_i)`` goes into the weights, the means go on."""
+    rng = np.random.default_rng(0)
+    pairs = [(rng.normal(size=(6, 3)), rng.normal(size=(3, 5))) for _ in range(4)]
+    weights = [1.0, 2.0, 3.0, 10.0]
+    updates = [{"a": (torch.from_numpy(b), torch.from_numpy(a))} for b, a in pairs]
+    adapter = aggregate(updates, weights, "mean")
+    b, a = (factor.numpy() for factor in residual(updates, weights, adapter)["a"])
+    shares = np.array(weights) / 16
+    exact = np.sum([p * left @ right for p, (left, right) in zip(shares, pairs, strict=True)], axis=0)
+    means = [np.sum([p * pair[i] for p, pair in zip(shares, pairs, strict=True)], axis=0) for i in (0, 1)]
+    for found, mean in zip(adapter["a"], means, strict=True):
+        np.testing.assert_allclose(found.numpy(), mean, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(b @ a, exact - means[0] @ means[1], rtol=0, atol=1e-12)
+    assert np.abs(exact - means[0] @ means[1]).max() > 0.1

@@ -88,6 +88,50 @@ def test_a_run_goes_on_as_if_it_had_not_ended(
         ]
 
 
+@pytest.mark.parametrize("method", ["hsplitlora", "fedex", "cenlora"])
+def test_the_adapter_of_the_best_round_is_kept_also_by_a_run_that_goes_on(
+    method: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Perplexity rises from the second round on: the first is the best."""
+    changes = {"method.name": method, "plan.probe_every": 0}
+    run(settings(tiny_folder, tmp_path / "one", **changes, **{"train.rounds": 1}), tmp_path / "one")
+    measured, nll = strategy.evaluate, iter([300.0, 100.0, 200.0, 200.0, 150.0, 90.0])
+
+    def rises(*arguments: Any) -> Evaluation:
+        return replace(measured(*arguments), nll=next(nll))
+
+    monkeypatch.setattr(strategy, "evaluate", rises)
+    two = run(settings(tiny_folder, tmp_path / "two", **changes), tmp_path / "two")
+    assert two["best"] == {"round": 1, "perplexity": two["rounds"][0]["perplexity"]}
+    assert same(adapter(tmp_path / "two" / "best"), adapter(tmp_path / "one"))
+    assert not same(adapter(tmp_path / "two" / "best"), adapter(tmp_path / "two"))
+    more = settings(
+        tiny_folder, tmp_path / "more", **changes, **{"train.rounds": 4, "run.resume": str(tmp_path / "two")}
+    )
+    seen: list[tuple[int, bool]] = []
+    keep = HSplitLoRA.keep_best
+
+    def watching(self: HSplitLoRA, server_round: int) -> None:
+        keep(self, server_round)
+        seen.append((server_round, same(adapter(tmp_path / "more" / "best"), adapter(tmp_path / "one"))))
+
+    monkeypatch.setattr(HSplitLoRA, "keep_best", watching)
+    summary = run(more, tmp_path / "more")
+    assert seen == [(2, True), (3, True), (4, False)]
+    assert summary["best"]["round"] == 4
+    assert same(adapter(tmp_path / "more" / "best"), adapter(tmp_path / "more"))
+    assert sorted(path.name for path in (tmp_path / "more").glob("best*")) == ["best"]
+
+
+def test_a_best_adapter_that_is_not_there_is_not_spoken_of(tiny_folder: Path, tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    run(settings(tiny_folder, first), first)
+    shutil.rmtree(first / "best")
+    again = run(settings(tiny_folder, tmp_path / "again", **{"run.resume": str(first)}), tmp_path / "again")
+    assert again["best"] == {"round": 2, "perplexity": again["rounds"][1]["perplexity"]}
+    assert same(adapter(tmp_path / "again" / "best"), adapter(tmp_path / "again"))
+
+
 def test_a_checkpoint_from_before_the_half_was_kept_goes_on_with_a_fresh_one(tiny_folder: Path, tmp_path: Path) -> None:
     first, changes = tmp_path / "first", {"plan.probe_every": 0}
     run(settings(tiny_folder, first, **changes), first)
@@ -315,7 +359,17 @@ def test_whatever_a_file_holds_there_is_a_typed_error(data: st.DataObject, old: 
 
 
 @pytest.mark.parametrize(
-    "text", ["[]", "{", '{"rounds": {}}', '{"rounds": [1]}', '{"plans": [{"round": "1"}]}', "[" * 9999]
+    "text",
+    [
+        "[]",
+        "{",
+        '{"best": [1]}',
+        '{"best": {"round": 1}}',
+        '{"rounds": {}}',
+        '{"rounds": [1]}',
+        '{"plans": [{"round": "1"}]}',
+        "[" * 9999,
+    ],
 )
 def test_a_summary_of_another_kind_is_recognised(text: str, old: Path, config: Config) -> None:
     (old / "summary.json").write_text(text)

@@ -133,6 +133,7 @@ def expected_update(config: Config, summary: dict[str, Any]) -> dict[str, Matrix
     shares = np.array([len(part) for part in parts]) / len(examples)
     update: dict[str, Matrix] = {}
     adapter: dict[str, Pair] = {}
+    weights: dict[str, Matrix] = {}
     before: PlainRound | None = None
     for server_round in range(config.train.rounds):
         plan = [p for p in summary["plans"] if p["round"] <= server_round + 1][-1]
@@ -152,7 +153,7 @@ def expected_update(config: Config, summary: dict[str, Any]) -> dict[str, Matrix
         starts[SERVER], scales[SERVER] = started(config, f"{server_round + 1}/server", above, adapter)
         first = server_round * config.train.steps
         written_out = PlainRound(
-            fresh_model(config, {} if method.carries else update),
+            fresh_model(config, weights),
             starts,
             splits,
             scales,
@@ -191,9 +192,13 @@ def expected_update(config: Config, summary: dict[str, Any]) -> dict[str, Matrix
         products = {name: b @ a for name, (b, a) in joined.items()}
         if method.carries:
             adapter, update = joined, products
+            for name, product in products.items() if method.residual else ():
+                exact = sum(shares[int(c)] * trained[c][name][0] @ trained[c][name][1] for c in clients)
+                weights[name] = weights.get(name, np.zeros(1)) + exact - product
+                update[name] = weights[name] + product
         else:
             for name, total in products.items():
-                update[name] = update.get(name, np.zeros(1)) + total
+                weights[name] = update[name] = update.get(name, np.zeros(1)) + total
                 if (method.init if config.lora.init == "auto" else config.lora.init) == "update":
                     _, s, vh = np.linalg.svd(total)
                     adapter[name] = np.zeros((len(total), 0)), vh[: len(s)][s > 1e-9 * s[0]]
