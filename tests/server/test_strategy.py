@@ -40,6 +40,7 @@ from hsplitlora_flwr.server.central import CentralTraining
 from hsplitlora_flwr.server.clients import ClientFailedError
 from hsplitlora_flwr.server.strategy import HSplitLoRA
 from hsplitlora_flwr.training import memory
+from hsplitlora_flwr.training.process import OwnProcess
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.training.whole import train_whole
 from tests.grid import LocalGrid
@@ -372,7 +373,12 @@ def test_the_plan_is_kept_until_budgets_change_or_importance_drifts(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tight: list[bool] = []
-    monkeypatch.setattr(strategy, "return_freed_memory", lambda: tight.append(True))
+
+    class Watched(OwnProcess):
+        def return_freed_memory(self) -> None:
+            tight.append(True)
+
+    monkeypatch.setattr(strategy, "OwnProcess", Watched)
     config = settings(tiny_folder, tmp_path, **{"plan.drift": 0.9, "train.rounds": 3})
     grid = grid_of()
     original = grid.push_messages
