@@ -3,7 +3,9 @@
 What it does and how is said in :mod:`hsplitlora_flwr.cli.attack`.
 """
 
-from hsplitlora_flwr.cli.attack import command
+import sys
+
+from hsplitlora_flwr.cli.__main__ import main
 
 if __name__ == "__main__":
-    command()
+    main(["attack", *sys.argv[1:]], "python -m simulations.{}")

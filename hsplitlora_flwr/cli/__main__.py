@@ -46,7 +46,7 @@ COMMANDS = {
     "report": Command("report", "report.html of a run made anew; several runs side by side"),
     "generate": Command("generate", "texts, with the model of a finished run"),
     "export": Command("export", "the model of a finished run, merged or as a smaller adapter"),
-    "attack": Command("attack", "how much of a client's text a curious server reads off the cut"),
+    "attack": Command("attack", "how much of a client's text a curious server reads off the cut", ("hydra",)),
     "doctor": Command("doctor", "what of this machine would be in a run's way, and what to do"),
 }
 

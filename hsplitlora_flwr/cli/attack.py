@@ -1,4 +1,4 @@
-"""What a curious server reads off the cut: ``python -m simulations.attack [options] [key=value ...]``.
+"""What a curious server reads off the cut: ``hsplitlora attack [options] [key=value ...]``.
 
 Splits the groups of the configured text (topics of ``dialogues``, kinds of food of ``e2e``) into public ones, from
 which an attacker learns, and private ones, whose tokens it is to recover from the activations at the cut; another half
@@ -6,9 +6,9 @@ for every seed. Writes ``leakage.json``, which ``split.leakage`` reads, and prin
 
 ::
 
-    python -m simulations.attack                                                  # SmolLM2-135M, dialogues
-    python -m simulations.attack --splits 1,4,8,12 model.path=FOLDER data=jsonl data.path=my.jsonl
-    python -m simulations.attack --run runs/2026-11-28_00-58-10                   # under the update of a finished run
+    hsplitlora attack                                                  # SmolLM2-135M, dialogues
+    hsplitlora attack --splits 1,4,8,12 model.path=FOLDER data=jsonl data.path=my.jsonl
+    hsplitlora attack --run runs/2026-11-28_00-58-10                   # under the update of a finished run
 """
 
 from __future__ import annotations
@@ -160,7 +160,6 @@ def _splits(config: Config, wanted: Sequence[int]) -> list[int]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m simulations.attack",
         description=__doc__.split("::")[0] if __doc__ else "",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

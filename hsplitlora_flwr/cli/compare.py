@@ -1,17 +1,17 @@
-"""Methods x client settings x seeds: ``python -m simulations.compare [options] [overrides]``.
+"""Methods x client settings x seeds: ``hsplitlora compare [options] [overrides]``.
 
 Chooses every method's learning rate from the same grid, on a seed and on held-out rows that no reported run uses (an
 ablation takes that of the whole method); then runs what has no result yet, as many side by side as cores and memory
 hold, each in a process of its own (``launcher.engine=flower``: one after the other on Flower), and writes ``table.md``,
 ``results.json`` and plots from whatever is finished. A second call goes on where the first one stopped. Overrides are
-those of ``python -m simulations.run`` and hold for every run; a setting is a file of ``conf/experiment``. The exit
-status is 0 if every run finished, 1 if one failed, 2 if the settings or the data are wrong.
+those of ``hsplitlora run`` and hold for every run; a setting is a file of ``conf/experiment``. The exit status is 0 if
+every run finished, 1 if one failed, 2 if the settings or the data are wrong.
 
 ::
 
-    python -m simulations.compare data.path=e2e/
-    nohup python -m simulations.compare data.path=e2e/ > compare.log &
-    python -m simulations.compare data.path=e2e/ --methods hsplitlora,splitlora --seeds 1,2 train.rounds=2
+    hsplitlora compare data.path=e2e/
+    nohup hsplitlora compare data.path=e2e/ > compare.log &
+    hsplitlora compare data.path=e2e/ --methods hsplitlora,splitlora --seeds 1,2 train.rounds=2
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from hsplitlora_flwr.cli.interrupts import Interrupted, interruptible
-from hsplitlora_flwr.cli.overrides import check_keys, keys_of, literal, one_line
-from hsplitlora_flwr.cli.run import PROJECT, Launcher, Listener, launch, prepare, with_absolute_paths
+from hsplitlora_flwr.cli.overrides import check_keys, keys_of, literal, one_line, refuse_keys
+from hsplitlora_flwr.cli.run import PROJECT, Launcher, Listener, launch, prepare
 from hsplitlora_flwr.cli.settings import CONF, register, settings_text
 from hsplitlora_flwr.cli.superlink import SuperLink, open_superlink
-from hsplitlora_flwr.comparison.study import EACH, Line, Options, Study, tuning_changes, vary
+from hsplitlora_flwr.comparison.study import CHOSEN_HERE, EACH, Line, Options, Study, tuning_changes, vary
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.models.cores import all_cores
+from hsplitlora_flwr.paths import with_absolute_paths
 from hsplitlora_flwr.planning.round import cost_model
 
 
@@ -179,6 +180,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     values = vars(parser.parse_intermixed_args(arguments))
     overrides = literal(values["overrides"])
     check_keys(overrides, keys_of("launcher", Launcher))
+    refuse_keys(overrides, CHOSEN_HERE, "this is what a comparison chooses; see --help")
     return Options(**values | {"overrides": tuple(overrides)})
 
 

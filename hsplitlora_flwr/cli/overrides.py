@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -67,6 +67,13 @@ def check_keys(arguments: Sequence[str], more_keys: Sequence[str] = ()) -> None:
         key = override.key_or_group
         if key not in known and not (key in sections or key.startswith(("hydra.", "hydra/"))):
             raise unknown_key(key, known)
+
+
+def refuse_keys(arguments: Sequence[str], keys: Collection[str], why: str) -> None:
+    """Raise :class:`ConfigError` if an override sets one of ``keys``."""
+    for override in filter(None, map(_parse, arguments)):
+        if override.key_or_group in keys:
+            raise ConfigError(f"{override.input_line}: {why}")
 
 
 def _literal(argument: str, sweeps: bool) -> str:

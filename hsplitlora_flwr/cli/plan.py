@@ -1,4 +1,4 @@
-"""The plan of a run, without running it: ``python -m simulations.plan [overrides]``.
+"""The plan of a run, without running it: ``hsplitlora plan [overrides]``.
 
 Reads only the configuration of the model, so it answers in seconds for models that this machine could never hold. What
 training would measure is not known yet: the importance of weights is taken as uniform, texts as long as
@@ -7,9 +7,9 @@ the settings are wrong.
 
 ::
 
-    python -m simulations.plan                                                       # three clients, SmolLM2-135M
-    python -m simulations.plan model.path=llama-70b/ model.dtype=bfloat16 clients.memory_gb=[24,40,80]
-    python -m simulations.plan clients.gflops=[500,2000,2000] plan.server_gflops=1e4 # with predicted seconds
+    hsplitlora plan                                                       # three clients, SmolLM2-135M
+    hsplitlora plan model.path=llama-70b/ model.dtype=bfloat16 clients.memory_gb=[24,40,80]
+    hsplitlora plan clients.gflops=[500,2000,2000] plan.server_gflops=1e4 # with predicted seconds
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One federated run on this machine: ``python -m simulations.run [overrides]``.
+"""One federated run on this machine: ``hsplitlora run [overrides]``.
 
 Composes the settings from ``conf/``, checks everything that can be checked before anything starts, starts a SuperLink,
 runs the app on it, shows the run while it goes on, and judges at the end whether it really finished. The exit status
@@ -6,9 +6,9 @@ is 0 if it did, 1 if the run failed, 2 if the settings or the data are wrong.
 
 ::
 
-    python -m simulations.run                                    # three clients, the model that is fetched
-    python -m simulations.run experiment=e2e data.path=e2e/      # the reference run
-    python -m simulations.run -m train.lr=1e-3,3e-4              # a sweep: every job in a folder of its own
+    hsplitlora run                                    # three clients, the model that is fetched
+    hsplitlora run experiment=e2e data.path=e2e/      # the reference run
+    hsplitlora run -m train.lr=1e-3,3e-4              # a sweep: every job in a folder of its own
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ from hsplitlora_flwr.cli.superlink import (
 )
 from hsplitlora_flwr.config import Config, ConfigError, unknown_key
 from hsplitlora_flwr.models.cores import all_cores
+from hsplitlora_flwr.paths import absolute, with_absolute_paths
 from hsplitlora_flwr.reporting import EVENTS_FILE, RunConsole, read_events
 from hsplitlora_flwr.reporting.events import Event
 from hsplitlora_flwr.schema import checked, setting
@@ -481,29 +482,12 @@ def _read(composed: DictConfig) -> tuple[Config, Launcher]:
     config = Config.from_mapping(values)
     hydra_config = HydraConfig.get()
     sweep = hydra_config.mode == RunMode.MULTIRUN
-    folder = _absolute(hydra_config.runtime.output_dir if sweep else config.run.dir)
+    folder = absolute(hydra_config.runtime.output_dir if sweep else config.run.dir)
     if not folder:
         raise ConfigError("run.dir is empty; name a folder")
     if any((Path(folder) / name).exists() for name in (EVENTS_FILE, "summary.json", "adapter")):
         raise ConfigError(f"run.dir={folder} already holds a run; choose another folder or remove it")
     return with_absolute_paths(dataclasses.replace(config, run=dataclasses.replace(config.run, dir=folder))), launcher
-
-
-def with_absolute_paths(config: Config) -> Config:
-    """The same settings for a process that works in another folder."""
-    model = _absolute(config.model.path) if Path(config.model.path).expanduser().is_dir() else config.model.path
-    path, eval_path = _absolute(config.data.path), _absolute(config.data.eval_path)
-    return dataclasses.replace(
-        config,
-        run=dataclasses.replace(config.run, dir=_absolute(config.run.dir), resume=_absolute(config.run.resume)),
-        data=dataclasses.replace(config.data, path=path, eval_path=eval_path),
-        model=dataclasses.replace(config.model, path=model),
-        split=dataclasses.replace(config.split, leakage=_absolute(config.split.leakage)),
-    )
-
-
-def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().resolve()) if path else ""
 
 
 def prepare(config: Config, console: Listener, *, simulated: bool = True) -> None:
@@ -546,6 +530,7 @@ def _run(composed: DictConfig) -> int:
     with RunConsole() as console:
         try:
             config, launcher = _read(composed)
+            _say(console, "checking settings, text and model")
             if launcher.superlink:
                 check_connection(launcher.superlink, PROJECT)
             prepare(config, console, simulated=not launcher.superlink)

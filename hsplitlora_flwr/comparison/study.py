@@ -18,26 +18,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from rich.console import Console
 from rich.text import Text
 
-from hsplitlora_flwr.cli.run import Listener, with_absolute_paths
 from hsplitlora_flwr.comparison.clock import round_seconds
 from hsplitlora_flwr.comparison.results import CENTRAL, Comparison, Result, measurements
 from hsplitlora_flwr.comparison.table import Tuning, render
 from hsplitlora_flwr.config import Config, ConfigError
 from hsplitlora_flwr.methods import METHODS
+from hsplitlora_flwr.paths import with_absolute_paths
 from hsplitlora_flwr.reporting import event_text
 from hsplitlora_flwr.reporting.events import Event
 from hsplitlora_flwr.reporting.summary import ROWS_FILE, SUMMARY_FILE
 from hsplitlora_flwr.schema import scalar
 
 EACH = "each"
-RunOnce = Callable[[Config, Listener], int]
+RunOnce = Callable[[Config, "Line"], int]
 """Does one run with absolute paths and tells a listener about it; 0 if it finished."""
 
-_CHOSEN_HERE = ("experiment", "method", "method.name", "run.seed", "run.dir", "train.lr")
+CHOSEN_HERE = ("experiment", "method", "method.name", "run.seed", "run.dir", "train.lr")
+"""What is set for every run, and so not by the user."""
 _OF_CLIENTS = (
     "clients.memory_gb",
     "clients.gflops",
@@ -53,7 +53,7 @@ _OF_CLIENTS = (
 
 @dataclass(frozen=True)
 class Options:
-    """What is compared. ``python -m simulations.compare --help`` says what each one means.
+    """What is compared. ``hsplitlora compare --help`` says what each one means.
 
     Raises
     ------
@@ -101,9 +101,6 @@ class Options:
             raise ConfigError(
                 f"--tune-seed={self.tune_seed} is among --seeds; choose another, so that no run reports it"
             )
-        for override in OverridesParser.create().parse_overrides(list(self.overrides)):
-            if override.key_or_group in _CHOSEN_HERE:
-                raise ConfigError(f"{override.input_line}: this is what a comparison chooses; see --help")
 
     @property
     def all_seeds(self) -> tuple[int, ...]:

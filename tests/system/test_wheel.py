@@ -54,7 +54,7 @@ def hsplitlora(tmp_path_factory: pytest.TempPathFactory) -> Installed:
 def test_an_installed_command_plans_and_runs_in_an_empty_folder(
     hsplitlora: Installed, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    settings = [f"model.path={tiny_folder}", "clients.count=2", "clients.memory_gb=[2.0,2.5]"]
+    settings = [f"model.path={tiny_folder}", "clients.count=1", "clients.memory_gb=[2.0]"]
     planned = hsplitlora(tmp_path, "plan", *settings)
     assert planned.returncode == 0 and "4 blocks" in planned.stdout, planned
     text = tmp_path / "text.jsonl"
