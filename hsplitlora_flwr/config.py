@@ -46,6 +46,8 @@ KNOWN_METHODS: Registry[Any] = Registry("method", home="hsplitlora_flwr.methods"
 KNOWN_CODECS: Registry[Any] = Registry("codec", *WIRES)
 KNOWN_OPTIMIZERS: Registry[Any] = Registry("optimizer", *OPTIMIZERS)
 KNOWN_SOURCES: Registry[Any] = Registry("source of text", *SOURCES)
+KNOWN_TRANSPORTS: Registry[Any] = Registry("transport", "stream", "messages", "auto")
+KNOWN_LISTENERS: Registry[Any] = Registry("listener")
 """What a setting may name, which other packages add to. What stands behind the names is registered where it is made."""
 
 
@@ -312,7 +314,7 @@ class EvaluationConfig:
 class TransportConfig:
     """The data plane: how cut activations and gradients travel."""
 
-    kind: Literal["stream", "messages", "auto"] = setting(
+    kind: Annotated[str, OneOf(KNOWN_TRANSPORTS)] = setting(
         "stream",
         "a stream on a port of its own, Flower messages (slower, no port), or auto: messages where no stream opens",
     )
@@ -348,6 +350,7 @@ class RunConfig:
     )
     merged: bool = setting(False, "also save the whole model with the update merged in, under merged/")
     plugins: Names = setting((), "modules of one's own that server and clients import: see docs/extending.md")
+    listeners: Names = setting((), "names of registered listeners to the run's events")
     seed: int = setting(0, "seed of data, adapters and batches", ge=0, le=2**32 - 1)  # what NumPy takes
     timeout: int = setting(3600, "how long to wait for the clients of one exchange", unit="s", ge=1)
 
@@ -469,7 +472,7 @@ def _contradictions(config: Config) -> Iterator[str]:
             "limit"
         )
     own_text = data.source == "jsonl" and data.eval_path
-    if data.source != "dialogues" and not data.path and not own_text:
+    if data.source in ("e2e", "jsonl") and not data.path and not own_text:
         yield f"data.path is empty; data.source={data.source} needs the path of its files" + (
             ", or data.eval_path where nodes have text of their own" if data.source == "jsonl" else ""
         )
@@ -477,6 +480,11 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield (
             f"split.max_leakage={config.split.max_leakage:g} needs split.leakage, the file that an attack on this "
             "model wrote: python -m simulations.attack --out FILE"
+        )
+    if unknown := [name for name in config.run.listeners if name not in KNOWN_LISTENERS]:
+        yield (
+            f"run.listeners names {', '.join(unknown)}, which is not registered; "
+            f"registered are {', '.join(KNOWN_LISTENERS) or 'none'}"
         )
     if config.split.max and config.split.max < config.split.min:
         yield f"split.max={config.split.max} is below split.min={config.split.min}"

@@ -25,7 +25,7 @@ from hsplitlora_flwr.lora.update import Patch
 from hsplitlora_flwr.methods import METHODS, Method
 from hsplitlora_flwr.models.fingerprint import Fingerprint
 from hsplitlora_flwr.planning.budget import Budget
-from hsplitlora_flwr.transport.stream import Endpoint
+from hsplitlora_flwr.transport.link import Endpoint
 
 DESCRIBE, PROBE, TRAIN, EVALUATE = "query.describe", "train.probe", "train", "evaluate"
 """Message types, in the order of a round."""
@@ -115,6 +115,8 @@ class Description:
         The state of each layer's accumulated update that it holds; see :meth:`hsplitlora_flwr.lora.update.Delta.held`.
     version : int
         The version that it held last.
+    cut_transform : str
+        What it does to its cut activation before that leaves; "" for nothing.
     """
 
     name: str
@@ -131,6 +133,7 @@ class Description:
     tokens: int = 0
     cut_rows: int = 0
     cut_tokens: int = 0
+    cut_transform: str = ""
 
     @staticmethod
     def is_all_of(records: RecordDict) -> bool:
@@ -200,9 +203,10 @@ class _Text:
 
     length: int
     printable: bool = False
+    or_empty: bool = False
 
     def holds(self, value: object) -> bool:
-        if not isinstance(value, str) or not 0 < len(value) <= self.length:
+        if not isinstance(value, str) or not (1 - self.or_empty) <= len(value) <= self.length:
             return False
         return not self.printable or (value.isprintable() and value == value.strip())
 
@@ -217,6 +221,7 @@ _CLAIMS: Mapping[str, _Number | _Text] = {
     "process_bytes": _Number(int, 1, 1e15),
     "longest": _Number(int, 1, 1e9),
     "held": _Text(HELD_BYTES),
+    "cut_transform": _Text(NAME_LENGTH, printable=True, or_empty=True),
     "version": _Number(int, 0, 1e9),
     "flops": _Number(float, 1e6, 1e18, or_zero=True),
     "up": _Number(float, 1, 1e15, or_zero=True),

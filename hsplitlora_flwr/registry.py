@@ -73,7 +73,9 @@ class Registry(Mapping[str, T]):
 
     def __contains__(self, name: object) -> bool:
         if name not in self._names:
-            self._load()
+            self._settle()
+        if name not in self._names:
+            load_plugins()
         return name in self._names
 
     def __iter__(self) -> Iterator[str]:
@@ -84,9 +86,12 @@ class Registry(Mapping[str, T]):
         self._load()
         return len(self._names)
 
-    def _load(self) -> None:
+    def _settle(self) -> None:
         if self._home:
             importlib.import_module(self._home)
+
+    def _load(self) -> None:
+        self._settle()
         load_plugins()
 
 

@@ -14,7 +14,7 @@ from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.data.sources import load_text
 from hsplitlora_flwr.methods import METHODS
 from hsplitlora_flwr.registry import import_plugins
-from hsplitlora_flwr.reporting.report import RunReport, cause_of, failed_outside
+from hsplitlora_flwr.reporting.report import RunReport, cause_of, failed_outside, make_listeners
 from hsplitlora_flwr.server.central import CentralTraining
 from hsplitlora_flwr.server.checkpoint import check_resume
 from hsplitlora_flwr.server.preflight import check_model_settings, check_run_folder, check_text
@@ -65,9 +65,10 @@ def make_strategy(config: Config, folder: Path, process: OwnProcess | None = Non
     text = load_text(config.data, config.run.seed)
     check_model_settings(config)
     check_text(config, replace(text, train=()))  # what clients train on they check themselves
+    listeners = make_listeners(config, folder)
     if METHODS[config.method.name].central:
-        return CentralTraining(config, text.held_out, folder, text.train)
-    return HSplitLoRA(config, text.held_out, folder, process)
+        return CentralTraining(config, text.held_out, folder, text.train, listeners=listeners)
+    return HSplitLoRA(config, text.held_out, folder, process, listeners=listeners)
 
 
 def run_folder(wanted: str, run_id: int) -> Path:

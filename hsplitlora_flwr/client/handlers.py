@@ -40,15 +40,18 @@ from hsplitlora_flwr.messages import (
     take_patch,
     take_start,
 )
+from hsplitlora_flwr.methods import METHODS
 from hsplitlora_flwr.models.fingerprint import check_part, fingerprint
 from hsplitlora_flwr.models.loading import read_config
 from hsplitlora_flwr.models.placement import check_device
 from hsplitlora_flwr.models.quantisation import check_quantiser
 from hsplitlora_flwr.registry import import_plugins
+from hsplitlora_flwr.training.cut import CutTransform, SeededCut
 from hsplitlora_flwr.training.process import OwnProcess
 from hsplitlora_flwr.transport.frames import Failure, Frame
+from hsplitlora_flwr.transport.link import TRANSPORTS, Ticket
 from hsplitlora_flwr.transport.messages import add_frames, frame_bytes, read_frames
-from hsplitlora_flwr.transport.stream import StreamError, StreamLink, Unreachable
+from hsplitlora_flwr.transport.stream import StreamError, Unreachable
 from hsplitlora_flwr.transport.workers import WAKE
 
 log = logging.getLogger(__name__)
@@ -81,7 +84,11 @@ def load_own_text(context: Context, config: Config) -> Sequence[Example]:
 
 
 def split_client_app(
-    load_data: LoadData = load_own_text, load_budget: LoadBudget = load_memory_budget, process: OwnProcess | None = None
+    load_data: LoadData = load_own_text,
+    load_budget: LoadBudget = load_memory_budget,
+    process: OwnProcess | None = None,
+    *,
+    cut_transform: CutTransform | None = None,
 ) -> ClientApp:
     """A Flower ``ClientApp`` that takes part in split fine-tuning.
 
@@ -93,9 +100,11 @@ def split_client_app(
         Gives this client's memory budget in bytes.
     process : OwnProcess, optional
         The process that it runs in; one of its own by default, as Flower's engines give it.
+    cut_transform : CutTransform, optional
+        What is done to the cut activation before it leaves this client; the server is told its name.
     """
     app = ClientApp()
-    client = _Client(load_data, load_budget, process or OwnProcess())
+    client = _Client(load_data, load_budget, process or OwnProcess(), cut_transform)
 
     @app.query(_action(DESCRIBE))
     def describe(message: Message, context: Context) -> Message:
@@ -153,6 +162,7 @@ class _Client:
     load_data: LoadData
     load_budget: LoadBudget
     process: OwnProcess
+    cut_transform: CutTransform | None
 
     def text(self, context: Context, config: Config) -> OwnText:
         """The client's examples as tokens; those that it keeps out of training are drawn by seed.
@@ -197,7 +207,15 @@ class _Client:
             tokens=cut.tokens,
             cut_rows=cut.cut_rows,
             cut_tokens=cut.cut_tokens,
+            cut_transform=self.cut_transform.name if self.cut_transform and METHODS[config.method.name].split else "",
         )
+
+    def transform(self, task: Task, store: NodeStore) -> SeededCut | None:
+        """What is done to the cut activations of a task."""
+        if self.cut_transform is None or not task.method.split:
+            return None
+        own = "" if self.cut_transform.reproducible else store.secret()
+        return SeededCut(self.cut_transform, f"{task.config.run.seed}/{task.client}/{task.kind}/{task.round}/{own}")
 
     def take_part(self, message: Message, context: Context) -> Message:
         """Do a task over the stream, or take the first turn over messages."""
@@ -222,8 +240,9 @@ class _Client:
                 log.warning("the update on disk is not what it was: %s", error)
                 return Message(self.describe(context, task.config, store, text).to_records(), reply_to=message)
             start = take_start(message.content)
+            seed, transform = _data_seed(task.config, task.client), self.transform(task, store)
             with self.process.loading():
-                participant = Participant(task, text, changes, _data_seed(task.config, task.client), start)
+                participant = Participant(task, text, changes, seed, start, transform)
             changes, start = {}, {}  # merged, and from here on only the model holds what it needs
             progress.begin()
             done = participant.is_whole or (bool(task.token) and _over_stream(participant, context, store, progress))
@@ -248,8 +267,9 @@ class _Client:
         text = self.text(context, config)
         with self.process.peak_memory() as memory:
             changes = {} if task.from_base else store.changes()
+            transform = self.transform(task, store)
             with self.process.loading():
-                participant = Participant(task, text, changes, _data_seed(config, task.client))
+                participant = Participant(task, text, changes, _data_seed(config, task.client), transform=transform)
             changes = {}
             participant.restore(tensors, kept["state"])
             frames, done = participant.take_turn(answers)
@@ -286,13 +306,13 @@ def _over_stream(participant: Participant, context: Context, store: NodeStore, p
     """Do a task over the stream; False if none opens and messages are to take its place."""
     task, transport = participant.task, participant.task.config.transport
     try:
-        with StreamLink(task.endpoint, task.token, transport.in_flight, transport.proxy) as link:
+        with TRANSPORTS[transport.kind].connect(Ticket(task.endpoint, task.token), transport) as link:
             if is_measured(context, task.config) and not store.number("up"):
                 up, down = link.measure()
                 store.note(up=up, down=down)
             participant.work(link)
     except Unreachable as error:
-        if transport.kind == "stream":
+        if transport.kind != "auto":
             raise
         log.warning("going on over messages: %s", error)
         return False

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import secrets
 import shutil
 import time
 from collections.abc import Collection, Mapping
@@ -27,7 +28,7 @@ from hsplitlora_flwr.lora.update import BASE, Change, Delta, DeltaError, Patch
 log = logging.getLogger(__name__)
 
 _POINTER, _FOLDER = "hsplitlora", "folder"
-_TRAINING, _NUMBERS = "training.safetensors", "measured.json"
+_TRAINING, _NUMBERS, _SECRET = "training.safetensors", "measured.json", "secret"
 _WEEK = 7 * 24 * 3600.0
 
 
@@ -129,6 +130,17 @@ class NodeStore:
         """Forget training that was under way."""
         (self.folder / _TRAINING).unlink(missing_ok=True)
         self._context.state.pop(_POINTER, None)
+
+    def secret(self) -> str:
+        """Random text that this node makes for the run, and keeps to itself."""
+        file = self.folder / _SECRET
+        if not file.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            draft = file.with_suffix(".part")
+            draft.touch(mode=0o600)
+            draft.write_text(secrets.token_hex(32), encoding="utf-8")
+            draft.replace(file)
+        return file.read_text(encoding="utf-8")
 
     def number(self, name: str) -> float:
         """A measurement that was noted for this run; 0 if there is none."""

@@ -24,17 +24,18 @@ from hsplitlora_flwr.models.split import ClientModel, HeadModel, WholeModel
 from hsplitlora_flwr.planning.importance import scoring
 from hsplitlora_flwr.training.client import (
     ClientTrainer,
-    Link,
     TrainingRecord,
     load_client,
     load_whole,
     take_turn,
     train_client,
 )
+from hsplitlora_flwr.training.cut import SeededCut
 from hsplitlora_flwr.training.recompute import recompute_blocks
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.training.whole import train_whole
 from hsplitlora_flwr.transport.frames import Finish, Frame
+from hsplitlora_flwr.transport.link import Link
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class Participant:
         Of the order of its batches.
     start : Mapping[str, Factors], optional
         Adapters to go on from; see :class:`~hsplitlora_flwr.messages.Task`.
+    transform : SeededCut, optional
+        What is done to the cut activation before it leaves, where the model is cut.
     """
 
     def __init__(
@@ -69,11 +72,12 @@ class Participant:
         changes: Mapping[str, Change],
         seed: int,
         start: Mapping[str, Factors] | None = None,
+        transform: SeededCut | None = None,
     ) -> None:
         config, train = task.config, task.config.train
         device, path, dtype = pick_device(config.model.device), config.model.path, config.model.dtype
         quantise = config.model.quantise
-        self.task, self.text, self._seed = task, text, seed
+        self.task, self.text, self._seed, self._transform = task, text, seed, transform
         self.model: ClientModel | WholeModel
         self.head: HeadModel | None = None
         if task.method.split:
@@ -95,7 +99,8 @@ class Participant:
         self._evaluator: ClientEvaluator | None = None
         self._found: Evaluation | None = None
         if isinstance(self.model, ClientModel) and task.kind == EVALUATE:
-            self._evaluator = ClientEvaluator(self.model, self.head, self._held_out(), config.transport.up)
+            wires = config.transport.up, config.transport.down
+            self._evaluator = ClientEvaluator(self.model, self.head, self._held_out(), *wires, transform)
         elif isinstance(self.model, ClientModel):
             self._trainer = self._make_trainer(self.model, task.first_step)
             self._record = self._trainer.record
@@ -194,6 +199,8 @@ class Participant:
             head=self.head,
             micro_batch_size=self._micro_batch_size,
             up=self.task.config.transport.up,
+            down=self.task.config.transport.down,
+            transform=self._transform,
             forward_only=self.task.forward_only,
         )
 

@@ -1,8 +1,9 @@
-"""Text to train on and text to measure with, from three kinds of source.
+"""Text to train on and text to measure with, from sources by name and files by suffix.
 
 Every source becomes the same two lists of :class:`Example`, a prompt and the completion that a model learns to write
-after it. ``dialogues`` comes with an installed package, ``e2e`` is the E2E NLG challenge, ``jsonl`` is one's own file.
-Nothing of a file is guessed or passed over in silence: a malformed row stops the run with its file and line.
+after it. ``dialogues`` comes with an installed package, ``e2e`` is the E2E NLG challenge, ``jsonl`` is one's own file:
+JSON lines, text, or what a reader of its suffix is registered for. Nothing of a file is guessed or passed over in
+silence: a malformed row stops the run with its file and line.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ import itertools
 import json
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from hsplitlora_flwr.config import DataConfig
+from hsplitlora_flwr.config import KNOWN_SOURCES, DataConfig
+from hsplitlora_flwr.registry import Registry
 
 
 class DataError(ValueError):
@@ -45,6 +47,41 @@ class TextData:
     held_out: tuple[Example, ...]
 
 
+Source = Callable[[DataConfig, int], tuple[Sequence[Example], Sequence[Example]]]
+"""From the settings and the seed: text to train on, and held-out text. What stands in both is not trained on."""
+Reader = Callable[[Path, str, str], Iterable[Example]]
+"""Reads a file, in its order. The second argument names the field of a row's group (``data.group_field``), the third
+the partition that needs a group in every row, or ""."""
+
+SOURCES: Registry[Source] = KNOWN_SOURCES
+"""Sources of text by name."""
+READERS: Registry[Reader] = Registry("reader of files", ".jsonl", ".txt")
+"""Readers by suffix, in small letters; files of other suffixes are read as JSON lines."""
+
+
+def register_source(name: str) -> Callable[[Source], Source]:
+    """Make a function known as a source of text, ``data.source=<name>``; :func:`hold_out` draws held-out text for it.
+
+    Raises
+    ------
+    PluginError
+        If the name is taken.
+    """
+    return lambda source: SOURCES.register(name, source)
+
+
+def register_reader(suffix: str) -> Callable[[Reader], Reader]:
+    """Make a function known as the reader of files with this suffix, such as ``.csv``, wherever a file is named:
+    ``data.path`` and ``data.eval_path`` with ``data.source=jsonl``, and ``data-path`` of a node.
+
+    Raises
+    ------
+    PluginError
+        If there is one already.
+    """
+    return lambda reader: READERS.register(suffix, reader)
+
+
 def load_text(config: DataConfig, seed: int) -> TextData:
     """Read the text of ``config.source``; the same settings and seed give the same text, in the same order.
 
@@ -60,7 +97,7 @@ def load_text(config: DataConfig, seed: int) -> TextData:
     """
     if config.source == "jsonl" and not config.path:  # nodes have text of their own, see read_rows
         return TextData((), tuple(_held_out_rows(config, seed)))
-    pool, held_out = _SOURCES[config.source](config, seed)
+    pool, held_out = SOURCES[config.source](config, seed)
     reserved = {(example.prompt, example.completion) for example in held_out}
     train = [example for example in pool if (example.prompt, example.completion) not in reserved]
     if not train:
@@ -74,6 +111,7 @@ def load_text(config: DataConfig, seed: int) -> TextData:
     return TextData(tuple(train), tuple(held_out))
 
 
+@register_source("dialogues")
 def _dialogues(config: DataConfig, seed: int) -> tuple[list[Example], list[Example]]:
     """English dialogues of the package ``chatterbot-corpus``, one file a topic; every turn answers the one before."""
     package = importlib.util.find_spec("chatterbot_corpus")
@@ -95,9 +133,10 @@ def _dialogues(config: DataConfig, seed: int) -> tuple[list[Example], list[Examp
     if not pairs:
         raise DataError(f"no dialogues in {folder}; reinstall them: pip install 'hsplitlora_flwr[demo]'")
     examples = [Example(utterance + "\n", answer, topic) for (utterance, answer), topic in pairs.items()]
-    return examples, _draw(examples, config.eval_rows, seed)
+    return examples, hold_out(examples, config.eval_rows, seed)
 
 
+@register_source("e2e")
 def _e2e(config: DataConfig, seed: int) -> tuple[list[Example], list[Example]]:
     """The E2E NLG challenge (https://aclanthology.org/W17-5525), grouped by the kind of food, or "none"."""
     folder = Path(config.path).expanduser().absolute()
@@ -111,23 +150,24 @@ def _e2e(config: DataConfig, seed: int) -> tuple[list[Example], list[Example]]:
     return train, dev[first:last]
 
 
+@register_source("jsonl")
 def _jsonl(config: DataConfig, seed: int) -> tuple[list[Example], list[Example]]:
-    """One's own text: a ``.txt`` file with one text a line, or JSON objects, one a line."""
+    """One's own text: a ``.txt`` file with one text a line, JSON objects, one a line, or what else has a reader."""
     grouped_by = config.partition if config.partition in ("dirichlet", "natural") else ""
     examples = _read_rows(Path(config.path), config.group_field, grouped_by)
     if not config.eval_path:
-        return examples, _draw(examples, config.eval_rows, seed)
+        return examples, hold_out(examples, config.eval_rows, seed)
     return examples, _held_out_rows(config, seed)
 
 
 def _held_out_rows(config: DataConfig, seed: int) -> list[Example]:
     # Held-out text is not dealt to clients, so it needs no groups.
     rows = _read_rows(Path(config.eval_path), config.group_field, grouped_by="")
-    return rows if len(rows) <= config.eval_rows else _draw(rows, config.eval_rows, seed)
+    return rows if len(rows) <= config.eval_rows else hold_out(rows, config.eval_rows, seed)
 
 
 def read_rows(path: str) -> list[Example]:
-    """All examples of a ``.txt`` or JSON lines file, as ``data.source=jsonl`` reads them.
+    """All examples of a file, as ``data.source=jsonl`` reads them.
 
     Raises
     ------
@@ -135,13 +175,6 @@ def read_rows(path: str) -> list[Example]:
         If the file is missing or malformed.
     """
     return _read_rows(Path(path), group_field="group", grouped_by="")
-
-
-_SOURCES: dict[str, Callable[[DataConfig, int], tuple[list[Example], list[Example]]]] = {
-    "dialogues": _dialogues,
-    "e2e": _e2e,
-    "jsonl": _jsonl,
-}
 
 
 _TEXT_FIELDS = {
@@ -152,8 +185,8 @@ _TEXT_FIELDS = {
 """Fields that hold text in the data sets that are about."""
 
 
-def _draw(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
-    """``count`` examples, at least one fewer than there are, so that every group gives its share to within one row.
+def hold_out(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
+    """``count`` examples to be held out, at least one fewer than there are; every group gives its share to within one.
 
     Systematic sampling: rows in random order are sorted by group, and every (total / count)-th is taken from a random
     start. Each row is as likely as any other, also where groups are smaller than the step.
@@ -205,12 +238,33 @@ def _e2e_example(where: str, row: dict[str, str], fields: list[str], header: lis
 
 
 def _read_rows(path: Path, group_field: str, grouped_by: str) -> list[Example]:
-    """Rows of a .txt or JSON lines file; ``grouped_by`` names the partition that needs a group in every row, or ''."""
+    """Rows of a file by its suffix; ``grouped_by`` names the partition that needs a group in every row, or ''."""
     path = path.expanduser().absolute()
-    if path.suffix == ".txt":
-        if grouped_by:
-            raise DataError(f"{path}: a .txt file has no groups for data.partition={grouped_by}; use iid or linear")
-        return [Example("", line, "all") for _, line in _lines(path)]
+    suffix = path.suffix.lower()
+    read = READERS.get(suffix, _json_lines)
+    try:
+        examples = list(read(path, group_field, grouped_by))
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; check data.path and data.eval_path") from None
+    for number, example in enumerate(examples, start=1):
+        if not isinstance(example, Example) or not example.completion.strip():
+            raise DataError(f"{path}: example {number} has no completion; give text or delete it")
+        if grouped_by and not example.group:
+            raise DataError(f"{path}: example {number} has no group, by which data.partition={grouped_by} deals them")
+    return examples
+
+
+@register_reader(".txt")
+def _text_lines(path: Path, group_field: str, grouped_by: str) -> list[Example]:
+    """A text a line."""
+    if grouped_by:
+        raise DataError(f"{path}: a .txt file has no groups for data.partition={grouped_by}; use iid or linear")
+    return [Example("", line, "all") for _, line in _lines(path)]
+
+
+@register_reader(".jsonl")
+def _json_lines(path: Path, group_field: str, grouped_by: str) -> list[Example]:
+    """A JSON object a line."""
     examples = []
     for where, line in _lines(path):
         try:

@@ -12,8 +12,9 @@ import torch
 from hsplitlora_flwr.data.collate import Batch
 from hsplitlora_flwr.models.cores import all_cores
 from hsplitlora_flwr.models.split import ClientModel, HeadModel, WholeModel
-from hsplitlora_flwr.training.client import Link
+from hsplitlora_flwr.training.cut import SeededCut
 from hsplitlora_flwr.transport.frames import Activation, Frame, Hidden, Loss
+from hsplitlora_flwr.transport.link import Link
 from hsplitlora_flwr.transport.wire import pack, unpack
 
 MAX_NLL = 700.0
@@ -82,14 +83,23 @@ class ClientEvaluator:
         Norm, head and loss, where labels stay with the client.
     batches : Sequence[Batch]
         The text.
-    up : str
-        Numbers on the wire; see :func:`hsplitlora_flwr.transport.wire.pack`.
+    up, down : str
+        Numbers on the wire, each way; see :func:`hsplitlora_flwr.transport.wire.pack`.
+    transform : SeededCut, optional
+        What is done to the cut activation before it leaves.
     """
 
     def __init__(
-        self, model: ClientModel, head: HeadModel | None, batches: Sequence[Batch], up: str = "float32"
+        self,
+        model: ClientModel,
+        head: HeadModel | None,
+        batches: Sequence[Batch],
+        up: str = "float32",
+        down: str | None = None,
+        transform: SeededCut | None = None,
     ) -> None:
         self._model, self._head, self._batches, self._up = model.eval(), head and head.eval(), batches, up
+        self._down, self._transform = down, transform
         self._device = model.device
         self._nll = 0.0
 
@@ -102,6 +112,8 @@ class ClientEvaluator:
         """A batch at the cut."""
         batch = self._batches[index]
         cut = self._model(batch.input_ids.to(self._device), batch.attention_mask.to(self._device))
+        if self._transform:
+            cut = self._transform(cut, 0, index)
         labels = batch.labels if self._head is None else torch.empty(0, dtype=torch.int64)
         return Activation(0, *pack(cut, self._up), batch.attention_mask, labels, batch.label_tokens, True, 0.0)
 
@@ -110,7 +122,8 @@ class ClientEvaluator:
         """What the server answered: the loss, or the hidden state that it follows from."""
         if isinstance(answer, Hidden):
             assert self._head is not None
-            state = unpack(answer.hidden, answer.scale, self._model.dtype, self._device)
+            shape = (*self._batches[index].input_ids.shape, int(self._model.decoder.config.hidden_size))
+            state = unpack(answer.hidden, answer.scale, self._model.dtype, self._device, self._down, shape)
             self._nll += float(self._head(state, self._batches[index].labels.to(self._device), 1).loss)
         else:
             assert isinstance(answer, Loss)

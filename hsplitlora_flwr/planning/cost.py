@@ -33,8 +33,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from hsplitlora_flwr.config import WIRES
 from hsplitlora_flwr.lora.layers import takes_changes
+from hsplitlora_flwr.lora.optimizers import OPTIMIZERS
 from hsplitlora_flwr.models.families import Family, block_config, shorten
 from hsplitlora_flwr.models.loading import empty_model
 from hsplitlora_flwr.models.proof import brief
@@ -42,9 +42,8 @@ from hsplitlora_flwr.models.quantisation import dequantised_bytes, weight_bytes
 from hsplitlora_flwr.models.split import head_part, one_block, outline
 from hsplitlora_flwr.planning.budget import PlanError
 from hsplitlora_flwr.planning.trace import EXPERTS, BlockTrace, trace_block, trace_head
+from hsplitlora_flwr.transport.wire import CODECS, packed_bytes
 
-OPTIMIZERS = ("adamw", "sgd")
-"""Optimizers whose states are known."""
 LABELS = ("server", "client")
 """Who may hold the labels, and with them the final norm and the head."""
 HALVES = ("shared", "per_client")
@@ -61,8 +60,8 @@ class Workload:
         Of one micro-batch; the longest sequence counts.
     dtype : str
         Dtype of the frozen base.
-    optimizer : {"adamw", "sgd"}
-        Of the adapters.
+    optimizer : str
+        Of the adapters: a name in :data:`hsplitlora_flwr.lora.optimizers.OPTIMIZERS`.
     momentum : bool
         Whether SGD keeps one.
     labels : {"server", "client"}
@@ -108,8 +107,8 @@ class Workload:
     @property
     def adapter_parameter_bytes(self) -> int:
         """Bytes per adapter parameter: its value (fp32, or fp64 over fp64), its gradient and the optimizer's states."""
-        states = 2 if self.optimizer == "adamw" else int(self.momentum)
-        return self.adapter_item * (2 + states)
+        optimizer = OPTIMIZERS[self.optimizer]
+        return self.adapter_item * (2 + optimizer.states + (optimizer.momentum and self.momentum))
 
     @property
     def item(self) -> int:
@@ -473,7 +472,7 @@ class CostModel:
         Parameters
         ----------
         up, down : str
-            Numbers on the wire, each way: ``float64``, ``float32``, ``bfloat16``, ``float16`` or ``int8``.
+            Numbers on the wire, each way: names in :data:`hsplitlora_flwr.transport.wire.CODECS`.
 
         Raises
         ------
@@ -489,10 +488,10 @@ class CostModel:
 
     def _packed_bytes(self, wire: str) -> int:
         """A hidden state on the wire."""
-        if wire not in WIRES:
-            raise PlanError(f"numbers on the wire cannot be {wire!r}; choose one of {', '.join(WIRES)}")
-        scales = 4 * self.rows if wire == "int8" else 0  # fp32, one per token
-        return self.cut_bytes // self.workload.item * int(getattr(torch, wire).itemsize) + scales
+        if wire not in CODECS:
+            raise PlanError(f"numbers on the wire cannot be {wire!r}; choose one of {', '.join(CODECS)}")
+        batch, length = self.workload.batch_size, self.workload.sequence_length
+        return packed_bytes((batch, length, self.cut_bytes // self.workload.item // self.rows), wire)
 
     def _block_flops(
         self,

@@ -1,12 +1,14 @@
 """The event log of a run: one JSON object a line, appended to ``events.jsonl`` in the run folder.
 
 The server writes it, everybody else reads it: the launcher's console follows the file while it grows, a report reads
-it afterwards. Every event has a ``kind`` and a ``time`` (unix seconds) beside its own fields:
+it afterwards, and a :class:`Listener` in the server's process hears every event as it is written. Kinds and fields may
+be added to: pass over what you do not know. Every event has a ``kind`` and a ``time`` (unix seconds) beside its own
+fields:
 
 - ``status``: text
 - ``evaluated``: round (0 = before training), perplexity, tokens, seconds
 - ``planned``: round, reason ("" for the first plan), clients (a list of: client, examples, budget_bytes, split, blocks,
-  ranks (mean, min, max), predicted_bytes, left_out ("" or the reason))
+  cut_transform ("" for none), ranks (mean, min, max), predicted_bytes, left_out ("" or the reason))
 - ``step``: round, rounds, client, step (from 1), steps, loss, tokens (label tokens), all_tokens (non-padding tokens)
 - ``client_finished``: round, client, seconds, loss_first, loss_last, measured_bytes, predicted_bytes
 - ``client_failed``: round, client, error
@@ -22,15 +24,28 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 EVENTS_FILE = "events.jsonl"
 PLAN_COLUMNS = ("client", "examples", "budget", "split", "ranks", "recompute", "predicted memory")
 STEP_LOG_SECONDS = 5.0
 
 Event = Mapping[str, Any]
+
+log = logging.getLogger(__name__)
+
+
+class Listener(Protocol):
+    """Whoever is told what happens in a run: a console, a tracker of experiments."""
+
+    def handle(self, event: Event) -> None:
+        """Take one event. The last one is ``finished`` or ``failed``, unless the process is killed.
+
+        Events come one at a time, in the order of the log. They come from the threads that train, which wait: what
+        takes long belongs into a thread of one's own.
+        """
 
 
 class EventLog:
@@ -42,12 +57,15 @@ class EventLog:
     ----------
     folder : Path
         The run folder; made if absent.
+    listeners : Sequence[Listener]
+        Hear every event once it is on disk. One that raises hears no more, and the run goes on.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, listeners: Sequence[Listener] = ()) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / EVENTS_FILE
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a listener may say something itself
+        self._listeners = list(listeners)
         self._logger = logging.getLogger("flwr")
         self._step_logged = float("-inf")
 
@@ -74,7 +92,17 @@ class EventLog:
         line = json.dumps(event) + "\n"
         with self._lock, self._path.open("a", encoding="utf-8") as file:
             file.write(line)
+            file.flush()
+            self._tell(line)
         return event
+
+    def _tell(self, line: str) -> None:
+        for listener in list(self._listeners):
+            try:
+                listener.handle(json.loads(line))
+            except Exception:
+                log.warning("a listener failed and hears no more of the run: %r", listener, exc_info=True)
+                self._listeners.remove(listener)
 
 
 _LEVELS = {"failed": logging.ERROR, "client_failed": logging.WARNING}
@@ -163,6 +191,8 @@ def plan_rows(event: Event) -> list[tuple[str, ...]]:
         split = f"{which} of {client['blocks']}" if client["split"] < client["blocks"] else "whole model"
         if not client.get("trains", True):
             split += ", forward alone"
+        if client.get("cut_transform"):
+            split += f", {client['cut_transform']}"
         ranks = client["ranks"]
         spread = str(ranks["min"]) if ranks["min"] == ranks["max"] else f"{ranks['min']}-{ranks['max']}"
         mean = f" (mean {ranks['mean']:.1f})"

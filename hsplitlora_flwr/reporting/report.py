@@ -6,10 +6,12 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from hsplitlora_flwr.config import KNOWN_LISTENERS, Config
 from hsplitlora_flwr.data.fit import Cut
-from hsplitlora_flwr.reporting.events import EVENTS_FILE, EventLog, read_events
+from hsplitlora_flwr.registry import Registry
+from hsplitlora_flwr.reporting.events import EVENTS_FILE, EventLog, Listener, read_events
 from hsplitlora_flwr.reporting.page import PAGE_FILE, write_page
 from hsplitlora_flwr.reporting.summary import STOPPED, SUMMARY_FILE, Summary, end_as_failed, write_rows
 
@@ -17,6 +19,41 @@ log = logging.getLogger(__name__)
 
 _LONGEST_CAUSE = 2_000
 """Characters of an error that a person is shown; the traceback in Flower's log has all of it."""
+
+
+MakeListener = Callable[[Config, Path], Listener]
+"""Makes a listener of a run from its settings and its folder."""
+LISTENERS: Registry[MakeListener] = KNOWN_LISTENERS
+"""What makes listeners, by name."""
+
+M = TypeVar("M", bound=MakeListener)
+
+
+def register_listener(name: str) -> Callable[[M], M]:
+    """Make a class or function known that makes a listener, which ``run.listeners`` may name::
+
+        @register_listener("print")
+        class Printer:
+            def __init__(self, config, folder): ...
+            def handle(self, event):
+                print(event["kind"])
+
+    Raises
+    ------
+    PluginError
+        If the name is taken.
+    """
+
+    def register(make: M) -> M:
+        LISTENERS.register(name, make)
+        return make
+
+    return register
+
+
+def make_listeners(config: Config, folder: Path) -> list[Listener]:
+    """The listeners that ``run.listeners`` names."""
+    return [LISTENERS[name](config, folder) for name in config.run.listeners]
 
 
 class RunReport:
@@ -28,11 +65,13 @@ class RunReport:
         The run folder.
     config : dict
         The settings as dotted keys.
+    listeners : Sequence[Listener]
+        Hear every event; see :class:`hsplitlora_flwr.reporting.events.EventLog`.
     """
 
-    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, config: Mapping[str, Any], listeners: Sequence[Listener] = ()) -> None:
         self._folder = folder
-        self._events = EventLog(folder)
+        self._events = EventLog(folder, listeners)
         self._summary = Summary(folder, dict(config))
         self._summary.save()
 

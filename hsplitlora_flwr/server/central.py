@@ -26,6 +26,7 @@ from hsplitlora_flwr.models.loading import load_tokenizer
 from hsplitlora_flwr.models.placement import pick_devices
 from hsplitlora_flwr.models.split import WholeModel
 from hsplitlora_flwr.planning.round import cost_model
+from hsplitlora_flwr.reporting.events import Listener
 from hsplitlora_flwr.server.checkpoint import CHECKPOINTS, RunState, save_state
 from hsplitlora_flwr.server.strategy import HSplitLoRA
 from hsplitlora_flwr.training.memory import PeakMemory
@@ -40,16 +41,24 @@ class CentralTraining(HSplitLoRA):
 
     Parameters
     ----------
-    config, held_out, folder
+    config, held_out, folder, listeners
         As for :class:`HSplitLoRA`.
     examples : Sequence[Example]
         All training text.
     """
 
-    def __init__(self, config: Config, held_out: Sequence[Example], folder: Path, examples: Sequence[Example]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        held_out: Sequence[Example],
+        folder: Path,
+        examples: Sequence[Example],
+        *,
+        listeners: Sequence[Listener] = (),
+    ) -> None:
         # the same number of training tokens as the clients would see: their steps, one after another
         train = replace(config.train, steps=config.train.steps * config.clients.count)
-        super().__init__(replace(config, train=train), held_out, folder)
+        super().__init__(replace(config, train=train), held_out, folder, listeners=listeners)
         self._examples = examples
 
     def prepare(self, grid: Grid) -> None:

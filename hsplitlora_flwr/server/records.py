@@ -22,6 +22,7 @@ def plan_rows(clients: Iterable[Description], plan: Plan, num_blocks: int) -> li
             "cut_share": client.cut.share,
             "budget_bytes": client.memory_bytes,
             "blocks": num_blocks,
+            "cut_transform": client.cut_transform,
             "left_out": "",
         }
         if own := plan.clients.get(client.name):
@@ -86,6 +87,7 @@ def client_row(
         "ranks": {rank: ranks.count(rank) for rank in sorted(set(ranks))},
         "trains": not plan.forward_only,
         "recompute": plan.recomputing,
+        "cut_transform": client.cut_transform,
         "trainable_parameters": sum(b.numel() + (a.numel() if trains_a else 0) for b, a in adapters.values()),
         "resident_parameters": int(metrics["resident-parameters"]),
         "budget_bytes": client.memory_bytes,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import socket
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from flwr.app import RecordDict
@@ -28,10 +27,10 @@ from hsplitlora_flwr.training.recompute import recompute_blocks
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.training.server import CorePool, ServerEvaluator, ServerTrainer, StepReport, differentiate
 from hsplitlora_flwr.training.turns import Turns
-from hsplitlora_flwr.transport.certificates import Identity, make_identity, read_identity
 from hsplitlora_flwr.transport.frames import Failure, Frame
+from hsplitlora_flwr.transport.link import TRANSPORTS, Handler, Port
 from hsplitlora_flwr.transport.messages import read_frames
-from hsplitlora_flwr.transport.stream import Handler, StreamServer
+from hsplitlora_flwr.transport.stream import own_address as own_address
 from hsplitlora_flwr.transport.wire import WireError
 
 log = logging.getLogger(__name__)
@@ -140,8 +139,8 @@ class Shard:
             return task
         if not self._waits_by_itself(task):
             handler = self._cores.share(handler)
-        token = self._stream.admit(handler, limit, worker.close, f"client {task.client}")
-        return task.over_stream(self._stream.endpoint, token)
+        ticket = self._stream.serve(handler, limit, worker.close, f"client {task.client}")
+        return task.over_stream(ticket.endpoint, ticket.token)
 
     def _seat(self, task: Task, model: ServerModel | BodyModel, start: Mapping[str, Factors]) -> Seat:
         """The client's place at the half of all, or at one of its own."""
@@ -282,25 +281,17 @@ def allowance_of(task: Task, longest: int) -> Allowance:
         rows_at_once=at_once,
         tokens=longest,
         # in messages the micro-batches of a step travel together
-        in_flight=min(config.transport.in_flight, micro_batches)
-        if config.transport.kind == "stream"
-        else micro_batches,
+        in_flight=micro_batches
+        if config.transport.kind in ("messages", "auto")
+        else min(config.transport.in_flight, micro_batches),
         up=config.transport.up,
         forward_only=task.forward_only,
     )
 
 
-def open_stream(transport: TransportConfig) -> StreamServer:
-    """The stream's port, open, under the certificate that the settings name or a new one."""
-    address = transport.address or own_address()
-    return StreamServer(
-        transport.bind or address,
-        transport.port,
-        identity=_identity(transport, address) if transport.tls else None,
-        public=address,
-        public_port=transport.public_port,
-        in_flight=transport.in_flight,
-    )
+def open_stream(transport: TransportConfig) -> Port:
+    """The port of the transport that the settings name, open."""
+    return TRANSPORTS[transport.kind].open(transport)
 
 
 def check_server(config: Config) -> None:
@@ -314,19 +305,3 @@ def check_server(config: Config) -> None:
     check_device(config.model.device)
     if config.transport.kind != "messages" and not METHODS[config.method.name].central:
         open_stream(config.transport).stop()
-
-
-def _identity(transport: TransportConfig, address: str) -> Identity:
-    if transport.certificate:
-        return read_identity(transport.certificate, transport.private_key)
-    return make_identity(address)
-
-
-def own_address() -> str:
-    """This machine's address in its network, as others reach it; the loopback address without a network."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # a documentation address: chooses a route, sends nothing
-            return str(probe.getsockname()[0])
-        except OSError:
-            return "127.0.0.1"

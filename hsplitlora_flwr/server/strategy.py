@@ -53,6 +53,7 @@ from hsplitlora_flwr.planning.importance import combine, complete, drift, scorin
 from hsplitlora_flwr.planning.leakage import LeakageTable
 from hsplitlora_flwr.planning.planner import ClientPlan, Plan, probe_plan
 from hsplitlora_flwr.planning.round import cost_model, make_round_plan, own_costs, split_bounds
+from hsplitlora_flwr.reporting.events import Listener
 from hsplitlora_flwr.reporting.report import RunReport
 from hsplitlora_flwr.schema import scalar
 from hsplitlora_flwr.server.best import replace_best, take_best
@@ -80,6 +81,8 @@ class HSplitLoRA(Strategy):
         The run folder.
     process : OwnProcess, optional
         The process that it runs in; one of its own by default.
+    listeners : Sequence[Listener]
+        Hear every event of the run.
 
     Notes
     -----
@@ -87,13 +90,19 @@ class HSplitLoRA(Strategy):
     """
 
     def __init__(
-        self, config: Config, held_out: Sequence[Example], folder: Path, process: OwnProcess | None = None
+        self,
+        config: Config,
+        held_out: Sequence[Example],
+        folder: Path,
+        process: OwnProcess | None = None,
+        *,
+        listeners: Sequence[Listener] = (),
     ) -> None:
         self.config = config
         self.method = METHODS[config.method.name]
         self.folder = Path(folder)
         check_resume(config, self.folder)
-        self.report = RunReport(self.folder, config.to_run_config())
+        self.report = RunReport(self.folder, config.to_run_config(), listeners)
         self.delta = Delta(config.lora.rank_cap)
         self.importance: dict[str, float] = {}
         self.plans: dict[str, ClientPlan] = {}
@@ -432,7 +441,7 @@ class HSplitLoRA(Strategy):
 
     def _open(self) -> None:
         """Open the stream's port and load the base."""
-        if self.config.transport.kind != "messages" and not self.config.transport.tls:
+        if self.config.transport.kind in ("stream", "auto") and not self.config.transport.tls:
             self.report.warning(
                 "transport.tls=false, so activations, labels and tokens can be read by anyone on the way"
             )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hsplitlora_flwr.models.split import IGNORED, BodyModel, ServerModel
 from hsplitlora_flwr.transport.frames import HEADER_BYTES, Activation, Finish
-from hsplitlora_flwr.transport.wire import check_wire
+from hsplitlora_flwr.transport.wire import check_wire, packed_bytes, packed_shape
 
 _ANY = sys.maxsize
 
@@ -61,9 +61,12 @@ class Allowance:
 
     def frame_bytes(self, hidden: int) -> int:
         """Bytes that no frame exceeds, for a model of this hidden size."""
+        tokens = self.rows_at_once * self.tokens
         # the activation in float64 at most, its scale, the attention mask and the labels; and the header
-        per_token = 8 * hidden + 4 + 8 + 8
-        return self.rows_at_once * self.tokens * per_token + HEADER_BYTES
+        numbers = tokens * (8 * hidden + 4)
+        if self.up is not None:
+            numbers = max(numbers, packed_bytes((self.rows_at_once, self.tokens, hidden), self.up))
+        return numbers + tokens * (8 + 8) + HEADER_BYTES
 
     def check(self, frame: Activation) -> None:
         """Raise :class:`Refused` or ``WireError`` if a frame is larger than allowed, or of another wire."""
@@ -182,8 +185,9 @@ def _labelled(frame: Activation) -> int:
     return int((frame.labels[:, 1:] != IGNORED).sum()) if frame.labels.numel() else 0
 
 
-def check_activation(frame: Activation, model: ServerModel | BodyModel) -> None:
-    """Raise :class:`Refused` unless the tensors of a frame fit together and to the model."""
+def check_activation(frame: Activation, model: ServerModel | BodyModel, wire: str | None = None) -> None:
+    """Raise :class:`Refused` unless the tensors of a frame fit together and to the model; ``wire`` as in
+    :class:`Allowance`."""
     mask, labels = frame.attention_mask, frame.labels
     rows, hidden = tuple(mask.shape), int(model.decoder.config.hidden_size)
     predicts = isinstance(model, ServerModel)
@@ -192,8 +196,9 @@ def check_activation(frame: Activation, model: ServerModel | BodyModel) -> None:
             f"attention mask {rows} must be (batch, seq), and labels {tuple(labels.shape)} the same, or (0,) where "
             "they stay"
         )
-    if tuple(frame.cut.shape) != (*rows, hidden):
-        raise Refused(f"cut activation {tuple(frame.cut.shape)} must be {(*rows, hidden)}")
+    wanted = packed_shape((*rows, hidden), wire)
+    if tuple(frame.cut.shape) != wanted:
+        raise Refused(f"cut activation {tuple(frame.cut.shape)} must be {wanted}")
     if frame.label_tokens < 1:
         raise Refused("a batch without labelled tokens has no loss")
     _check_mask(mask)

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -27,22 +27,14 @@ from hsplitlora_flwr.lora.update import Change
 from hsplitlora_flwr.models.loading import load_causal_lm, load_client_parts
 from hsplitlora_flwr.models.proof import find_family
 from hsplitlora_flwr.models.split import ClientModel, HeadModel, ModelPart, WholeModel, whole_model
+from hsplitlora_flwr.training.cut import SeededCut
 from hsplitlora_flwr.training.memory import trim_heap
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.transport.frames import Activation, Finish, Frame, Gradient, Hidden, HiddenGradient, Loss
+from hsplitlora_flwr.transport.link import Link
 from hsplitlora_flwr.transport.wire import pack, unpack
 
 P = TypeVar("P", bound=ModelPart)
-
-
-class Link(Protocol):
-    """What carries frames to the server and its answers back, in order."""
-
-    def send(self, frame: Frame) -> None:
-        """Send a frame."""
-
-    def receive(self) -> Frame:
-        """The next answer."""
 
 
 @dataclass
@@ -118,6 +110,10 @@ class ClientTrainer:
         Rows that travel at once; gradients accumulate over the batch. 0 = the whole batch.
     up : str
         Numbers on the wire; see :func:`hsplitlora_flwr.transport.wire.pack`.
+    down : str, optional
+        Those that the server sends; see :func:`hsplitlora_flwr.transport.wire.unpack`.
+    transform : SeededCut, optional
+        What is done to the cut activation before it leaves.
     forward_only : bool
         The part has no adapters, and nothing of its forward pass is kept.
 
@@ -141,6 +137,8 @@ class ClientTrainer:
         head: HeadModel | None = None,
         micro_batch_size: int = 0,
         up: str = "float32",
+        down: str | None = None,
+        transform: SeededCut | None = None,
         forward_only: bool = False,
     ) -> None:
         self.model, self.optimizer, self.head, self.forward_only = model, optimizer, head, forward_only
@@ -148,6 +146,7 @@ class ClientTrainer:
         self.record = TrainingRecord()
         self.square = 0.0
         self.batches, self._micro_batch_size, self._up = batches, micro_batch_size, up
+        self._down, self._transform = down, transform
         self._device = model.device
         self._largest = 0
         self._loss = 0.0
@@ -174,6 +173,8 @@ class ClientTrainer:
         draw_masks(self.model, self.global_step, index)
         with torch.no_grad() if self.forward_only else nullcontext():
             cut = self.model(micro.input_ids.to(self._device), micro.attention_mask.to(self._device))
+            if self._transform:
+                cut = self._transform(cut, self.global_step, index)
         if not self.forward_only:
             self._cuts[index] = cut
         labels = micro.labels if self.head is None else torch.empty(0, dtype=torch.int64)
@@ -186,7 +187,8 @@ class ClientTrainer:
         """Where labels stay: the loss of what the server made of a micro-batch, and its gradient."""
         assert self.head is not None
         micro = self._micro_batches[index]
-        state = unpack(hidden.hidden, hidden.scale, self.model.dtype, self._device).requires_grad_()
+        shape = (*micro.input_ids.shape, int(self.model.decoder.config.hidden_size))
+        state = unpack(hidden.hidden, hidden.scale, self.model.dtype, self._device, self._down, shape).requires_grad_()
         output = self.head(state, micro.labels.to(self._device), self._batch.label_tokens)
         output.loss.backward()
         assert state.grad is not None
@@ -202,7 +204,7 @@ class ClientTrainer:
         assert isinstance(answer, Gradient)
         cut = self._cuts.pop(index)
         if cut.requires_grad:  # not when no block of the client has an adapter
-            cut.backward(unpack(answer.gradient, answer.scale, cut.dtype, cut.device))
+            cut.backward(unpack(answer.gradient, answer.scale, cut.dtype, cut.device, self._down, cut.shape))
         self._server_square = answer.square
         self._add(answer.loss, last)
 

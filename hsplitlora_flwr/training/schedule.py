@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hsplitlora_flwr.config import TrainConfig
+from hsplitlora_flwr.lora.optimizers import OPTIMIZERS
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:
@@ -31,9 +32,7 @@ def learning_rate(train: TrainConfig, step: int) -> float:
 def farthest(train: TrainConfig, first_step: int, steps: int, entries: int) -> float:
     """The farthest that steps can take a tensor from where it started, as a Frobenius norm, whatever the gradients are.
 
-    Weight decay only leads towards zero. By the inequality of Cauchy and Schwarz a step of Adam moves an entry by no
-    more than the learning rate times ``(1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2))``, which is 7.3. A step of SGD is as
-    long as its gradient, which clipping bounds, and momentum adds up to ``1 / (1 - momentum)`` of them.
+    Weight decay only leads towards zero; how far a step goes is the optimizer's to say.
 
     Parameters
     ----------
@@ -47,22 +46,14 @@ def farthest(train: TrainConfig, first_step: int, steps: int, entries: int) -> f
     float
         Infinite where nothing bounds it: SGD without ``train.clip``, or with both momentum and weight decay.
     """
-    decay = train.weight_decay
-    if train.lr * decay > 1 or (train.optimizer == "sgd" and (not train.clip or (train.momentum and decay))):
+    if train.lr * train.weight_decay > 1:
         return math.inf
     rates = math.fsum(learning_rate(train, step) for step in range(first_step, first_step + steps))
-    if train.optimizer == "adamw":
-        b1, b2 = _BETAS
-        return rates * (1 - b1) / math.sqrt((1 - b2) * (1 - b1 * b1 / b2)) * math.sqrt(entries)
-    return rates * train.clip / (1 - train.momentum)
-
-
-_BETAS = 0.9, 0.999
-"""Of AdamW: how much of the past the means of the gradient and of its square keep."""
+    return OPTIMIZERS[train.optimizer].farthest(train, rates, entries)
 
 
 class AdapterOptimizer:
-    """AdamW or SGD over the adapters of one side; what it keeps of them lives as long as they do.
+    """The optimizer over the adapters of one side; what it keeps of them lives as long as they do.
 
     Parameters
     ----------
@@ -82,11 +73,7 @@ class AdapterOptimizer:
         self._train = train
         # torch refuses an optimizer over nothing; a placeholder without gradient is never moved
         over = self._parameters or [nn.Parameter(torch.zeros(0))]
-        self._optimizer: torch.optim.Optimizer = (
-            torch.optim.AdamW(over, lr=train.lr, betas=_BETAS, weight_decay=train.weight_decay)
-            if train.optimizer == "adamw"
-            else torch.optim.SGD(over, lr=train.lr, weight_decay=train.weight_decay, momentum=train.momentum)
-        )
+        self._optimizer = OPTIMIZERS[train.optimizer].make(over, train)
 
     def square(self) -> float:
         """Squared norm of this side's gradient."""
@@ -123,7 +110,8 @@ class AdapterOptimizer:
     def tensors(self) -> dict[str, Tensor]:
         """The adapters and what the optimizer keeps of them, for :meth:`restore` elsewhere: ``name/adapter`` and, for
         AdamW, ``name/exp_avg`` and the like; not copies."""
-        rows = {self._names[place]: row for place, row in self._optimizer.state_dict()["state"].items()}
+        state = self._optimizer.state_dict()["state"]  # of the placeholder too, where an optimizer begins with one
+        rows = {name: state.get(place, {}) for place, name in enumerate(self._names)}
         kept = {f"{name}/{what}": torch.as_tensor(value) for name, row in rows.items() for what, value in row.items()}
         return {f"{name}/adapter": p.detach() for name, p in zip(self._names, self._parameters, strict=True)} | kept
 
@@ -140,4 +128,5 @@ class AdapterOptimizer:
                 self._parameters[places[name]].data.copy_(tensor)
             else:
                 rows.setdefault(places[name], {})[what] = tensor
-        self._optimizer.load_state_dict(self._optimizer.state_dict() | {"state": rows})
+        own = self._optimizer.state_dict()
+        self._optimizer.load_state_dict(own | {"state": own["state"] | rows})

@@ -31,7 +31,7 @@ from hsplitlora_flwr.transport.frames import (
     HiddenGradient,
     Loss,
 )
-from hsplitlora_flwr.transport.wire import pack, unpack
+from hsplitlora_flwr.transport.wire import pack, packed_shape, unpack
 
 P = TypeVar("P", bound=ModelPart)
 
@@ -188,13 +188,13 @@ class ServerTrainer:
             self._seat.expel()
 
     def _forward(self, frame: Activation) -> Frame:
-        check_activation(frame, self.model)
+        check_activation(frame, self.model, self._allowance.up)
         self._allowance.check(frame)
         if len(self._waiting) >= self._allowance.in_flight:
             raise Refused(f"{len(self._waiting)} hidden states wait for their gradients, as many as the task allows")
         before = Step(self._step.number + 1) if self._complete else self._step
         step = before.with_micro_batch(frame, self._allowance)
-        cut, mask = receive_cut(frame, self.model)
+        cut, mask = receive_cut(frame, self.model, self._allowance.up)
         if self._complete:
             self._settle(frame.previous_square)
         if step.micro_batches == 1:
@@ -214,12 +214,13 @@ class ServerTrainer:
         if not self._waiting:
             raise Refused("a gradient came for no hidden state that was sent")
         cut, hidden = self._waiting[0]
-        if frame.gradient.shape != hidden.shape:
+        up = self._allowance.up
+        if tuple(frame.gradient.shape) != packed_shape(hidden.shape, up):
             raise Refused(f"the gradient {tuple(frame.gradient.shape)} must be like the state {tuple(hidden.shape)}")
         if not 0 <= frame.loss < math.inf:
             raise Refused(f"the loss is {frame.loss}; lower train.lr or set train.clip")
         self._allowance.check_wire(frame.gradient)
-        gradient = unpack(frame.gradient, frame.scale, hidden.dtype, hidden.device)
+        gradient = unpack(frame.gradient, frame.scale, hidden.dtype, hidden.device, up, hidden.shape)
         self._waiting.popleft()
         hidden.backward(gradient)
         return self._trained(cut, frame.loss)
@@ -299,12 +300,12 @@ class ServerEvaluator:
         """
         if not isinstance(frame, Activation):
             raise Refused(f"a client that evaluates does not send {type(frame).__name__}")
-        check_activation(frame, self.model)
+        check_activation(frame, self.model, self._allowance.up)
         self._allowance.check(frame)
         rows = self._rows + len(frame.attention_mask)
         if rows > self._allowance.rows:
             raise Refused(f"{rows} rows to evaluate; the task allows {self._allowance.rows}")
-        cut, mask = receive_cut(frame, self.model)
+        cut, mask = receive_cut(frame, self.model, self._allowance.up)
         self._rows = rows
         if isinstance(self.model, ServerModel):
             loss = float(self.model(cut, mask, frame.labels.to(cut.device), 1).loss)
@@ -313,13 +314,15 @@ class ServerEvaluator:
         return Hidden(*pack(self.model(cut, mask), self._down))
 
 
-def receive_cut(frame: Activation, model: ServerModel | BodyModel) -> tuple[Tensor, Tensor]:
-    """The cut activation in the base's dtype, and the attention mask, on the model's device.
+def receive_cut(frame: Activation, model: ServerModel | BodyModel, wire: str | None = None) -> tuple[Tensor, Tensor]:
+    """The cut activation in the base's dtype, and the attention mask, on the model's device; ``wire`` as for
+    :func:`hsplitlora_flwr.transport.wire.unpack`.
 
     Raises
     ------
     WireError
         If the activation is not finite, or is none of a wire.
     """
-    cut = unpack(frame.cut, frame.scale, model.dtype, model.device)
+    shape = (*frame.attention_mask.shape, int(model.decoder.config.hidden_size))
+    cut = unpack(frame.cut, frame.scale, model.dtype, model.device, wire, shape)
     return cut, frame.attention_mask.to(model.device)

@@ -21,11 +21,11 @@ import hmac
 import logging
 import os
 import secrets
+import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from threading import Lock, Thread, Timer
 from types import TracebackType
 from typing import Any
@@ -33,7 +33,8 @@ from typing import Any
 import grpc
 import torch
 
-from hsplitlora_flwr.transport.certificates import Identity
+from hsplitlora_flwr.config import TransportConfig
+from hsplitlora_flwr.transport.certificates import Identity, make_identity, read_identity
 from hsplitlora_flwr.transport.chunks import CHUNK_BYTES, PING_BYTES, assemble, cut
 from hsplitlora_flwr.transport.frames import (
     Buffer,
@@ -45,12 +46,10 @@ from hsplitlora_flwr.transport.frames import (
     buffers,
     decode,
 )
+from hsplitlora_flwr.transport.link import Endpoint, Handler, Ticket, Transport, register_transport
 from hsplitlora_flwr.transport.mailbox import Closed, Mailbox
 
 log = logging.getLogger(__name__)
-
-Handler = Callable[[Frame], Frame]
-"""Answers each frame of one client with one frame."""
 
 CONNECT_SECONDS = 8.0
 """Time in which a stream must open."""
@@ -97,25 +96,6 @@ class Unreachable(StreamError):
 
 class _TurnedAway(Unreachable):
     """What answers closed the connection, as a server does that has no room for another one at the moment."""
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """Where a server shard is, and how to know it.
-
-    Parameters
-    ----------
-    address : str
-        ``host:port`` that clients connect to.
-    certificate : str
-        The server's own certificate, PEM, the only one that clients trust; empty for plain text.
-    name : str
-        Host that the certificate is made out to, whatever the address; empty for plain text.
-    """
-
-    address: str
-    certificate: str
-    name: str
 
 
 class StreamServer:
@@ -218,6 +198,10 @@ class StreamServer:
             limit = max_frame_bytes or self._max_frame_bytes
             self._admitted[token] = _Stream(handler, self._in_flight, limit, ended, name)
         return token
+
+    def serve(self, handler: Handler, max_frame_bytes: int, ended: Callable[[], None], name: str) -> Ticket:
+        """Let one client in, as :class:`hsplitlora_flwr.transport.link.Port` says; see :meth:`admit`."""
+        return Ticket(self.endpoint, self.admit(handler, max_frame_bytes, ended, name))
 
     def dismiss_all(self) -> None:
         """End the round: tokens that no stream has used die.
@@ -531,6 +515,43 @@ class StreamLink:
         if not isinstance(self.receive(), Pong):
             raise StreamError("a ping was answered by another frame's answer; measure while no frame is under way")
         return time.perf_counter() - start
+
+
+def open_port(settings: TransportConfig) -> StreamServer:
+    """The stream's port, open, under the certificate that the settings name or a new one."""
+    address = settings.address or own_address()
+    return StreamServer(
+        settings.bind or address,
+        settings.port,
+        identity=_identity(settings, address) if settings.tls else None,
+        public=address,
+        public_port=settings.public_port,
+        in_flight=settings.in_flight,
+    )
+
+
+def _connect(ticket: Ticket, settings: TransportConfig) -> StreamLink:
+    return StreamLink(ticket.endpoint, ticket.token, settings.in_flight, settings.proxy)
+
+
+STREAM = register_transport("stream", Transport(open_port, _connect))
+register_transport("auto", STREAM)
+
+
+def _identity(settings: TransportConfig, address: str) -> Identity:
+    if settings.certificate:
+        return read_identity(settings.certificate, settings.private_key)
+    return make_identity(address)
+
+
+def own_address() -> str:
+    """This machine's address in its network, as others reach it; the loopback address without a network."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # a documentation address: chooses a route, sends nothing
+            return str(probe.getsockname()[0])
+        except OSError:
+            return "127.0.0.1"
 
 
 def _channel(endpoint: Endpoint, proxy: bool = False) -> grpc.Channel:

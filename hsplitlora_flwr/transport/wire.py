@@ -1,9 +1,9 @@
 """Numbers on the wire: a tensor of the model as values and scales that travel, and back.
 
-Four wires are a cast. ``int8`` is symmetric quantisation with one fp32 scale per token (the last dimension is the
-hidden one), after a fixed rotation ``y`` of the token ``x``: ``scale = max|y| / 127``, ``values = round(y / scale)``;
-and back ``values * scale``, rotated back. It sends a quarter of the bytes of ``float32``, and one large token does not
-coarsen the others.
+What turns one into the other is a :class:`Codec`, known by the same name on both sides. Four of ours are a cast.
+``int8`` is symmetric quantisation with one fp32 scale per token (the last dimension is the hidden one), after a fixed
+rotation ``y`` of the token ``x``: ``scale = max|y| / 127``, ``values = round(y / scale)``; and back ``values * scale``,
+rotated back. It sends a quarter of the bytes of ``float32``, and one large token does not coarsen the others.
 
 The rotation is there because a few channels of a language model's activations are 20 to 40 times as large as the rest,
 and one such channel would leave a handful of steps to all others. A rotation spreads it over all of them, as in QuaRot
@@ -14,21 +14,92 @@ hidden size and takes two small products.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from hsplitlora_flwr.config import WIRES
+from hsplitlora_flwr.config import KNOWN_CODECS
+from hsplitlora_flwr.registry import Registry
 
-_DTYPES: dict[str, torch.dtype] = {wire: getattr(torch, wire) for wire in WIRES}
-_FLOATS = {dtype for dtype in _DTYPES.values() if dtype.is_floating_point}
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _STEPS = 127
 _SMALLEST = _STEPS * torch.finfo(torch.float32).tiny
 
 
 class WireError(ValueError):
     """A tensor cannot travel on this wire, or what arrived does not belong to one; the text says what to choose."""
+
+
+class Part(NamedTuple):
+    """A tensor that travels: a dtype that :mod:`hsplitlora_flwr.transport.frames` carries, and a shape."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Codec(Protocol):
+    """Numbers on the wire: two tensors, values and scales, that stand for one.
+
+    What comes back need not be what was sent, but both sides' gradients are those of what came back. There is no state:
+    an encoded tensor says all that its decoder needs.
+    """
+
+    def layout(self, shape: Sequence[int]) -> tuple[Part, Part]:
+        """Values and scales of a tensor of this shape, the last dimension being the hidden one.
+
+        Plans count its bytes, and what arrives in any other dtype or shape is refused before it is decoded.
+        """
+
+    def encode(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        """Values and scales of a floating point tensor without a graph, on any device; they may stay there.
+
+        Raises
+        ------
+        WireError
+            If a number does not fit.
+        """
+
+    def decode(
+        self, values: Tensor, scale: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str
+    ) -> Tensor:
+        """The tensor of this shape, dtype and device behind values and scales of its layout.
+
+        They come from another machine: whatever numbers they hold, nothing may be read or made beside the tensor. One
+        that is not finite is refused after.
+        """
+
+
+CODECS: Registry[Codec] = KNOWN_CODECS
+"""Codecs by name."""
+
+
+def register_codec(name: str, codec: Codec) -> Codec:
+    """Make a codec known as ``transport.up=<name>`` and ``transport.down=<name>``; returns it.
+
+    Raises
+    ------
+    PluginError
+        If the name is taken.
+    """
+    return CODECS.register(name, codec)
+
+
+def packed_bytes(shape: Sequence[int], wire: str) -> int:
+    """Bytes of a tensor of this shape on the wire."""
+    return sum(part.nbytes for part in CODECS[wire].layout(shape))
+
+
+def packed_shape(shape: Sequence[int], wire: str | None) -> tuple[int, ...]:
+    """The shape of the values of a tensor of this shape; its own where the wire is not known."""
+    return tuple(shape) if wire is None else CODECS[wire].layout(shape)[0].shape
 
 
 def pack(tensor: Tensor, wire: str) -> tuple[Tensor, Tensor]:
@@ -39,20 +110,18 @@ def pack(tensor: Tensor, wire: str) -> tuple[Tensor, Tensor]:
     tensor : Tensor
         Floating point, ``(..., hidden)``, on any device.
     wire : str
-        One of :data:`hsplitlora_flwr.config.WIRES`.
+        A name in :data:`CODECS`.
 
     Returns
     -------
-    values : Tensor
-        The wire's dtype, shaped as ``tensor``, on its device, without its graph. It shares the memory of ``tensor``
-        where the dtype is the same.
-    scale : Tensor
-        float32. ``int8``: shaped ``tensor.shape[:-1]``; other wires: empty, ``(0,)``.
+    values, scale : Tensor
+        By the codec's layout, without a graph. Of ours, values are shaped as ``tensor`` and on its device, and share
+        its memory where the dtype is the same. Scales are float32; ``int8``: ``tensor.shape[:-1]``; else ``(0,)``.
 
     Raises
     ------
     WireError
-        If the wire is unknown, or a value is not finite or too large for it.
+        If the wire is unknown, a value is not finite or too large for it, or its codec breaks its own layout.
 
     Notes
     -----
@@ -63,16 +132,22 @@ def pack(tensor: Tensor, wire: str) -> tuple[Tensor, Tensor]:
       and 0.7 % of the token's norm where ``y`` is spread like a normal distribution. A token whose ``max|y|`` is below
       1.5e-36 becomes zero.
     """
-    if wire not in _DTYPES:
-        raise WireError(f"wire {wire!r} is unknown; choose one of {', '.join(_DTYPES)}")
-    tensor, dtype = tensor.detach(), _DTYPES[wire]
-    if dtype == torch.int8:
-        return _quantise(tensor)
-    _check(_magnitude(tensor.reshape(-1)), dtype, wire)
-    return tensor.to(dtype), torch.empty(0)
+    if wire not in CODECS:
+        raise WireError(f"wire {wire!r} is unknown; choose one of {', '.join(CODECS)}")
+    with torch.no_grad():
+        values, scale = CODECS[wire].encode(tensor.detach())
+    _check_layout(values, scale, tensor.shape, wire)
+    return values, scale
 
 
-def unpack(values: Tensor, scale: Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+def unpack(
+    values: Tensor,
+    scale: Tensor,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    wire: str | None = None,
+    shape: Sequence[int] | None = None,
+) -> Tensor:
     """The tensor behind ``values`` and ``scale``, as :func:`pack` gave them.
 
     Parameters
@@ -80,13 +155,79 @@ def unpack(values: Tensor, scale: Tensor, dtype: torch.dtype, device: torch.devi
     values, scale : Tensor
         What arrived.
     dtype, device
-        Of the result, which is shaped as ``values`` and shares their memory where nothing has to change.
+        Of the result, which of our codecs shares the memory of ``values`` where nothing has to change.
+    wire : str, optional
+        The name of the codec that was agreed on; one of ours, told by the dtypes, when None.
+    shape : Sequence[int], optional
+        Of the result; that of ``values`` when None.
 
     Raises
     ------
     WireError
         If dtypes and shapes are none that :func:`pack` gives, or a number is not finite in ``dtype``.
     """
+    if wire is None:
+        return _decode(values, scale, dtype, device)
+    shape = tuple(values.shape if shape is None else shape)
+    _check_layout(values, scale, shape, wire)
+    tensor = CODECS[wire].decode(values, scale, shape, dtype, device)
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+        raise WireError(f"codec {wire} made {tensor.dtype} {tuple(tensor.shape)} where {dtype} {shape} was asked for")
+    if not bool(tensor.isfinite().all()):
+        raise WireError(f"what arrived over the wire {wire} is not finite in {dtype}; lower train.lr or set train.clip")
+    return tensor
+
+
+class _Cast:
+    """A dtype, without scales."""
+
+    def __init__(self, wire: str) -> None:
+        self._wire, self._dtype = wire, getattr(torch, wire)
+
+    def layout(self, shape: Sequence[int]) -> tuple[Part, Part]:
+        return Part(self._dtype, tuple(shape)), Part(torch.float32, (0,))
+
+    def encode(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        _check(_magnitude(tensor.reshape(-1)), self._dtype, self._wire)
+        return tensor.to(self._dtype), torch.empty(0, dtype=torch.float32)  # whatever the default is meanwhile
+
+    def decode(
+        self, values: Tensor, scale: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str
+    ) -> Tensor:
+        return _decode(values, scale, dtype, device)
+
+
+class _Int8:
+    """Steps of a scale per token, after the rotation."""
+
+    def layout(self, shape: Sequence[int]) -> tuple[Part, Part]:
+        return Part(torch.int8, tuple(shape)), Part(torch.float32, tuple(shape[:-1]))
+
+    def encode(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        return _quantise(tensor)
+
+    def decode(
+        self, values: Tensor, scale: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str
+    ) -> Tensor:
+        return _decode(values, scale, dtype, device)
+
+
+for _wire in ("float32", "bfloat16", "float16", "float64"):
+    register_codec(_wire, _Cast(_wire))
+register_codec("int8", _Int8())
+
+
+def _check_layout(values: Tensor, scale: Tensor, shape: Sequence[int], wire: str) -> None:
+    """Raise :class:`WireError` unless these are values and scales of a tensor of this shape."""
+    found = tuple((tensor.dtype, tuple(tensor.shape)) for tensor in (values, scale))
+    wanted = CODECS[wire].layout(shape)
+    if found != tuple(map(tuple, wanted)):
+        told = [" and ".join(f"{dtype} {size}" for dtype, size in parts) for parts in (found, wanted)]
+        raise WireError(f"a tensor {tuple(shape)} on the wire {wire} is {told[1]}, and this is {told[0]}")
+
+
+def _decode(values: Tensor, scale: Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """What one of our codecs encoded."""
     if values.dtype in _FLOATS and scale.numel() == 0:
         _check_arrived(_magnitude(values.reshape(-1)), dtype)
         return values.to(device, dtype)
@@ -105,7 +246,7 @@ def unpack(values: Tensor, scale: Tensor, dtype: torch.dtype, device: torch.devi
 
 def check_wire(values: Tensor, wire: str) -> None:
     """Raise :class:`WireError` unless ``values`` have the dtype in which numbers travel on ``wire``."""
-    if values.dtype != _DTYPES[wire]:
+    if values.dtype != CODECS[wire].layout(values.shape)[0].dtype:
         raise WireError(f"numbers came as {values.dtype} where the wire {wire} was agreed on")
 
 

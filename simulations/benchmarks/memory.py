@@ -19,7 +19,8 @@ from hsplitlora_flwr.training.memory import PeakMemory, process_bytes, return_fr
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.training.server import ServerTrainer
 from hsplitlora_flwr.transport.certificates import make_identity
-from hsplitlora_flwr.transport.stream import Endpoint, StreamLink, StreamServer
+from hsplitlora_flwr.transport.link import Endpoint
+from hsplitlora_flwr.transport.stream import StreamLink, StreamServer
 from simulations.benchmarks.common import RANK, SHAPES, STEPS, Apart, Row, Setup, specs, spread_batches
 
 UNAVOIDABLE = ("weights", "adapters", "activations")

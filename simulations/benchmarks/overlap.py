@@ -21,7 +21,8 @@ from hsplitlora_flwr.training.memory import return_freed_memory
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.training.server import ServerTrainer
 from hsplitlora_flwr.transport.certificates import make_identity
-from hsplitlora_flwr.transport.stream import Endpoint, StreamLink, StreamServer
+from hsplitlora_flwr.transport.link import Endpoint
+from hsplitlora_flwr.transport.stream import StreamLink, StreamServer
 from simulations.benchmarks.common import SHAPES, Apart, Row, Sample, Setup, specs, spread_batches
 from simulations.shaping import SlowLink, shaped
 

@@ -26,7 +26,8 @@ def main() -> None:
     stamps.append(time.time())
     load_client(task["path"], task["split"], "float32", "cpu", {})
     stamps.append(time.time())
-    from hsplitlora_flwr.transport.stream import Endpoint, StreamLink
+    from hsplitlora_flwr.transport.link import Endpoint
+    from hsplitlora_flwr.transport.stream import StreamLink
 
     with StreamLink(Endpoint(**task["endpoint"]), task["token"]):
         stamps.append(time.time())

@@ -15,7 +15,8 @@ from hsplitlora_flwr.config import WIRES
 from hsplitlora_flwr.transport.certificates import Identity, make_identity
 from hsplitlora_flwr.transport.chunks import CHUNK_BYTES
 from hsplitlora_flwr.transport.frames import Activation, Gradient, buffers, decode, encode
-from hsplitlora_flwr.transport.stream import Endpoint, StreamLink, StreamServer
+from hsplitlora_flwr.transport.link import Endpoint
+from hsplitlora_flwr.transport.stream import StreamLink, StreamServer
 from hsplitlora_flwr.transport.wire import pack, unpack
 from simulations.benchmarks.common import Apart, Row, Setup, take_turns, timed
 

@@ -4,6 +4,7 @@ import json
 import logging
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -229,3 +230,47 @@ def test_bytes_are_told_in_the_units_of_budgets():
         "0.10 GB",
         "1.60 GB",
     ]
+
+
+class Ears:
+    """Notes what it hears, and fails at the kind of event that it is told to."""
+
+    def __init__(self, fails_at=None):
+        self.heard, self.fails_at = [], fails_at
+
+    def handle(self, event):
+        if event["kind"] == self.fails_at:
+            raise RuntimeError("no network")
+        self.heard.append(event)
+
+
+def test_listeners_hear_what_a_reader_reads_in_its_order(tmp_path):
+    one, other = Ears(), Ears()
+    log = EventLog(tmp_path, [one, other])
+    log.emit("status", text="one")
+    log.emit("planned", round=1, reason="", clients=[CLIENT])
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda number: log.emit("step", **step(number)), range(40)))
+    events, _ = read_events(tmp_path / EVENTS_FILE)
+    assert one.heard == other.heard == events and len(events) == 42
+
+
+def test_a_listener_that_fails_hears_no_more_and_the_others_do(tmp_path, caplog):
+    deaf, other = Ears(fails_at="status"), Ears()
+    log = EventLog(tmp_path, [deaf, other])
+    log.emit("status", text="one")
+    log.emit("failed", error="two")
+    assert [event["kind"] for event in other.heard] == ["status", "failed"] and deaf.heard == []
+    assert "a listener failed" in caplog.text and "no network" in caplog.text
+    assert len(read_events(tmp_path / EVENTS_FILE)[0]) == 2
+
+
+def test_a_listener_may_say_something_itself(tmp_path):
+    class Echo:
+        def handle(self, event):
+            if event["kind"] == "step":
+                log.emit("status", text="heard")
+
+    log = EventLog(tmp_path, [Echo()])
+    log.emit("step", **step(1))
+    assert [event["kind"] for event in read_events(tmp_path / EVENTS_FILE)[0]] == ["step", "status"]

@@ -13,10 +13,9 @@ import grpc
 import pytest
 
 from hsplitlora_flwr.cli.superlink import _environment
-from hsplitlora_flwr.server.shard import own_address
 from hsplitlora_flwr.transport.certificates import make_identity
 from hsplitlora_flwr.transport.frames import Finish, Finished, Frame
-from hsplitlora_flwr.transport.stream import StreamLink, StreamServer, Unreachable
+from hsplitlora_flwr.transport.stream import StreamLink, StreamServer, Unreachable, own_address
 
 VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
 
