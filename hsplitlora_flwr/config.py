@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
@@ -49,6 +50,12 @@ KNOWN_SOURCES: Registry[Any] = Registry("source of text", *SOURCES)
 KNOWN_TRANSPORTS: Registry[Any] = Registry("transport", "stream", "messages", "auto")
 KNOWN_LISTENERS: Registry[Any] = Registry("listener")
 """What a setting may name, which other packages add to. What stands behind the names is registered where it is made."""
+
+RENAMED = {
+    "train.recompute": "train.activation_checkpointing",
+    "train.joint": "train.multi_adapter_batching",
+}
+"""Settings by the names that they had. These go on working, with a warning that says the new one."""
 
 
 def _with_zero(ranks: tuple[int, ...]) -> tuple[int, ...]:
@@ -258,12 +265,12 @@ class TrainConfig:
     schedule: Literal["constant", "linear", "cosine"] = setting("constant", "learning rate by global step")
     warmup_steps: int = setting(0, "linear warm-up", unit="steps", ge=0)
     weight_decay: float = setting(0.0, "weight decay", ge=0)
-    recompute: Literal["off", "on", "auto"] = setting(
+    activation_checkpointing: Literal["off", "on", "auto"] = setting(
         "off",
         "whether blocks compute their activations again in the backward pass: less memory, more time; "
         "auto = on the side whose memory does not hold its part of the plan otherwise",
     )
-    joint: Literal["auto", "on", "off"] = setting(
+    multi_adapter_batching: Literal["auto", "on", "off"] = setting(
         "auto",
         "server.half=per_client: whether clients that wait go through the server's blocks in one pass; auto = on a GPU",
     )
@@ -414,7 +421,7 @@ class Config:
             If a key of a section is unknown, or a value has the wrong type or is out of range.
         """
         values: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
-        for key, value in flat.items():
+        for key, value in _renamed(flat).items():
             section, dot, name = key.partition(".")
             if dot and section not in SECTIONS:
                 continue
@@ -449,8 +456,21 @@ def render_pyproject_block() -> str:
                 "# " + "; ".join((each.meaning, *each.rules)),
                 f"{each.key.partition('.')[2]} = {json.dumps(scalar(each.default))}",
             ]
+        for old, new in RENAMED.items():
+            if old.startswith(f"{name}."):
+                lines += [f"# former name of {new}; empty = not given", f'{old.partition(".")[2]} = ""']
         tables.append("\n".join(lines) + "\n")
     return "\n".join(tables)
+
+
+def _renamed(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The same settings under the names that they have now; a former one that is empty is not given."""
+    given = {key: value for key, value in flat.items() if key not in RENAMED}
+    for old, new in RENAMED.items():
+        if (value := flat.get(old, "")) != "":
+            warnings.warn(f"{old} is now {new}", FutureWarning, stacklevel=3)
+            given[new] = value
+    return given
 
 
 def _flatten(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -518,8 +538,10 @@ def _contradictions(config: Config) -> Iterator[str]:
         "split.labels=client": config.split.labels == "client",
         "transport.kind=messages": config.transport.kind == "messages",
     }
-    for other in (name for name, chosen in alone.items() if chosen and train.joint == "on"):
-        yield f"train.joint=on cannot be had with {other}, where clients come one by one; set it to auto"
+    for other in (name for name, chosen in alone.items() if chosen and train.multi_adapter_batching == "on"):
+        yield (
+            f"train.multi_adapter_batching=on cannot be had with {other}, where clients come one by one; set it to auto"
+        )
 
 
 if __name__ == "__main__":

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hsplitlora_flwr.config import Config, ConfigError, render_pyproject_block
+from hsplitlora_flwr.config import (
+    KNOWN_OPTIMIZERS,
+    RENAMED,
+    ClientsConfig,
+    Config,
+    ConfigError,
+    render_pyproject_block,
+)
 
 PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
 
@@ -32,8 +42,10 @@ def test_one_pass_for_all_needs_clients_that_come_together(other: str) -> None:
     key, value = other.split("=")
     settings = {"server.half": "per_client", key: value}
     Config.from_run_config(settings)
-    with pytest.raises(ConfigError, match=rf"train\.joint=on cannot be had with {other}, .* set it to auto"):
-        Config.from_run_config(settings | {"train.joint": "on"})
+    with pytest.raises(
+        ConfigError, match=rf"train\.multi_adapter_batching=on cannot be had with {other}, .* set it to auto"
+    ):
+        Config.from_run_config(settings | {"train.multi_adapter_batching": "on"})
 
 
 @pytest.mark.parametrize(
@@ -83,6 +95,53 @@ def test_a_deadline_needs_the_exact_planner() -> None:
     Config.from_run_config({"plan.deadline": 9.0})
     with pytest.raises(ConfigError, match=r"plan\.deadline=9 needs plan\.planner=exact; greedy knows memory only"):
         Config.from_run_config({"plan.deadline": 9.0, "plan.planner": "greedy"})
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_a_former_name_goes_on_working_and_says_the_new_one(old: str, new: str) -> None:
+    section, _, name = new.partition(".")
+    with pytest.warns(FutureWarning, match=f"^{old} is now {new}$") as told:
+        config = Config.from_run_config({"server.half": "per_client", old: "on"})
+    assert getattr(getattr(config, section), name) == "on" and len(told) == 1
+    assert old not in config.to_run_config()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_former_name_that_is_empty_is_not_given() -> None:
+    """As Flower has it from ``pyproject.toml``, without which it would refuse the name on its command line."""
+    tables = tomllib.loads(PYPROJECT.read_text())["tool"]["flwr"]["app"]["config"]
+    assert all(tables[section][name] == "" for section, name in (old.split(".") for old in RENAMED))
+    assert Config.from_run_config(dict.fromkeys(RENAMED, "")) == Config()
+
+
+def test_sections_of_an_app_of_ones_own_are_left_alone() -> None:
+    own = {"hospital.ward": "east", "hospital.beds.free": 3, "train.rounds": 7}
+    assert Config.from_run_config(own) == Config.from_run_config({"train.rounds": 7})
+    with pytest.raises(ConfigError, match=r"unknown key 'train\.ward'"):
+        Config.from_run_config({"train.ward": 1})
+
+
+def test_lists_are_tuples_inside_and_text_outside() -> None:
+    values = {"clients.memory_gb": "1, 2.5", "clients.gflops": 7, "lora.ranks": [8, 2], "run.plugins": "a.b,c"}
+    config = Config.from_run_config(values)
+    assert (config.clients.memory_gb, config.clients.gflops, config.lora.ranks) == ((1.0, 2.5), (7.0,), (0, 2, 8))
+    assert config.run.plugins == ("a.b", "c")
+    flat = config.to_run_config()
+    assert (flat["clients.memory_gb"], flat["lora.ranks"], flat["clients.mbit_up"]) == ("1.0,2.5", "0,2,8", "")
+    with pytest.raises(ConfigError, match=r"clients\.memory_gb='1,x' must be floats separated by commas"):
+        Config(clients=replace(ClientsConfig(), memory_gb=("1", "x")))  # type: ignore[arg-type]
+
+
+def test_a_name_that_is_registered_later_is_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"train\.optimizer='lion' is not allowed; choose one of adamw, sgd"):
+        Config.from_run_config({"train.optimizer": "lion"})
+    monkeypatch.setitem(KNOWN_OPTIMIZERS._names, "lion", None)
+    assert Config.from_run_config({"train.optimizer": "lion"}).train.optimizer == "lion"
+
+
+def test_importing_the_schema_imports_nothing_heavy() -> None:
+    code = "import sys, hsplitlora_flwr.config; print({'torch', 'flwr', 'transformers', 'hydra'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
 
 
 def test_split_bounds_in_order() -> None:

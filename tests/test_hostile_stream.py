@@ -61,7 +61,7 @@ def settings(folder: Path, labels: str, joint: str = "off", half: str = "per_cli
             "train.batch_size": ROWS,
             "train.micro_batch_size": AT_ONCE,
             "train.passes": 1,
-            "train.joint": joint,
+            "train.multi_adapter_batching": joint,
             "server.half": half,
             "split.labels": labels,
             "evaluation.client_rows": 3,

@@ -68,7 +68,7 @@ def same_run(tiny_folder: Path, tmp_path: Path, **changes: Any) -> tuple[dict[st
 def test_computing_activations_again_gives_the_same_adapters(tiny_folder: Path, tmp_path: Path) -> None:
     same_plan = {"method.name": "hsplitlora-no-armsc", "split.point": 2, "train.rounds": 1}
     same_run(tiny_folder, tmp_path / "kept", **same_plan)
-    same_run(tiny_folder, tmp_path / "again", **same_plan | {"train.recompute": "on"})
+    same_run(tiny_folder, tmp_path / "again", **same_plan | {"train.activation_checkpointing": "on"})
     assert_same(adapter(tmp_path / "again"), adapter(tmp_path / "kept"))
 
 
@@ -133,7 +133,7 @@ def test_clients_that_share_passes_end_where_single_ones_do(
 
     monkeypatch.setattr(JointPass, "__call__", all_at_once)
     monkeypatch.setattr(JointPass, "differentiate", counted)
-    summary, _ = same_run(tiny_folder, tmp_path / "joint", **own | {"train.joint": "on"})
+    summary, _ = same_run(tiny_folder, tmp_path / "joint", **own | {"train.multi_adapter_batching": "on"})
     assert max(sizes, default=0) > 1
     assert_same(adapter(tmp_path / "joint"), adapter(tmp_path / "single"))
     assert summary["perplexity_after"] == pytest.approx(single["perplexity_after"], rel=1e-5)

@@ -34,7 +34,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from hsplitlora_flwr.cli.interrupts import Interrupted, interruptible
-from hsplitlora_flwr.cli.overrides import check_keys, keys_of, literal, one_line, refuse_keys
+from hsplitlora_flwr.cli.overrides import check_keys, keys_of, literal, one_line, refuse_keys, renamed
 from hsplitlora_flwr.cli.run import PROJECT, Launcher, Listener, launch, prepare
 from hsplitlora_flwr.cli.settings import CONF, register, settings_text
 from hsplitlora_flwr.cli.superlink import SuperLink, open_superlink
@@ -178,7 +178,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument("--keep", action="store_true", help="keep the folders of all runs")
     parser.add_argument("overrides", nargs="*", help="settings of every run, such as data.path=FOLDER train.rounds=2")
     values = vars(parser.parse_intermixed_args(arguments))
-    overrides = literal(values["overrides"])
+    overrides = literal(renamed(values["overrides"]))
     check_keys(overrides, keys_of("launcher", Launcher))
     refuse_keys(overrides, CHOSEN_HERE, "this is what a comparison chooses; see --help")
     return Options(**values | {"overrides": tuple(overrides)})

@@ -18,7 +18,7 @@ from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException, OverrideParseException
 
 from hsplitlora_flwr.cli.settings import help_text, register
-from hsplitlora_flwr.config import Config, ConfigError, unknown_key
+from hsplitlora_flwr.config import RENAMED, Config, ConfigError, unknown_key
 from hsplitlora_flwr.registry import PluginError
 
 PATHS = (
@@ -44,7 +44,7 @@ def start(main: Callable[[], None], launcher: type[Any], about: str) -> int:
             print(help_text(about, launcher), end="")
             return 0
         register(launcher)
-        sys.argv[1:] = literal(sys.argv[1:])
+        sys.argv[1:] = literal(renamed(sys.argv[1:]))
         check_keys(sys.argv[1:], keys_of("launcher", launcher))
         main()
     except (HydraException, ConfigError, PluginError) as error:
@@ -57,6 +57,17 @@ def literal(arguments: Sequence[str]) -> list[str]:
     """The arguments with those values in quotes that Hydra would misread."""
     sweeps = any(argument in ("-m", "--multirun") for argument in arguments)
     return [_literal(argument, sweeps) for argument in arguments]
+
+
+def renamed(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the names that settings have now; one of a former name is told."""
+    now = []
+    for argument in arguments:
+        key, assigned, value = argument.partition("=")
+        if key in RENAMED:
+            print(f"warning: {key} is now {RENAMED[key]}", file=sys.stderr)
+        now.append(f"{RENAMED.get(key, key)}{assigned}{value}")
+    return now
 
 
 def check_keys(arguments: Sequence[str], more_keys: Sequence[str] = ()) -> None:

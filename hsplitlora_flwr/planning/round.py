@@ -108,7 +108,7 @@ def takes_all(config: Config) -> bool:
     # they come one by one
     if shares_half(config) or config.transport.kind == "messages" or config.split.labels == "client":
         return False
-    joint = config.train.joint
+    joint = config.train.multi_adapter_batching
     return joint == "on" or (joint == "auto" and pick_devices(config.model.device) != ["cpu"])
 
 
@@ -153,7 +153,7 @@ def make_round_plan(
             cost,
             ranks=config.lora.ranks if method.ranks == "budget" else (config.lora.rank,),
             over_budget=plan.over_budget,
-            recompute=train.recompute,
+            recompute=train.activation_checkpointing,
             shares=shares,
             own=own,
         )
@@ -167,7 +167,7 @@ def make_round_plan(
             server=server,
             min_split=least,
             max_split=most,
-            recompute=train.recompute,
+            recompute=train.activation_checkpointing,
             shares=shares,
             trains=config.lora.clients != "none",
             own=own,
@@ -188,7 +188,7 @@ def make_round_plan(
         deadline=plan.deadline or None,
         steps=train.steps * math.ceil(train.batch_size / (train.micro_batch_size or train.batch_size)),
         wire=(config.transport.up, config.transport.down),
-        recompute=train.recompute,
+        recompute=train.activation_checkpointing,
         clients=config.lora.clients,
         own=own,
     )

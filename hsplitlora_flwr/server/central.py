@@ -80,7 +80,7 @@ class CentralTraining(HSplitLoRA):
             spec = AdapterSpec(rank, config.alpha(rank), config.lora.dropout)
             layers = cost_model(config, train.batch_size, config.data.max_length).layers
             trained = inject(self._model, {layer.name: spec for layer in layers}, f"{config.run.seed}/all")
-        if train.recompute == "on":  # no budget asks for it
+        if train.activation_checkpointing == "on":  # no budget asks for it
             recompute_blocks(self._model)
         self._optimizer = AdapterOptimizer(trained, train)
         if self._resumed:

@@ -29,7 +29,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hsplitlora_flwr.config import Config, ConfigError
+from hsplitlora_flwr.config import Config, ConfigError, Scalar
 from hsplitlora_flwr.lora.aggregation import Factors
 from hsplitlora_flwr.lora.export import DELTA_FILE, load_delta, save_delta
 from hsplitlora_flwr.lora.update import Change, Delta, pack, unpack
@@ -51,7 +51,13 @@ _MAY_CHANGE = (
     *("clients.mbit_down", "clients.adapter_mb", "plan.deadline", "plan.over_budget", "plan.server_gflops"),
     *("plan.server_memory_gb", "model.device"),
     # for how long, and how the same steps are computed, sent and measured
-    *("train.rounds", "train.micro_batch_size", "train.recompute", "train.joint", "train.passes"),
+    *(
+        "train.rounds",
+        "train.micro_batch_size",
+        "train.activation_checkpointing",
+        "train.multi_adapter_batching",
+        "train.passes",
+    ),
     *("server.order", "server.patience"),
     *("evaluation.batch_size", "evaluation.generate", "evaluation.beams", "evaluation.max_new_tokens"),
     *("transport.kind", "transport.address", "transport.port", "transport.bind", "transport.public_port"),
@@ -224,7 +230,7 @@ def load_state(config: Config) -> RunState:
         start = {name: change.factors for name, change in unpack(tensors[_START]) if change.factors}
     return RunState(
         server_round=text["server_round"],
-        settings=text["settings"],
+        settings=_as_now(text["settings"]),
         delta=delta,
         start=start,
         optimizer=tensors[_OPTIMIZER],
@@ -300,7 +306,7 @@ def _check_digest(file: Path, text: Mapping[str, Any]) -> None:
 
 
 def _check_settings(config: Config, text: Mapping[str, Any]) -> None:
-    now, then = config.to_run_config(), Config().to_run_config() | text["settings"]
+    now, then = config.to_run_config(), _as_now(text["settings"])
     fixed = _fixed(config)
     changed = [key for key in now if now[key] != then[key] and key not in (*_MAY_CHANGE, *_FOLDERS)]
     for key in (key for key in changed if key in fixed):
@@ -323,6 +329,11 @@ def _check_settings(config: Config, text: Mapping[str, Any]) -> None:
             f"train.rounds={config.train.rounds}, and the run in run.resume={config.run.resume} has finished "
             f"{text['server_round']}; give at least as many"
         )
+
+
+def _as_now(settings: Mapping[str, Any]) -> dict[str, Scalar]:
+    """An earlier run's settings, under the names and in the form that they have now."""
+    return Config.from_run_config(settings).to_run_config()
 
 
 def _fixed(config: Config) -> list[str]:

@@ -506,7 +506,7 @@ class HSplitLoRA(Strategy):
     def _probe(self, grid: Grid, server_round: int) -> dict[str, float]:
         """One measurement: every client scores the weights below a provisional split, the server those above."""
         self.report.status("measuring which weights matter")
-        config, messages, again = self.config, [], self.config.train.recompute == "on"
+        config, messages, again = self.config, [], self.config.train.activation_checkpointing == "on"
         bounds = split_bounds(config, self._cost.num_blocks)
         above = dict[int, dict[str, float]]()
         with ExitStack() as stack:

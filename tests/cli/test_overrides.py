@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from hsplitlora_flwr.cli.overrides import PATHS, check_keys, keys_of, literal
+from hsplitlora_flwr.cli.overrides import PATHS, check_keys, keys_of, literal, renamed
 from hsplitlora_flwr.cli.run import PROJECT, Launcher
 from hsplitlora_flwr.cli.settings import CONF, register
 from hsplitlora_flwr.config import ConfigError
@@ -64,6 +64,11 @@ def test_what_hydra_reads_stays_as_it_is() -> None:
     assert literal(arguments) == arguments
     assert literal(["data.path=a,b"]) == ["data.path='a,b'"], "without a sweep it is one path"
     assert literal(["--multirun", "data.path=a,ü"])[1] == "data.path='a','ü'"
+
+
+def test_former_names_are_the_new_ones_for_hydra(capsys: pytest.CaptureFixture[str]) -> None:
+    assert renamed(["train.recompute=on", "train.steps=2"]) == ["train.activation_checkpointing=on", "train.steps=2"]
+    assert capsys.readouterr().err == "warning: train.recompute is now train.activation_checkpointing\n"
 
 
 def test_other_values_that_hydra_cannot_read_are_text() -> None:

@@ -547,7 +547,7 @@ def test_settings_of_a_run_reach_the_cost_model(tiny_folder: Path) -> None:
     assert cost.workload.half == "shared"
     alone = settings | {"split.labels": "server", "server.half": "per_client"}
     for joint, passes, expected in (("off", 3, 3), ("auto", 0, all_cores()), ("on", 3, None)):
-        given = alone | {"train.joint": joint, "train.passes": passes, "model.device": "cpu"}
+        given = alone | {"train.multi_adapter_batching": joint, "train.passes": passes, "model.device": "cpu"}
         workload = cost_model(Config.from_run_config(given), 4, LENGTH).workload
         assert (workload.passes, workload.half) == (expected, "per_client")
     unsplit = cost_model(Config.from_run_config(settings | {"method.name": "fedit"}), 4, LENGTH).workload

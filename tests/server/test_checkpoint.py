@@ -462,7 +462,7 @@ def test_where_and_how_a_run_is_computed_may_change(old: Path, config: Config) -
     other: dict[str, Any] = {
         "train.rounds": 9,
         "train.micro_batch_size": 1,
-        "train.recompute": "on",
+        "train.activation_checkpointing": "on",
         "clients.count": 5,
         "clients.memory_gb": "4,8",
         "evaluation.generate": True,
