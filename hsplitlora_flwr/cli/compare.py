@@ -35,7 +35,7 @@ from rich.console import Console
 
 from hsplitlora_flwr.cli.interrupts import Interrupted, interruptible
 from hsplitlora_flwr.cli.overrides import check_keys, keys_of, literal, one_line, refuse_keys, renamed
-from hsplitlora_flwr.cli.run import PROJECT, Launcher, Listener, launch, prepare
+from hsplitlora_flwr.cli.run import PROJECT, Launcher, launch, prepare
 from hsplitlora_flwr.cli.settings import CONF, register, settings_text
 from hsplitlora_flwr.cli.superlink import SuperLink, open_superlink
 from hsplitlora_flwr.comparison.study import CHOSEN_HERE, EACH, Line, Options, Study, tuning_changes, vary
@@ -43,6 +43,7 @@ from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.models.cores import all_cores
 from hsplitlora_flwr.paths import with_absolute_paths
 from hsplitlora_flwr.planning.round import cost_model
+from hsplitlora_flwr.reporting import Listener
 
 
 class ProcessRuns:

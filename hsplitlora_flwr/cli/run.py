@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 import hydra
 import psutil
@@ -53,7 +53,7 @@ from hsplitlora_flwr.config import Config, ConfigError, unknown_key
 from hsplitlora_flwr.models.cores import all_cores
 from hsplitlora_flwr.paths import absolute, with_absolute_paths
 from hsplitlora_flwr.reporting import EVENTS_FILE, RunConsole, read_events
-from hsplitlora_flwr.reporting.events import Event
+from hsplitlora_flwr.reporting.events import Listener
 from hsplitlora_flwr.schema import checked, setting
 
 _LOG = "flwr.log"
@@ -160,13 +160,6 @@ def takes_turns(config: Config) -> bool:
     from hsplitlora_flwr.methods import shares_half
 
     return shares_half(config) and config.server.order == "fixed" and config.transport.kind != "messages"
-
-
-class Listener(Protocol):
-    """Whoever is told what happens in a run, such as :class:`RunConsole`."""
-
-    def handle(self, event: Event) -> None:
-        """Take one event of :mod:`hsplitlora_flwr.reporting.events`."""
 
 
 def launch(

@@ -11,12 +11,13 @@ import pytest
 from rich.console import Console
 
 from hsplitlora_flwr.cli.compare import compose_setting, main, parse, runs_at_once
-from hsplitlora_flwr.cli.run import Launcher, Listener
+from hsplitlora_flwr.cli.run import Launcher
 from hsplitlora_flwr.comparison.plots import plot
 from hsplitlora_flwr.comparison.results import Comparison
 from hsplitlora_flwr.comparison.study import Options, Study, tuning_changes, vary
 from hsplitlora_flwr.config import Config, ConfigError
 from hsplitlora_flwr.methods import METHODS
+from hsplitlora_flwr.reporting import Listener
 
 UNEVEN = Config.from_run_config(
     {"data.source": "e2e", "data.path": "e2e", "data.partition": "dirichlet", "data.eval_rows": 100, "train.rounds": 2}
