@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -100,3 +101,11 @@ def test_settings_do_not_import_what_a_message_names() -> None:
     with pytest.raises(ConfigError, match=r"method\.name='theirs'"):
         Config.from_run_config({"run.plugins": "antigravity", "method.name": "theirs"})
     assert "antigravity" not in sys.modules
+
+
+def test_every_method_has_a_row_in_the_docs_and_a_line_in_the_help() -> None:
+    rows = re.findall(
+        r"^\| (`[^|]*`) \|", (Path(__file__).parents[1] / "docs" / "methods.md").read_text(), re.MULTILINE
+    )
+    assert set(RESOLVED) <= {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+    assert all(method.summary and method.source for method in RESOLVED.values())
