@@ -77,8 +77,8 @@ def test_each_side_computes_again_what_its_plan_says(
 ) -> None:
     parts: dict[str, list[ModelPart]] = {"client.task": [], "server.shard": []}
 
-    def planned(*arguments: Any) -> Plan:
-        plan = make_round_plan(*arguments)
+    def planned(*arguments: Any, **own: Any) -> Plan:
+        plan = make_round_plan(*arguments, **own)
         clients = {
             name: replace(client, recompute=name == "1", server_recompute=name != "0")
             for name, client in plan.clients.items()
