@@ -66,8 +66,8 @@ def evaluate(model: WholeModel, batches: Iterable[Batch]) -> Evaluation:
     for batch in batches:
         ids, mask, labels = (part.to(device) for part in (batch.input_ids, batch.attention_mask, batch.labels))
         losses, rows = model.token_losses(ids, mask, labels)
-        sums = torch.zeros(len(ids), dtype=torch.float64, device=device).index_add_(0, rows, losses.double())
-        found += zip(sums.tolist(), rows.bincount(minlength=len(ids)).tolist(), strict=True)
+        sums = torch.zeros(len(ids), dtype=torch.float64, device=losses.device).index_add_(0, rows, losses.double())
+        found += zip(map(float, sums), map(int, rows.bincount(minlength=len(ids))), strict=True)
     torch.set_num_threads(threads)
     return Evaluation(math.fsum(nll for nll, _ in found), sum(tokens for _, tokens in found), found)
 

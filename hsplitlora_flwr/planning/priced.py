@@ -19,6 +19,7 @@ from hsplitlora_flwr.planning.problem import Problem, Way
 _HALVINGS = 60  # of the price
 _FILLED = 64  # clients that may take what is left
 _POINTS = 1000  # choices of a half that are kept
+_SAME = 1e-12  # of a value, which is rounding
 
 
 class Handed(NamedTuple):
@@ -116,7 +117,10 @@ class Market:
             at = np.searchsorted(-slopes, -price / np.maximum(self._shares, 1e-300), "right")[self._share]
             points[:, s], taken[:, s] = corners[at], cost[at] + self._way.taken[p.splits[s]]
             worth[:, s] = self._below[:, s] + p.share * value[at]
-        split = (worth - price * taken).argmax(axis=1)
+        left = worth - price * taken
+        best = left.max(axis=1, keepdims=True)
+        # Of splits that are worth the same the lowest: its ranks serve the others too.
+        split = (left >= best - _SAME * np.abs(best)).argmax(axis=1)
         return _Chosen(split, points[clients, split], taken[clients, split])
 
     def _fill(self, chosen: _Chosen, more: _Chosen) -> _Chosen:

@@ -153,5 +153,5 @@ def test_nodes_work_at_the_same_time_and_an_exception_is_its_node_s_error() -> N
 def test_a_process_is_no_flower(values: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match=r"needs launcher\.engine=flower"):
         Launcher.from_mapping({"engine": "process", **values})
-    with pytest.raises(ConfigError, match=r"launcher\.engine='threads' must be one of flower, process"):
+    with pytest.raises(ConfigError, match=r"launcher\.engine='threads' is not allowed; choose one of flower, process"):
         Launcher.from_mapping({"engine": "threads"})

@@ -138,7 +138,7 @@ def test_client_step_takes_what_is_predicted(name: str, dtype: str) -> None:
     assert parts["activations"] + parts["temporary"] == pytest.approx(allocated_peak(step), rel=0.1)
 
 
-@pytest.mark.parametrize(("dtype", "rows", "length", "least"), [("float32", 4, 24, 0.92), ("bfloat16", 8, 64, 0.84)])
+@pytest.mark.parametrize(("dtype", "rows", "length", "least"), [("float32", 4, 24, 0.92), ("bfloat16", 8, 64, 0.8)])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_client_without_adapters_takes_the_forward_pass_of_one_block(
     name: str, dtype: str, rows: int, length: int, least: float

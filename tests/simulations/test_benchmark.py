@@ -93,4 +93,4 @@ def test_unknown_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["memory", "memry"])
     assert stopped.value.code == 2
-    assert "no benchmark is called memry; choose from memory, step" in capsys.readouterr().err
+    assert "no benchmark is called memry; choose from memory, frozen, step" in capsys.readouterr().err

@@ -198,7 +198,7 @@ VALUES: list[tuple[str, Callable[[Activation], Activation], str]] = [
     ("wire of fp64", lambda f: replace(f, cut=f.cut.double()), "torch.float64 where the wire float32"),
     ("wire of int8", lambda f: _packed(f), "torch.int8 where the wire float32"),
     ("bytes", lambda f: replace(f, cut=f.cut.to(torch.uint8)), "torch.uint8 where the wire float32"),
-    ("scale beside floats", lambda f: replace(f, scale=torch.ones(2, TOKENS)), "no tensor of a wire"),
+    ("scale beside floats", lambda f: replace(f, scale=torch.ones(2, TOKENS)), "on the wire float32 is"),
     ("no label tokens", lambda f: replace(f, label_tokens=0), "without labelled tokens"),
     ("negative label tokens", lambda f: replace(f, label_tokens=-7), "without labelled tokens"),
     ("label tokens beyond the batch", lambda f: replace(f, label_tokens=41), "41 labelled tokens; at most 40 fit"),
