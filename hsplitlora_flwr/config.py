@@ -205,7 +205,7 @@ class SplitConfig:
 class LoraConfig:
     """Adapters."""
 
-    ranks: Ranks = setting((0, 2, 4, 8, 16, 32), "the ranks that a plan may choose from; 0 = no adapter")
+    ranks: Ranks = setting((0, 2, 4, 8), "the ranks that a plan may choose from; 0 = no adapter")
     rank: int = setting(8, "methods with one rank for all: that rank", ge=1)
     rank_cap: int = setting(0, "largest rank of the accumulated update of a layer; 0 = exact, whatever it is", ge=0)
     alpha: Alpha = setting("2r", "LoRA alpha: a number, or a multiple of the rank such as '2r'; the scale is alpha / r")
@@ -261,7 +261,7 @@ class TrainConfig:
     )
     optimizer: Annotated[str, OneOf(KNOWN_OPTIMIZERS)] = setting("adamw", "optimizer of the adapters")
     momentum: float = setting(0.0, "sgd: momentum", ge=0, lt=1)
-    lr: float = setting(1e-3, "peak learning rate", ge=0)
+    lr: float = setting(2e-3, "peak learning rate", ge=0)
     schedule: Literal["constant", "linear", "cosine"] = setting("constant", "learning rate by global step")
     warmup_steps: int = setting(0, "linear warm-up", unit="steps", ge=0)
     weight_decay: float = setting(0.0, "weight decay", ge=0)

@@ -66,7 +66,7 @@ def _figures(outcome: Outcome) -> dict[str, str]:
         "perplexity before": found and f"{found['perplexities'][0]:.3f}",
         "perplexity after": found and f"{found['perplexities'][-1]:.3f}",
         "trainable parameters, 1e6": found and f"{found['trainable_parameters'] / 1e6:.2f}",
-        "peak client memory, GB": found and f"{found['peak_bytes'] / 1e9:.2f}",
+        "peak client memory, GB": found and found["peak_bytes"] and f"{found['peak_bytes'] / 1e9:.2f}",
         "sent by all, MB": found and f"{(sum(found['bytes_up']) + sum(found['bytes_down'])) / 1e6:.1f}",
         "seconds": found and f"{found['seconds']:.0f}",
     }

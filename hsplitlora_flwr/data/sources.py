@@ -111,6 +111,13 @@ def load_text(config: DataConfig, seed: int) -> TextData:
     return TextData(tuple(train), tuple(held_out))
 
 
+def as_prompt(source: str, text: str) -> str:
+    """A text as prompts of a source end, so that a trained model knows what it is: as it is where the source is one's
+    own."""
+    ends_line = source in ("dialogues", "e2e") and not text.endswith("\n")
+    return text + "\n" if ends_line else text
+
+
 @register_source("dialogues")
 def _dialogues(config: DataConfig, seed: int) -> tuple[list[Example], list[Example]]:
     """English dialogues of the package ``chatterbot-corpus``, one file a topic; every turn answers the one before."""

@@ -96,7 +96,7 @@ def test_the_help_says_every_setting_in_80_columns():
 def test_the_reference_experiment():
     config = Config.from_mapping(composed("experiment=e2e", "data.path=folder"))
     assert (config.data.source, config.data.partition, config.data.alpha) == ("e2e", "dirichlet", 1.0)
-    assert (config.train.rounds, config.train.steps, config.train.batch_size, config.train.lr) == (3, 16, 8, 1e-3)
+    assert (config.train.rounds, config.train.steps, config.train.batch_size, config.train.lr) == (3, 16, 8, 2e-3)
 
 
 def test_an_override_beats_the_experiment():

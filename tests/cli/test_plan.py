@@ -64,9 +64,11 @@ def test_the_plan_is_that_of_the_planner_for_uniform_importance(folder: Path) ->
     assert {budget.down for budget in budgets} == {None}
     assert (result.server.memory_bytes, result.server.flops) == (9 * 10**9, 7e9)
     assert {budget.process_bytes for budget in budgets} == {PROCESS_BYTES}
-    uniform = dict.fromkeys((layer.name for layer in result.cost.layers), 0.5)
+    names = [layer.name for layer in result.cost.layers]
+    uniform = dict.fromkeys(names, 1 / len(names))
     half = result.cost.num_blocks // 2  # of the blocks at most, beside a shared half
-    again = make_plan(result.budgets, uniform, result.cost, server=result.server, steps=3, max_split=half)
+    bounds = {"server": result.server, "max_split": half}
+    again = make_plan(result.budgets, uniform, result.cost, ranks=result.config.lora.ranks, steps=3, **bounds)
     assert result.plan.clients == again.clients
     assert result.plan.seconds == again.seconds
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hsplitlora_flwr.config import DataConfig
-from hsplitlora_flwr.data.sources import DataError, Example, TextData, load_text
+from hsplitlora_flwr.data.sources import DataError, Example, TextData, as_prompt, load_text
 
 GOOD_E2E = 'mr,ref\n"name[A], food[Thai]","One, two."\nname[B],Three.\n'
 
@@ -249,3 +249,11 @@ def test_train_rows_are_drawn_by_seed(tmp_path: Path) -> None:
     assert draw(10, seed=1) == draw(10, seed=1) != draw(10, seed=2)
     with pytest.raises(DataError, match=r"data\.train_rows=31 but there are 30"):
         draw(31, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("source", "text", "prompt"),
+    [("dialogues", "Who?", "Who?\n"), ("e2e", "name[A]\n", "name[A]\n"), ("jsonl", "Who?", "Who?"), ("mine", "a", "a")],
+)
+def test_a_prompt_ends_as_those_of_its_source(source: str, text: str, prompt: str) -> None:
+    assert as_prompt(source, text) == prompt
