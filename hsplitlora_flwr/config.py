@@ -182,7 +182,7 @@ class SplitConfig:
 
     min: int = setting(1, "fewest blocks on a client; a floor for privacy", unit="blocks", ge=1)
     leakage: str = setting(
-        "", "file of an attack on this model (python -m simulations.attack): how much a server reads off each split"
+        "", "file of an attack on this model (hsplitlora attack): how much a server reads off each split"
     )
     max_leakage: float = setting(
         1.0, "least split by that file: where at most this share of the tokens was recovered", ge=0, le=1
@@ -499,7 +499,7 @@ def _contradictions(config: Config) -> Iterator[str]:
     if config.split.max_leakage < 1 and not config.split.leakage:
         yield (
             f"split.max_leakage={config.split.max_leakage:g} needs split.leakage, the file that an attack on this "
-            "model wrote: python -m simulations.attack --out FILE"
+            "model wrote: hsplitlora attack --out FILE"
         )
     if unknown := [name for name in config.run.listeners if name not in KNOWN_LISTENERS]:
         yield (

@@ -21,7 +21,7 @@ from hsplitlora_flwr.client.budget import (
     stated_speeds,
 )
 from hsplitlora_flwr.client.store import NodeStore
-from hsplitlora_flwr.client.task import OwnText, Participant
+from hsplitlora_flwr.client.task import ClientTask, OwnText, begin
 from hsplitlora_flwr.config import Config, ConfigError, DataConfig, Scalar
 from hsplitlora_flwr.data.fit import Cut, fit_text
 from hsplitlora_flwr.data.partition import cached_partition
@@ -242,16 +242,14 @@ class _Client:
             start = take_start(message.content)
             seed, transform = _data_seed(task.config, task.client), self.transform(task, store)
             with self.process.loading():
-                participant = Participant(task, text, changes, seed, start, transform)
+                begun = begin(task, text, changes, seed, start, transform)
             changes, start = {}, {}  # merged, and from here on only the model holds what it needs
             progress.begin()
-            done = participant.is_whole or (bool(task.token) and _over_stream(participant, context, store, progress))
-            if participant.is_whole:
-                participant.work_alone()
-            elif not done:
-                frames, done = participant.take_turn([])
+            done = task.method.split and bool(task.token) and _over_stream(begun, context, store, progress)
+            if not done:
+                frames, done = begun.take_turn([])
         progress.peak = max(progress.peak, memory.bytes)
-        return self._reply(message, context, participant, frames, done, progress)
+        return self._reply(message, context, begun, frames, done, progress)
 
     def go_on(self, message: Message, context: Context) -> Message:
         """Take the next turn of a task over messages, from what the turn before left on disk."""
@@ -269,48 +267,48 @@ class _Client:
             changes = {} if task.from_base else store.changes()
             transform = self.transform(task, store)
             with self.process.loading():
-                participant = Participant(task, text, changes, _data_seed(config, task.client), transform=transform)
+                begun = begin(task, text, changes, _data_seed(config, task.client), transform=transform)
             changes = {}
-            participant.restore(tensors, kept["state"])
-            frames, done = participant.take_turn(answers)
+            begun.restore(tensors, kept["state"])
+            frames, done = begun.take_turn(answers)
         progress.bytes_down += frame_bytes(message.content)
         progress.peak = max(progress.peak, memory.bytes)
-        return self._reply(message, context, participant, frames, done, progress)
+        return self._reply(message, context, begun, frames, done, progress)
 
     def _reply(
         self,
         message: Message,
         context: Context,
-        participant: Participant,
+        begun: ClientTask,
         frames: Sequence[Frame],
         done: bool,
         progress: Progress,
     ) -> Message:
         """Frames for the server, and with the last of them the outcome."""
-        task, store, records = participant.task, NodeStore(context), RecordDict()
+        task, store, records = begun.task, NodeStore(context), RecordDict()
         if frames:
             add_frames(records, frames)
             progress.bytes_up += frame_bytes(records)
         if done:
             store.end_training()
-            description = self.describe(context, task.config, store, participant.text)
-            records.update(participant.outcome(progress, description).to_records())
+            description = self.describe(context, task.config, store, begun.text)
+            records.update(begun.outcome(progress, description).to_records())
         else:
-            tensors, state = participant.state()
+            tensors, state = begun.state()
             kept = {"settings": task.config.to_run_config(), "task": task.to_text(), "progress": vars(progress)}
             store.save_training(tensors, kept | {"state": state})
         return Message(records, reply_to=message)
 
 
-def _over_stream(participant: Participant, context: Context, store: NodeStore, progress: Progress) -> bool:
+def _over_stream(begun: ClientTask, context: Context, store: NodeStore, progress: Progress) -> bool:
     """Do a task over the stream; False if none opens and messages are to take its place."""
-    task, transport = participant.task, participant.task.config.transport
+    task, transport = begun.task, begun.task.config.transport
     try:
         with TRANSPORTS[transport.kind].connect(Ticket(task.endpoint, task.token), transport) as link:
             if is_measured(context, task.config) and not store.number("up"):
                 up, down = link.measure()
                 store.note(up=up, down=down)
-            participant.work(link)
+            begun.work(link)
     except Unreachable as error:
         if transport.kind != "auto":
             raise

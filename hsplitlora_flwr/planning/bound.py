@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hsplitlora_flwr.planning.frontier import Array
+from hsplitlora_flwr.planning.arrays import Array
 from hsplitlora_flwr.planning.problem import Problem
 
 _PRICES = 96  # that are tried

@@ -17,9 +17,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from hsplitlora_flwr.planning.arrays import Array, Index, Ranks
 from hsplitlora_flwr.planning.bound import bound_below
 from hsplitlora_flwr.planning.budget import PlanError
-from hsplitlora_flwr.planning.frontier import Array, Frontier, Index, Ranks, add_block
+from hsplitlora_flwr.planning.frontier import Frontier, add_block
 from hsplitlora_flwr.planning.lower import Lower
 from hsplitlora_flwr.planning.priced import Market, half_frontiers
 from hsplitlora_flwr.planning.problem import Assignment, Costs, Problem

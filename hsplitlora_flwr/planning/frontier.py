@@ -8,18 +8,11 @@ those that stand out most stay (:func:`select`).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from hsplitlora_flwr.planning.problem import Problem
-
-Array = NDArray[np.float64]
-Index = NDArray[np.intp]
-Ranks = NDArray[np.uint8]
-"""Indices into ``Problem.ranks``, 0 = no adapter, by layer of ``CostModel.layers`` in the last dimension."""
+from hsplitlora_flwr.planning.arrays import Array, Index, Ranks
+from hsplitlora_flwr.planning.problem import Problem
 
 _PAIRS = 300  # choices with several costs that are compared each with each
 _SAME = 1e-12  # values that differ by less are alike

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from hsplitlora_flwr.planning.arrays import Index, Ranks
 from hsplitlora_flwr.planning.cost import Layer
-from hsplitlora_flwr.planning.frontier import Index, Ranks
 from hsplitlora_flwr.planning.problem import Assignment, Costs, Problem, Way
 
 

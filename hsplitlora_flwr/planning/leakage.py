@@ -28,7 +28,7 @@ class LeakageTable:
 
     @classmethod
     def of(cls, config: Config) -> LeakageTable | None:
-        """What ``python -m simulations.attack`` wrote into ``split.leakage``; None where nothing is named.
+        """What ``hsplitlora attack`` wrote into ``split.leakage``; None where nothing is named.
 
         Raises
         ------
@@ -44,7 +44,7 @@ class LeakageTable:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
                 f"split.leakage={file} is no table of an attack ({type(error).__name__}: {error}); write one with "
-                "python -m simulations.attack --out FILE"
+                "hsplitlora attack --out FILE"
             ) from error
         if not table or not all(split >= 1 and 0 <= share <= 1 for split, share in table.items()):
             raise ConfigError(f"split.leakage={file} must hold shares from 0 to 1 by split point, and at least one")

@@ -11,7 +11,8 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from hsplitlora_flwr.planning.frontier import Array, Frontier, Index, Ranks, add_block, join
+from hsplitlora_flwr.planning.arrays import Array, Index, Ranks
+from hsplitlora_flwr.planning.frontier import Frontier, add_block, join
 from hsplitlora_flwr.planning.problem import Costs, Problem
 
 _WORK = 8000  # choices that are kept, over the blocks below a split

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from hsplitlora_flwr.planning.arrays import Array, Index, Ranks
 from hsplitlora_flwr.planning.bound import gains
-from hsplitlora_flwr.planning.frontier import Array, Frontier, Index, Ranks, add_block
+from hsplitlora_flwr.planning.frontier import Frontier, add_block
 from hsplitlora_flwr.planning.problem import Problem, Way
 
 _HALVINGS = 60  # of the price

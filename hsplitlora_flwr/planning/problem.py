@@ -16,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from hsplitlora_flwr.planning.arrays import Array, Index, Ranks
 from hsplitlora_flwr.planning.budget import Budget, PlanError
 from hsplitlora_flwr.planning.cost import CostModel
-from hsplitlora_flwr.planning.frontier import Array, Index, Ranks
 
 NOMINAL_FLOPS = 1e12
 """FLOP/s of every machine where no speed is stated. Only ratios matter then."""

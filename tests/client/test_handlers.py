@@ -14,7 +14,7 @@ from flwr.app import Context, Message, RecordDict
 
 from hsplitlora_flwr.client import handlers
 from hsplitlora_flwr.client.handlers import LoadData, split_client_app
-from hsplitlora_flwr.client.task import Participant
+from hsplitlora_flwr.client.task import ClientTask, SplitEvaluation, SplitTraining, WholeModelTask
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.data import Example
 from hsplitlora_flwr.messages import DESCRIBE, Description, settings_records, take_patch, take_start
@@ -50,20 +50,21 @@ def test_what_came_with_a_message_is_gone_while_a_client_trains(
         taken = take_start(records)
         return noted(taken, [tensor for pair in taken.values() for tensor in pair])
 
-    def work(name: str) -> None:
-        original = getattr(Participant, name)
+    def watch(kind: type[ClientTask], verb: str) -> None:
+        original = getattr(kind, verb)
 
-        def counted(self: Participant, *arguments: Any) -> None:
+        def counted(self: ClientTask, *arguments: Any) -> Any:
             found.append((len(came), alive(came)))
             came.clear()
-            original(self, *arguments)
+            return original(self, *arguments)
 
-        monkeypatch.setattr(Participant, name, counted)
+        monkeypatch.setattr(kind, verb, counted)
 
     monkeypatch.setattr(handlers, "take_patch", patch)
     monkeypatch.setattr(handlers, "take_start", start)
-    work("work")
-    work("work_alone")
+    watch(SplitTraining, "work")
+    watch(SplitEvaluation, "work")
+    watch(WholeModelTask, "take_turn")
     one_at_a_time = {"clients.count": 1, "clients.memory_gb": "20.0", "plan.probe_every": 0}
     run(settings(tiny_folder, tmp_path, **{"method.name": method, **one_at_a_time}), tmp_path, grid_of({0: 20.0}))
     assert found[-1][0] > 0, "the last round brings what the rounds before it changed"

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from hsplitlora_flwr.models import find_family
 from hsplitlora_flwr.planning import Budget, CostModel, Plan, PlanError, Workload, make_plan
-from hsplitlora_flwr.planning.frontier import Array
+from hsplitlora_flwr.planning.arrays import Array
 from hsplitlora_flwr.planning.planner import ClientPlan, probe_plan
 from hsplitlora_flwr.planning.problem import NOMINAL_FLOPS
 from tests.tiny import tiny_model
