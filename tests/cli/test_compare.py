@@ -381,10 +381,10 @@ def test_every_method_has_a_valid_config_in_every_setting(setting):
     "setting, keys",
     [
         ("homogeneous", {"clients.memory_gb", "clients.gflops", "data.partition"}),
-        ("scarce", {"clients.memory_gb", "plan.server_memory_gb"}),
+        ("scarce", {"clients.memory_gb", "plan.server_memory_gb", "lora.ranks"}),
     ],
 )
-def test_settings_differ_in_clients_and_memory_alone(setting, keys):
+def test_settings_differ_where_they_say_so(setting, keys):
     uneven, other = (
         compose_setting(name, ["data.path=somewhere"])[0].to_run_config() for name in ("heterogeneous", setting)
     )

@@ -74,7 +74,7 @@ def products(adapter: Path) -> dict[str, np.ndarray]:
 def test_texts_are_those_of_the_adapter_in_stock_peft(
     run: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    prompts = ["a first prompt", "another"]
+    prompts = ["a first prompt\n", "another\n"]
     generate([str(run), *prompts, "--max-new-tokens", "12", "--beams", "1"])
     printed = capsys.readouterr().out
     tokenizer, expected = AutoTokenizer.from_pretrained(tiny_folder), ""
@@ -164,7 +164,7 @@ def test_the_page_of_a_run_is_made_anew_and_runs_stand_side_by_side(
     table = {
         cells[1].strip(): [cell.strip() for cell in cells[2:4]] for line in lines if len(cells := line.split("│")) > 3
     }
-    assert table["train.lr"] == ["0.001", "0.25"]
+    assert table["train.lr"] == ["0.002", "0.25"]
     assert table["perplexity after"] == ["4.500", "4.500"] and table["sent by all, MB"] == ["4.0", "4.0"]
     assert "train.rounds" not in table and "run.dir" not in table
 
