@@ -30,6 +30,7 @@ BLOCKS, HIDDEN = 4, 32
 """Of the tiny model."""
 MEMORY_GB = (20, 30, 40)
 SETTINGS: dict[str, int | str] = {
+    "server.order": "arrival",  # nodes take part one after another
     "data.partition": "iid",
     "data.eval_rows": 10,
     "data.max_length": 32,
