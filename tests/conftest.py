@@ -9,10 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 LONGEST = ("tests/system", "tests/test_transports", "tests/server/test_strategy", "tests/cli", "tests/simulations")
+
+settings.register_profile("fixed", derandomize=True)  # the same examples in every run
+settings.register_profile("random")
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
