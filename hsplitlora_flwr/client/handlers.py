@@ -21,7 +21,7 @@ from hsplitlora_flwr.client.budget import (
     stated_speeds,
 )
 from hsplitlora_flwr.client.store import NodeStore
-from hsplitlora_flwr.client.task import ClientTask, OwnText, begin
+from hsplitlora_flwr.client.task import ClientTask, OwnText, kind_of
 from hsplitlora_flwr.config import Config, ConfigError, DataConfig, Scalar
 from hsplitlora_flwr.data.fit import Cut, fit_text
 from hsplitlora_flwr.data.partition import cached_partition
@@ -242,7 +242,7 @@ class _Client:
             start = take_start(message.content)
             seed, transform = _data_seed(task.config, task.client), self.transform(task, store)
             with self.process.loading():
-                begun = begin(task, text, changes, seed, start, transform)
+                begun = kind_of(task)(task, text, changes, seed, start, transform)
             changes, start = {}, {}  # merged, and from here on only the model holds what it needs
             progress.begin()
             done = task.method.split and bool(task.token) and _over_stream(begun, context, store, progress)
@@ -267,7 +267,7 @@ class _Client:
             changes = {} if task.from_base else store.changes()
             transform = self.transform(task, store)
             with self.process.loading():
-                begun = begin(task, text, changes, _data_seed(config, task.client), transform=transform)
+                begun = kind_of(task)(task, text, changes, _data_seed(config, task.client), transform=transform)
             changes = {}
             begun.restore(tensors, kept["state"])
             frames, done = begun.take_turn(answers)

@@ -53,27 +53,49 @@ class ClientTask(ABC):
     Parameters
     ----------
     task : Task
-        What to do.
+        What to do; its tensors are among the parameters below.
     text : OwnText
         The client's examples.
-    model : ClientModel or WholeModel
-        Its part of the model, without adapters.
+    changes : Mapping[str, Change]
+        The accumulated update of its layers; merged, and not kept.
+    seed : int
+        Of the order of its batches.
     start : Mapping[str, Factors], optional
         Adapters to go on from; see :class:`~hsplitlora_flwr.messages.Task`.
+    transform : SeededCut, optional
+        What is done to the cut activation before it leaves, where the model is cut.
     """
 
+    model: ClientModel | WholeModel
+
     def __init__(
-        self, task: Task, text: OwnText, model: ClientModel | WholeModel, start: Mapping[str, Factors] | None
+        self,
+        task: Task,
+        text: OwnText,
+        changes: Mapping[str, Change],
+        seed: int,
+        start: Mapping[str, Factors] | None = None,
+        transform: SeededCut | None = None,
     ) -> None:
-        self.task, self.text, self.model = task, text, model
-        adapters = inject(model, task.specs, task.seed, start, freeze_a=task.method.freeze_a)
+        self.task, self.text, self.seed, self.transform = task, text, seed, transform
+        self.load(changes)
+        adapters = inject(self.model, task.specs, task.seed, start, freeze_a=task.method.freeze_a)
         self.optimizer = AdapterOptimizer(adapters, task.config.train)
-        model.train()
+        self.model.train()
         if task.recompute:
-            recompute_blocks(model)
+            recompute_blocks(self.model)
         self.record = TrainingRecord()
         self.importance: dict[str, float] = {}
         self.found: Evaluation | None = None
+        self.prepare()
+
+    @abstractmethod
+    def load(self, changes: Mapping[str, Change]) -> None:
+        """Read the client's part of the model, with the update and without adapters."""
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Make what the verbs need of the model with its adapters."""
 
     @abstractmethod
     def work(self, link: Link) -> None:
@@ -119,32 +141,17 @@ class ClientTask(ABC):
 
 
 class SplitTask(ClientTask):
-    """A task with the client's part of a cut model; beside it norm and head, where labels stay.
-
-    Parameters
-    ----------
-    changes : Mapping[str, Change]
-        The accumulated update of its layers.
-    transform : SeededCut, optional
-        What is done to the cut activation before it leaves.
-    """
+    """A task with the client's part of a cut model; beside it norm and head, where labels stay."""
 
     model: ClientModel
 
-    def __init__(
-        self,
-        task: Task,
-        text: OwnText,
-        changes: Mapping[str, Change],
-        start: Mapping[str, Factors] | None,
-        transform: SeededCut | None,
-    ) -> None:
-        config, device = task.config.model, pick_device(task.config.model.device)
-        model, self.head = load_client(
-            config.path, task.split, config.dtype, device, changes, quantise=config.quantise, head=task.labels_stay
+    def load(self, changes: Mapping[str, Change]) -> None:
+        """Embeddings and blocks below the cut."""
+        task, config = self.task, self.task.config.model
+        device, head = pick_device(config.device), task.labels_stay
+        self.model, self.head = load_client(
+            config.path, task.split, config.dtype, device, changes, quantise=config.quantise, head=head
         )
-        super().__init__(task, text, model, start)
-        self.transform = transform
 
     def resident_parameters(self) -> int:
         """With the head's, that the blocks' part does not hold: with tied embeddings it has none of its own."""
@@ -154,26 +161,11 @@ class SplitTask(ClientTask):
 
 
 class SplitTraining(SplitTask):
-    """Train the client's adapters, or score its weights on the way.
+    """Train the client's adapters, or score its weights on the way."""
 
-    Parameters
-    ----------
-    seed : int
-        Of the order of its batches.
-    """
-
-    def __init__(
-        self,
-        task: Task,
-        text: OwnText,
-        changes: Mapping[str, Change],
-        start: Mapping[str, Factors] | None,
-        transform: SeededCut | None,
-        seed: int,
-    ) -> None:
-        super().__init__(task, text, changes, start, transform)
-        self._seed = seed
-        self._trainer = self._trainer_from(task.first_step)
+    def prepare(self) -> None:
+        """The trainer, at the first step."""
+        self._trainer = self._trainer_from(self.task.first_step)
         self.record = self._trainer.record
 
     def work(self, link: Link) -> None:
@@ -211,7 +203,7 @@ class SplitTraining(SplitTask):
         return ClientTrainer(
             self.model,
             self.optimizer,
-            training_batches(self.text.train, train.batch_size, self._seed, first_step),
+            training_batches(self.text.train, train.batch_size, self.seed, first_step),
             first_step=first_step,
             head=self.head,
             # |W * gradient| is not additive over parts of a batch, so a probe takes the batch whole
@@ -230,17 +222,10 @@ class SplitTraining(SplitTask):
 class SplitEvaluation(SplitTask):
     """Measure the model on the client's own text, forward only."""
 
-    def __init__(
-        self,
-        task: Task,
-        text: OwnText,
-        changes: Mapping[str, Change],
-        start: Mapping[str, Factors] | None,
-        transform: SeededCut | None,
-    ) -> None:
-        super().__init__(task, text, changes, start, transform)
-        wires = task.config.transport.up, task.config.transport.down
-        self._evaluator = ClientEvaluator(self.model, self.head, self.held_out(), *wires, transform)
+    def prepare(self) -> None:
+        """What asks for the losses, batch by batch."""
+        wires = self.task.config.transport.up, self.task.config.transport.down
+        self._evaluator = ClientEvaluator(self.model, self.head, self.held_out(), *wires, self.transform)
 
     def work(self, link: Link) -> None:
         """All batches, over the stream."""
@@ -257,30 +242,18 @@ class SplitEvaluation(SplitTask):
 
 
 class WholeModelTask(ClientTask):
-    """Train, or measure, a model that is not cut: nobody else is needed.
-
-    Parameters
-    ----------
-    changes : Mapping[str, Change]
-        The accumulated update.
-    seed : int
-        Of the order of the batches.
-    """
+    """Train, or measure, a model that is not cut: nobody else is needed."""
 
     model: WholeModel
 
-    def __init__(
-        self,
-        task: Task,
-        text: OwnText,
-        changes: Mapping[str, Change],
-        start: Mapping[str, Factors] | None,
-        seed: int,
-    ) -> None:
-        config, device = task.config.model, pick_device(task.config.model.device)
-        model = load_whole(config.path, config.dtype, device, changes, quantise=config.quantise)
-        super().__init__(task, text, model, start)
-        self._seed = seed
+    def load(self, changes: Mapping[str, Change]) -> None:
+        """All of the model."""
+        config = self.task.config.model
+        device = pick_device(config.device)
+        self.model = load_whole(config.path, config.dtype, device, changes, quantise=config.quantise)
+
+    def prepare(self) -> None:
+        """Nothing."""
 
     def work(self, link: Link) -> None:
         """There is no stream for it."""
@@ -295,7 +268,7 @@ class WholeModelTask(ClientTask):
         self.record = train_whole(
             self.model,
             self.optimizer,
-            training_batches(self.text.train, train.batch_size, self._seed, first_step),
+            training_batches(self.text.train, train.batch_size, self.seed, first_step),
             first_step=first_step,
             steps=self.task.steps,
             micro_batch_size=train.micro_batch_size,
@@ -303,33 +276,8 @@ class WholeModelTask(ClientTask):
         return [], True
 
 
-def begin(
-    task: Task,
-    text: OwnText,
-    changes: Mapping[str, Change],
-    seed: int,
-    start: Mapping[str, Factors] | None = None,
-    transform: SeededCut | None = None,
-) -> ClientTask:
-    """The client's part of the model in memory, ready for a task.
-
-    Parameters
-    ----------
-    task : Task
-        What to do; its tensors are the parameters below.
-    text : OwnText
-        The client's examples.
-    changes : Mapping[str, Change]
-        The accumulated update of its layers.
-    seed : int
-        Of the order of its batches.
-    start : Mapping[str, Factors], optional
-        Adapters to go on from; see :class:`~hsplitlora_flwr.messages.Task`.
-    transform : SeededCut, optional
-        What is done to the cut activation before it leaves, where the model is cut.
-    """
+def kind_of(task: Task) -> type[ClientTask]:
+    """What does a task."""
     if not task.method.split:
-        return WholeModelTask(task, text, changes, start, seed)
-    if task.kind == EVALUATE:
-        return SplitEvaluation(task, text, changes, start, transform)
-    return SplitTraining(task, text, changes, start, transform, seed)
+        return WholeModelTask
+    return SplitEvaluation if task.kind == EVALUATE else SplitTraining
