@@ -115,6 +115,7 @@ class HSplitLoRA(Strategy):
         self._planned_budgets: dict[str, Budget] = {}
         self._planned_importance: dict[str, float] = {}
         self._resumed: RunState | None = None
+        self._opened = ExitStack()  # what ends with the run
         self._server_peak = 0  # memory of this process while the clients of this round trained, in bytes
 
     # ------------------------------------------------------------------ the run
@@ -177,7 +178,7 @@ class HSplitLoRA(Strategy):
             self.report.failed(error)
             raise
         finally:
-            self._close()  # a client that still trains learns of the end, and is free to hear what follows
+            self._opened.close()  # a client that still trains learns of the end, and is free to hear what follows
             self.clients.forget(grid)
         return result
 
@@ -447,6 +448,7 @@ class HSplitLoRA(Strategy):
             )
         self.report.status(f"loading {self.config.model.path}")
         self.shard = Shard(self.config)
+        self._opened.callback(self.shard.stop)
         self.base = self.shard.base
         self.clients.on_failure = self.shard.leave
         self.dispatch = Dispatch(self.config, self.clients, self.shard, self.delta, self._cost.all_layers, self.report)
@@ -457,10 +459,6 @@ class HSplitLoRA(Strategy):
 
     def _read_held_out(self) -> None:
         self._held_out_tokens = fit_text(self._held_out, self.config)
-
-    def _close(self) -> None:
-        if hasattr(self, "shard"):
-            self.shard.stop()
 
     def _changes(self) -> Mapping[str, Change]:
         """The whole update of the model."""
