@@ -95,12 +95,23 @@ def split_bounds(config: Config, num_blocks: int) -> tuple[int, int]:
 
     Without a stated limit a client of a shared half holds no more than half of the blocks: what it holds learns from
     its own steps, what the server holds from everybody's, and a plan weighs both alike.
+
+    Raises
+    ------
+    ConfigError, PlanError
+        If ``split.leakage`` is no table, or leaves no split point.
     """
     least = config.split.min
     if (table := LeakageTable.of(config)) and config.split.max_leakage < 1:
         least = max(least, table.floor(config.split.max_leakage))
     most = num_blocks // 2 if shares_half(config) else num_blocks - 1
-    return least, config.split.max or max(most, least)
+    most = config.split.max or max(most, least)
+    if least > most:
+        raise PlanError(
+            f"split.max_leakage={config.split.max_leakage:g} asks for {least} blocks on a client by split.leakage, and "
+            f"split.max={most}; raise one of them"
+        )
+    return least, most
 
 
 def takes_all(config: Config) -> bool:

@@ -49,6 +49,13 @@ def test_a_plan_keeps_to_the_floor(tmp_path: Path) -> None:
     assert split_bounds(config_with(file, **{"split.min": 11}), 30)[0] == 11
 
 
+def test_a_floor_above_the_most_blocks_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "leakage.json"
+    file.write_text(json.dumps({"recovered": {"1": 0.9, "8": 0.3}}))
+    with pytest.raises(PlanError, match=r"split.max_leakage=0.5 asks for 8 blocks .* split.max=4; raise one"):
+        split_bounds(config_with(file, **{"split.max": 4}), 30)
+
+
 @pytest.mark.parametrize(
     "content", ["", "[]", "{}", '{"recovered": {"x": 1}}', '{"recovered": {"1": 2}}', '{"recovered": {}}']
 )
