@@ -11,7 +11,6 @@ from those of the scripts by less than one percent.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import itertools
 import logging
@@ -172,25 +171,8 @@ def _meteor(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float 
         tempfile.TemporaryFile() as errors,
         subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors) as meteor,
     ):
-        assert meteor.stdin is not None and meteor.stdout is not None
-        questions, answers = meteor.stdin, meteor.stdout
-        silent = "the program ended before it gave a score"
-
-        def ask(*parts: str) -> str:
-            questions.write((" ||| ".join(parts) + "\n").encode(errors="replace"))
-            questions.flush()
-            if line := answers.readline().decode().strip():
-                return line
-            raise OSError(silent)
-
         try:
-            statistics = [ask("SCORE", *group, text) for text, group in zip(texts, references, strict=True)]
-            ask("EVAL", *statistics)
-            questions.close()
-            scores = answers.read().decode().split()
-            if len(scores) != len(texts):  # and the one before
-                raise OSError(silent)
-            return float(scores[-1])
+            return _ask_meteor(meteor, texts, references)
         except (OSError, ValueError) as error:
             meteor.kill()
             meteor.wait()
@@ -200,8 +182,31 @@ def _meteor(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float 
             return None
         finally:
             meteor.kill()
-            with contextlib.suppress(OSError):  # what a dead program did not take
-                questions.close()
+
+
+def _ask_meteor(meteor: subprocess.Popen[bytes], texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """What the program answers; an OSError where it has ended, a ValueError where the answer is no number."""
+    assert meteor.stdin is not None and meteor.stdout is not None
+    silent = OSError("the program ended before it gave a score")
+    try:
+        with meteor.stdin as questions, meteor.stdout as answers:
+
+            def ask(*parts: str) -> str:
+                questions.write((" ||| ".join(parts) + "\n").encode(errors="replace"))
+                questions.flush()
+                if line := answers.readline().decode().strip():
+                    return line
+                raise silent
+
+            statistics = [ask("SCORE", *group, text) for text, group in zip(texts, references, strict=True)]
+            ask("EVAL", *statistics)
+            questions.close()
+            scores = answers.read().decode().split()
+    except BrokenPipeError:  # it does not read any more
+        raise silent from None
+    if len(scores) != len(texts):  # and the one before
+        raise silent
+    return float(scores[-1])
 
 
 def _load(module: str) -> ModuleType:

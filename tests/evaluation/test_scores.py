@@ -200,7 +200,12 @@ def test_no_text_is_taken_for_a_part_of_a_line(tmp_path: Path, monkeypatch: pyte
     ("program", "said"),
     [
         ("import sys; sys.exit('Error: file not found (paraphrase-en.gz)')", "Error: file not found"),
-        ("import sys; sys.stdin.readline(); print('1 2 3')", "before it gave a score"),
+        ("import sys; sys.exit()", "before it gave a score"),
+        ("import os, sys; sys.stdin.readline(); os.close(0); print('1 2 3')", "before it gave a score"),
+        (
+            "import sys; sys.stdin.readline(); print('1 2 3', flush=True); sys.stdin.readline()",
+            "before it gave a score",
+        ),
         ("import sys; [print('1 2 3', flush=True) for _ in sys.stdin]", "before it gave a score"),
         (
             "import sys; [print(*('xxxx' if line[0] == 'E' else 'x'), sep='\\n', flush=True) for line in sys.stdin]",
