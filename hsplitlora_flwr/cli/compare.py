@@ -172,6 +172,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     option("tune_seed", int, "seed of that choice; none of --seeds")
     option("tune_rows", int, "held-out rows of that choice, after the reported ones; 0 = as many")
     option("tune_rounds", int, "rounds of that choice; 0 = as many")
+    option("widen", int, "rates that may be tried beyond the grid, while the best one is an end of it")
     option("target", target, "target perplexity: a number, or a method whose final perplexity it is")
     option("out", Path, "results folder")
     option("work", Path, "folder for the runs while they last; what failed stays there")

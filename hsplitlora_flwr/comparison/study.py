@@ -71,6 +71,7 @@ class Options:
     tune_seed: int = 0
     tune_rows: int = 0
     tune_rounds: int = 0
+    widen: int = 2
     target: float | str = "splitlora"
     out: Path = Path("runs/compare")
     work: Path = Path("runs/compare-work")
@@ -95,8 +96,8 @@ class Options:
             raise ConfigError(f"--target={self.target!r} must be a perplexity above 0, or a method")
         if not all(0 < rate < math.inf for rate in self.lrs):
             raise ConfigError(f"--lrs={self.lrs!r} must be numbers above 0")
-        if min(*self.all_seeds, self.tune_seed, self.tune_rows, self.tune_rounds) < 0:
-            raise ConfigError("seeds, --tune-rows and --tune-rounds must be at least 0")
+        if min(*self.all_seeds, self.tune_seed, self.tune_rows, self.tune_rounds, self.widen) < 0:
+            raise ConfigError("seeds, --tune-rows, --tune-rounds and --widen must be at least 0")
         if self.tuned and self.tune_seed in self.all_seeds:
             raise ConfigError(
                 f"--tune-seed={self.tune_seed} is among --seeds; choose another, so that no run reports it"
@@ -234,13 +235,14 @@ class Study:
 
     def run(self) -> int:
         """Tune, do the runs that have no result yet, and report after each; returns the exit status."""
-        trials = list(self._trials())
-        total = len(trials) + len(self._jobs())
+        done = list[Job]()
         with self._board:
-            self._complete_all(trials, 1, total)
+            while trials := [trial for trial in self._trials() if trial not in done]:  # a best rate asks for a next one
+                self._complete_all(trials, len(done) + 1, len(done) + len(trials) + len(self._jobs()))
+                done += trials
             jobs = self._jobs()  # now with the chosen learning rates
             self.report()
-            self._complete_all(jobs, len(trials) + 1, total)
+            self._complete_all(jobs, len(done) + 1, len(done) + len(jobs))
         results = [self._store.load(job) for job in jobs]
         return 0 if all(result and not result.cause for result in results) else 1
 
@@ -280,16 +282,34 @@ class Study:
         return list(jobs.values())
 
     def _trials(self) -> list[Job]:
-        """The runs that choose the learning rates; none if there is nothing to choose."""
+        """The runs that choose the learning rates; none if there is nothing to choose.
+
+        Where the best of those that are done is the lowest or the highest, the next one beyond it is among them.
+        """
         options = self._options
         jobs: dict[str, Job] = {}
         for setting in options.tuning_settings:
-            changes = tuning_changes(options, self._bases[setting])
             for method in dict.fromkeys(map(self._tuned_as, options.methods)):
-                for rate in options.lrs:
-                    job = self._job(setting, method, {**changes, "train.lr": rate}, trial=True)
+                for job in self._trials_of(setting, method):
                     jobs.setdefault(job.name, job)
         return list(jobs.values())
+
+    def _trials_of(self, setting: str, method: str) -> Iterator[Job]:
+        options, changes = self._options, tuning_changes(self._options, self._bases[setting])
+        rates, found = list(options.lrs), dict[float, float | None]()
+        for rate in rates:  # they become more while this goes on
+            job = self._job(setting, method, {**changes, "train.lr": rate}, trial=True)
+            yield job
+            found |= self._outcome(job)
+            beyond = Tuning(setting, method, found).beyond if len(found) == len(rates) else None
+            if beyond and len(rates) < len(options.lrs) + options.widen:
+                rates.append(beyond)
+
+    def _outcome(self, trial: Job) -> dict[float, float | None]:
+        """The final perplexity of a trial by its learning rate, None where it failed; empty where it was not done."""
+        if result := self._store.load(trial):
+            return {trial.config.train.lr: None if result.cause else result.perplexities[-1]}
+        return {}
 
     def _job(self, setting: str, method: str, changes: Mapping[str, Any], trial: bool = False) -> Job:
         config = vary(self._bases[setting], {"method.name": method, **changes})
@@ -308,9 +328,7 @@ class Study:
         """What the trials say so far, by row."""
         trials: dict[tuple[str, str], dict[float, float | None]] = {}
         for job in self._trials():
-            of_row = trials.setdefault((job.setting, job.method), {})
-            if result := self._store.load(job):
-                of_row[job.config.train.lr] = None if result.cause else result.perplexities[-1]
+            trials.setdefault((job.setting, job.method), {}).update(self._outcome(job))
         return {row: Tuning(*row, perplexities) for row, perplexities in trials.items()}
 
     def _check_central(self) -> None:

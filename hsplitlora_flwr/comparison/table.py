@@ -45,6 +45,16 @@ class Tuning:
         """The choice is an end of the grid, so a better one may lie outside."""
         return self.choice in (min(self.trials), max(self.trials))
 
+    @property
+    def beyond(self) -> float | None:
+        """The next rate outside the grid, at the end where the choice is, as far off as its neighbour; None where the
+        choice lies between others, or is none."""
+        if self.choice is None or not self.at_edge or len(self.trials) < 2:
+            return None
+        low, *between, high = sorted(self.trials)
+        inner = (between or [high])[0] if self.choice == low else (between or [low])[-1]
+        return float(f"{self.choice**2 / inner:.3g}")
+
 
 def render(comparison: Comparison, about: Mapping[str, str], tuning: Sequence[Tuning]) -> str:
     """The page.

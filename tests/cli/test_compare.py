@@ -1,6 +1,7 @@
 """A comparison whose runs are faked: what is run, kept, chosen and written."""
 
 import json
+import math
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -71,6 +72,7 @@ def options(folder: Path, **changes: Any) -> Options:
         "seeds": (1, 2),
         "lrs": (1e-3,),
         "tune_in": "uneven",
+        "widen": 0,
         "out": folder / "out",
         "work": folder / "work",
     }
@@ -282,6 +284,30 @@ def test_every_method_runs_with_the_learning_rate_that_suits_it(tmp_path):
     assert choices == BEST
     assert study(wanted, again := FakeRuns(tuned)) == 0
     assert again.ran == []
+
+
+def test_a_grid_whose_end_is_best_grows_until_worse_ones_stand_on_both_sides(tmp_path):
+    def lowest_at(best: float) -> FakeRuns:
+        return FakeRuns(lambda config: 4.0 + abs(math.log(config.train.lr / best)))
+
+    one = {"methods": ("hsplitlora",), "target": 3.0, "settings": ("uneven",), "seeds": (1,), "widen": 3}
+    wanted, runs = options(tmp_path, lrs=(1e-3, 2e-3), **one), lowest_at(8e-3)
+    assert study(wanted, runs) == 0
+    assert [(lr, seed) for _, _, seed, lr in runs.ran] == [
+        (1e-3, 0),
+        (2e-3, 0),
+        (4e-3, 0),
+        (8e-3, 0),
+        (1.6e-2, 0),
+        (8e-3, 1),
+    ]
+    assert "| 0.008 |" in (wanted.out / "table.md").read_text()
+    assert study(wanted, again := lowest_at(8e-3)) == 0
+    assert again.ran == []
+
+    bounded = options(tmp_path / "bounded", lrs=(1e-3, 2e-3), **one | {"widen": 1})
+    assert study(bounded, runs := lowest_at(1e-5)) == 0
+    assert [lr for _, _, _, lr in runs.ran] == [1e-3, 2e-3, 5e-4, 5e-4]
 
 
 def test_an_ablation_runs_with_the_learning_rate_of_the_whole(tmp_path):

@@ -200,6 +200,21 @@ def test_the_choice_is_the_lowest_perplexity_and_says_when_it_is_an_end_of_the_g
     assert Tuning("uneven", "ffa", {1e-3: None}).choice is None
 
 
+@pytest.mark.parametrize(
+    ("trials", "beyond"),
+    [
+        ({1e-3: 5.0, 3e-3: 4.0, 1e-2: 6.0}, None),
+        ({1e-3: 5.0, 3e-3: 4.0, 4e-3: None}, None),
+        ({1e-3: 5.0, 2e-3: 4.5, 1e-2: 4.0}, 5e-2),
+        ({1e-3: 4.0, 4e-3: 5.0}, 2.5e-4),
+        ({1e-3: 4.0}, None),
+        ({1e-3: None, 2e-3: None}, None),
+    ],
+)
+def test_beyond_an_end_that_is_best_lies_the_next_rate(trials, beyond):
+    assert Tuning("uneven", "ffa", trials).beyond == beyond
+
+
 def test_curves_are_means_with_a_deviation():
     _, megabytes = AXES["bytes"]
     traffic, mean, sd = curve([result("ffa", 1, [16.0, 8.0, 4.0]), result("ffa", 2, [16.0, 6.0, 6.0])], megabytes)
