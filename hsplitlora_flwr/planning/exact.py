@@ -290,17 +290,40 @@ class Solver:
         return max(plans, key=self.problem.objective)
 
     def _lowest_cuts(self) -> Iterator[Upper]:
-        """Without any ranks on the server, where clients may be split in all places that it has room for."""
-        p = self.problem
+        """Without any ranks on the server: clients split in all places that it has room for, if all of them are, or
+        nowhere above the splits with which the slowest of them is done first."""
+        p, clients = self.problem, len(self.problem.names)
+        ranks, held = np.zeros(len(p.block), np.uint8), np.isfinite(self.values)
         for costs in p.costs:
-            ways = [p.ways(costs, split) for split in p.splits.tolist()]
-            room = [
-                any(len(p.names) * way.taken[split] <= way.room for way in each)
-                for split, each in zip(p.splits.tolist(), ways, strict=True)
-            ]
-            allowed = np.isfinite(self.values) & room
+            allowed = held & [self._serves(costs, np.full(clients, split)) for split in p.splits]
             if allowed.any(axis=1).all():
-                yield Upper(costs, np.zeros(len(p.block), np.uint8), allowed)
+                yield Upper(costs, ranks, allowed)
+            if (least := self._first_served(costs, held)) is not None:
+                yield Upper(costs, ranks, held & (np.arange(len(p.splits)) >= least[:, None]))
+
+    def _first_served(self, costs: Costs, held: Mask) -> Index | None:
+        """``(clients,)``; the deepest splits within the shortest time of the slowest client that the server has room
+        for. Deeper splits take less of its memory and of its time, and more time lets clients be split deeper."""
+        p = self.problem
+        own = p.own_seconds(*self._least(np.zeros(len(held)), np.zeros(held.shape), held), p.speed)
+        limits = np.unique(own[own >= own.min(axis=1).max()])
+
+        def deepest(limit: float) -> Index:
+            splits: Index = own.shape[1] - 1 - (own <= limit)[:, ::-1].argmax(axis=1)
+            return splits
+
+        low, high = 0, int(np.isfinite(limits).sum())
+        while low < high:
+            middle = (low + high) // 2
+            if self._serves(costs, p.splits[deepest(limits[middle])]):
+                high = middle
+            else:
+                low = middle + 1
+        return deepest(limits[low]) if low < np.isfinite(limits).sum() else None
+
+    def _serves(self, costs: Costs, splits: Index) -> bool:
+        """Whether the server has room for clients with these splits, ``(clients,)``, without any ranks."""
+        return any(way.taken[splits].sum() <= way.room for way in self.problem.ways(costs, int(splits.min())))
 
 
 def room(problem: Problem, costs: Costs, clients: int) -> Array:

@@ -374,6 +374,27 @@ def test_a_deadline_is_met_where_it_can_be(instance: dict[str, Any], looseness: 
         plan_of(instance, deadline=shortest * 0.99)
 
 
+def test_the_shortest_round_is_found_where_clients_share_no_split_that_the_server_has_room_for() -> None:
+    """One client holds a single block, and the server has no room for two such halves: the other goes one deeper."""
+    names = [layer.name for layer in cost_of(TARGETS).layers]
+    instance = {
+        "half": "per_client",
+        "dtype": "float32",
+        "passes": None,
+        "recompute": "off",
+        "budgets": {name: Budget(memory, 0, 1e6, 1e6, 1e6) for name, memory in {"a": 150_400, "b": 562_827}.items()},
+        "server": Budget(981_041, 0, 98_318_582.25129579),
+        "importance": {name: float(name == names[-1]) for name in names},
+        "steps": 1,
+        "shares": {"a": 1, "b": 1},
+        "clients": "plan",
+    }
+    shortest = float(BruteForce.of(instance).seconds.min())
+    plan = plan_of(instance, deadline=shortest * (1 + 1e-6), tolerance=0.0)
+    assert [client.split for client in plan.clients.values()] == [1, 2]
+    assert plan.seconds == pytest.approx(shortest)
+
+
 def test_three_clients_and_a_scarce_server_come_near_the_bound() -> None:
     """Seven layers a block, three clients and a scarce server: what takes a search long is a table here."""
     rng = np.random.default_rng(0)
