@@ -13,7 +13,7 @@ import copy
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -47,6 +47,19 @@ class Family:
     def block_name(self, index: int) -> str:
         """Absolute name of a block, for instance ``model.layers.7``."""
         return f"{self.decoder}.{self.blocks}.{index}"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model's configuration as a key, by which what was found out about it is remembered."""
+
+    text: str
+    config: PretrainedConfig = field(compare=False)
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> Architecture:
+        """The key of ``config``."""
+        return cls(f"{type(config).__name__} {config.to_json_string(use_diff=False)}", config)
 
 
 FAMILIES = (

@@ -22,7 +22,6 @@ of the embeddings that no text has used yet are not resident: a short run stays 
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -30,18 +29,14 @@ from itertools import accumulate
 from typing import Literal
 
 import torch
-from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from hsplitlora_flwr.lora.layers import takes_changes
 from hsplitlora_flwr.lora.optimizers import OPTIMIZERS
-from hsplitlora_flwr.models.families import Family, block_config, shorten
-from hsplitlora_flwr.models.loading import empty_model
-from hsplitlora_flwr.models.proof import brief
+from hsplitlora_flwr.models.families import Family, block_config
 from hsplitlora_flwr.models.quantisation import dequantised_bytes, weight_bytes
-from hsplitlora_flwr.models.split import head_part, one_block, outline
 from hsplitlora_flwr.planning.budget import PlanError
-from hsplitlora_flwr.planning.trace import EXPERTS, BlockTrace, trace_block, trace_head
+from hsplitlora_flwr.planning.trace import trace_model
 from hsplitlora_flwr.transport.wire import CODECS, packed_bytes
 
 LABELS = ("server", "client")
@@ -178,16 +173,14 @@ class CostModel:
         self.num_blocks = int(config.num_hidden_layers)
         self.workload = workload
         self.rows = workload.batch_size * workload.sequence_length
-        model, kinds = self._outlines(config, family)
-        parameters = {index: _numel(model.get_submodule(family.block_name(index))) for index in kinds}
-        beside_blocks = _numel(model) - sum(map(_numel, model.get_submodule(_blocks_of(family)).children()))
-        decoder = model.get_submodule(family.decoder)
-        self.embedding_parameters: int = sum(_numel(getattr(decoder, name, None)) for name in family.embeddings)
+        shape = workload.batch_size, workload.sequence_length
+        model = trace_model(config, family, workload.dtype, *shape, adapter_rank)
+        kinds, traces, beside_blocks = model.kinds, model.blocks, model.beside_blocks
+        self.embedding_parameters = model.embeddings
         # What is neither embedding nor block: final norm and head, or the norm alone where the head is tied.
         self.head_parameters = beside_blocks - self.embedding_parameters
         self._client_has_labels = workload.labels == "client"
-        in_flight, shape = workload.in_flight, (workload.batch_size, workload.sequence_length)
-        traces = {index: self._trace(model, family, index, adapter_rank) for index in dict.fromkeys(kinds)}
+        in_flight = workload.in_flight
         names = {name for trace in traces.values() for name in _last_names(trace.layers)}
         if missing := [target for target in targets or () if target not in names]:
             raise PlanError(f"lora.targets names {missing}; the blocks of this model have {sorted(names)}")
@@ -216,7 +209,7 @@ class CostModel:
             factors = matrix if update_rank is None else layer.adapter_parameters(update_rank)
             update[layer.block] += 4 * min(matrix, factors)
         self._block_parameters, self._saved, self._update = (
-            [0, *accumulate(each)] for each in ([parameters[kind] for kind in kinds], saved, update)
+            [0, *accumulate(each)] for each in ([traces[kind].parameters for kind in kinds], saved, update)
         )
         self.total_parameters = beside_blocks + self._block_parameters[-1]
         self.cut_bytes = self.rows * int(config.hidden_size) * workload.item
@@ -238,46 +231,20 @@ class CostModel:
         waiting, all_waiting = (in_flight - 1) * frames, self.cut_bytes + in_flight * frames
         self.temporary_bytes = max(step + waiting, all_waiting)
         self._temporary_again = max(again + waiting, all_waiting)
-        head = trace_head(head_part(model, family), *shape)
-        self.head_bytes = head + waiting
+        self.head_bytes = model.head + waiting
         # Forward alone one micro-batch more may wait, but nothing is on its way down, unless labels stay.
         sent = waiting if self._client_has_labels else in_flight * frames // 2
         # beside the block that computes, what went into the first one
         forward = dequantised + self.cut_bytes + max(trace.forward for trace in traces.values())
         self.forward_bytes = max(forward + sent, all_waiting if self._client_has_labels else sent + frames // 2)
         # The server's, whose frames wait as long as its client is under way.
-        self._frames, on_top = in_flight * frames, max(self.cut_bytes, 0 if self._client_has_labels else head)
+        self._frames, on_top = in_flight * frames, max(self.cut_bytes, 0 if self._client_has_labels else model.head)
         self._pass_temporary = max(step, on_top), max(again, on_top)
         self._head_flops = 2.0 * self.rows * int(config.vocab_size) * int(config.hidden_size)
         first = block_config(config, 0)
         heads = int(first.num_attention_heads)
         head_size = int(getattr(first, "head_dim", None) or config.hidden_size // heads)
         self._attention_flops = 4.0 * self.rows * workload.sequence_length * heads * head_size
-
-    def _outlines(self, config: PretrainedConfig, family: Family) -> tuple[PreTrainedModel, list[int]]:
-        """The model without memory, and for every block the first one that is like it.
-
-        Where all are alike the model has two, the fewest that can be cut.
-        """
-        config = copy.deepcopy(config)
-        if family.alike:
-            shorten(config, 0, 2)
-        model = empty_model(config, self.workload.dtype, experts=EXPERTS)
-        if family.alike:
-            return model, [0] * self.num_blocks
-        outlines = [outline(block) for block in model.get_submodule(_blocks_of(family)).children()]
-        return model, [outlines.index(each) for each in outlines]
-
-    def _trace(self, model: PreTrainedModel, family: Family, index: int, adapter_rank: int) -> BlockTrace:
-        workload = self.workload
-        part = one_block(model, family, index)
-        try:
-            return trace_block(part, workload.batch_size, workload.sequence_length, adapter_rank)
-        except Exception as error:  # whatever the code of a model does with tensors that hold no values
-            raise PlanError(
-                f"what a '{model.config.model_type}' keeps in memory cannot be predicted: its blocks cannot be traced "
-                f"without values ({brief(error)}); choose another model"
-            ) from error
 
     def client_parameters(self, split: int) -> int:
         """Base parameters of a client: embeddings, its blocks and, with the labels, the final norm and the head.
@@ -577,14 +544,6 @@ class CostModel:
     def update_bytes(self, split: int) -> int:
         """The accumulated update of the client's blocks at its largest, fp32, in a message: dense or factors."""
         return self._update[split]
-
-
-def _blocks_of(family: Family) -> str:
-    return f"{family.decoder}.{family.blocks}"
-
-
-def _numel(module: nn.Module | None) -> int:
-    return sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
 
 
 def _last_names(names: Iterable[str]) -> set[str]:

@@ -7,10 +7,11 @@ than one of a small model.
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -18,10 +19,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import PretrainedConfig
 from transformers.integrations.moe import ExpertsInterface
 
 from hsplitlora_flwr.lora.layers import AdapterSpec, inject, shape_of, takes_changes
-from hsplitlora_flwr.models.split import ClientModel, HeadModel
+from hsplitlora_flwr.models.families import Architecture, Family, shorten
+from hsplitlora_flwr.models.loading import empty_model
+from hsplitlora_flwr.models.proof import brief
+from hsplitlora_flwr.models.split import ClientModel, HeadModel, head_part, one_block, outline
+from hsplitlora_flwr.planning.budget import PlanError
 
 EXPERTS = "hsplitlora-traced"
 """How experts of a mixture are to be computed in models that are traced: which tokens each gets is in no fake tensor,
@@ -53,6 +59,73 @@ class BlockTrace:
     """The same of a forward pass without adapters that keeps nothing."""
     layers: dict[str, LayerTrace]
     """By name inside the block."""
+    parameters: int
+
+
+@dataclass(frozen=True)
+class ModelTrace:
+    """What :func:`trace_model` saw."""
+
+    kinds: list[int]
+    """For every block the first one that is like it."""
+    blocks: dict[int, BlockTrace]
+    """Of every kind."""
+    head: int
+    """Of :func:`trace_head`."""
+    beside_blocks: int
+    """Parameters that are in no block."""
+    embeddings: int
+    """Those of them that the client holds."""
+
+
+def trace_model(config: PretrainedConfig, family: Family, dtype: str, rows: int, length: int, rank: int) -> ModelTrace:
+    """Trace a model's kinds of blocks and its head; a second time the same costs nothing.
+
+    Parameters
+    ----------
+    config : PretrainedConfig
+        The model's configuration; it is not changed.
+    family : Family
+        Its layout.
+    dtype : str
+        Of the frozen base.
+    rows, length, rank : int
+        As for :func:`trace_block`.
+
+    Raises
+    ------
+    PlanError
+        If its blocks cannot be traced.
+    """
+    return _trace_model(Architecture.of(config), family, dtype, rows, length, rank)
+
+
+@lru_cache(maxsize=64)
+def _trace_model(
+    architecture: Architecture, family: Family, dtype: str, rows: int, length: int, rank: int
+) -> ModelTrace:
+    config = copy.deepcopy(architecture.config)
+    count = int(config.num_hidden_layers)
+    if family.alike:  # then two will do, the fewest that can be cut
+        shorten(config, 0, 2)
+    model = empty_model(config, dtype, experts=EXPERTS)
+    decoder = model.get_submodule(family.decoder)
+    blocks = list(decoder.get_submodule(family.blocks).children())
+    outlines = [outline(block) for block in blocks]
+    kinds = [0] * count if family.alike else [outlines.index(each) for each in outlines]
+    beside_blocks = _numel(model) - sum(map(_numel, blocks))
+    embeddings = sum(_numel(getattr(decoder, name, None)) for name in family.embeddings)
+    try:
+        traces = {
+            kind: trace_block(one_block(model, family, kind), rows, length, rank) for kind in dict.fromkeys(kinds)
+        }
+    except Exception as error:  # whatever the code of a model does with tensors that hold no values
+        raise PlanError(
+            f"what a '{model.config.model_type}' keeps in memory cannot be predicted: its blocks cannot be traced "
+            f"without values ({brief(error)}); choose another model"
+        ) from error
+    head = trace_head(head_part(model, family), rows, length)
+    return ModelTrace(kinds, traces, head, beside_blocks, embeddings)
 
 
 def trace_block(client: ClientModel, rows: int, length: int, rank: int) -> BlockTrace:
@@ -68,6 +141,7 @@ def trace_block(client: ClientModel, rows: int, length: int, rank: int) -> Block
     rank : int
         Of the adapters in the step whose peak is wanted.
     """
+    parameters = _numel(client.blocks[0])
     with FakeTensorMode(allow_non_fake_inputs=True):
         client.to_empty(device="cpu").train()
         ids = torch.zeros(rows, length, dtype=torch.long)
@@ -90,7 +164,7 @@ def trace_block(client: ClientModel, rows: int, length: int, rank: int) -> Block
         with LiveBytes([*client.parameters(), *gradients]) as live:
             cut = forward()
             cut.backward(torch.empty_like(cut))
-    return BlockTrace(kept, live.peak, alone.peak, layers)
+    return BlockTrace(kept, live.peak, alone.peak, layers, parameters)
 
 
 def trace_head(head: HeadModel, rows: int, length: int) -> int:
@@ -205,6 +279,10 @@ def _keep(client: ClientModel, forward: Callable[[], Tensor]) -> tuple[int, dict
 
     layers = {name: layer(number, name) for number, name in enumerate(linears)}
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), layers
+
+
+def _numel(module: nn.Module | None) -> int:
+    return sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
 
 
 def _storage(tensor: Tensor) -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 from hsplitlora_flwr.models import find_family
 from hsplitlora_flwr.models.families import tiny_config
 from hsplitlora_flwr.models.loading import empty_model
 from hsplitlora_flwr.models.split import client_part
-from hsplitlora_flwr.planning.trace import LiveBytes, trace_block
+from hsplitlora_flwr.planning.trace import LiveBytes, trace_block, trace_model
 from tests.tiny import CONFIGS
 
 
@@ -25,6 +27,17 @@ def test_layers_that_read_the_same_tensor_share_it() -> None:
     assert (down.in_features, down.out_features) == (48, 32)
     # Attention keeps its output anyway; the normalised input and the gated product are kept for adapters alone.
     assert (q.input_bytes, o.input_bytes, down.input_bytes) == (2 * 8 * 32 * 4, 0, 2 * 8 * 48 * 4)
+
+
+def test_a_model_is_traced_once_and_another_one_anew() -> None:
+    config = tiny_config(CONFIGS["llama"], 3)
+    asked = find_family(config), "float32", 2, 8, 1
+    trace = trace_model(config, *asked)
+    assert trace_model(copy.deepcopy(config), *asked) is trace
+    config.intermediate_size *= 2
+    wider = trace_model(config, *asked)
+    assert wider.blocks[0].parameters == trace.blocks[0].parameters + 3 * 32 * 48
+    assert trace_model(config, *asked[:-1], 2).blocks[0].peak > wider.blocks[0].peak
 
 
 def test_live_bytes_count_what_is_alive_at_one_time() -> None:
