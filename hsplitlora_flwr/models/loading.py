@@ -19,6 +19,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers import __version__ as transformers_version
+from transformers.initialization import no_init_weights
 
 from hsplitlora_flwr.models.build import build_causal_lm
 from hsplitlora_flwr.models.checkpoint import ADAPTER_FILE, Checkpoint, ModelFilesError, local_path
@@ -309,7 +310,7 @@ def empty_model(
     With ``quantise`` the linear layers of its blocks quantise what they load; ``experts`` is that of
     :func:`~hsplitlora_flwr.models.build.build_causal_lm`.
     """
-    with init_empty_weights(include_buffers=False):
+    with no_init_weights(), init_empty_weights(include_buffers=False):
         model = build_causal_lm(config, getattr(torch, dtype), experts)
     _keep_in_fp32(model)
     _compute_buffers(model)
@@ -533,10 +534,8 @@ def _tied_parts(config: PretrainedConfig) -> list[PretrainedConfig]:
 
 def _compute_buffers(model: PreTrainedModel) -> None:
     """Compute buffers again, in fp32 before they are rounded to the dtype of the base, as transformers does."""
-    # Built without memory it has been initialised already, and every module is marked so: `init_weights` passes them
-    # by, and nothing public takes the marks away.
-    for module in model.modules():
-        vars(module).pop("_is_hf_initialized", None)
+    for parameter in model.parameters():  # has no memory: transformers passes by what it finds marked as read already
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
     model.init_weights()  # which ties weights as well
 
 
