@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -24,7 +25,7 @@ from transformers import PretrainedConfig
 from hsplitlora_flwr.config import TrainConfig
 from hsplitlora_flwr.lora.layers import AdapterSpec, inject
 from hsplitlora_flwr.models.build import build_causal_lm
-from hsplitlora_flwr.models.families import tiny_config
+from hsplitlora_flwr.models.families import Architecture, tiny_config
 from hsplitlora_flwr.models.proof import find_family
 from hsplitlora_flwr.models.split import client_part
 from hsplitlora_flwr.planning.budget import Budget
@@ -114,24 +115,29 @@ def process_bytes(config: PretrainedConfig) -> int:
     """What this process takes for itself while it trains, in bytes: the constant of the cost model.
 
     The first training step brings code into memory: kernels, autograd, the optimizer, the model's own module. So a tiny
-    model of the same architecture takes a step before the measurement. What is free in the heap counts as well, because
-    small tensors fill it again and it is not given back between them.
+    model of the same architecture takes a step before the first measurement. What is free in the heap counts as well,
+    because small tensors fill it again and it is not given back between them.
 
     Parameters
     ----------
     config : PretrainedConfig
         Of the model that is to be trained.
     """
-    tiny = tiny_config(config, 2)
+    _bring_code_in(Architecture.of(config))
+    return resting_bytes() + _free_in_heap()
+
+
+@cache
+def _bring_code_in(architecture: Architecture) -> None:
+    """Take a training step with a tiny model."""
+    config = architecture.config
     with torch.random.fork_rng(devices=[]):
-        model = client_part(build_causal_lm(tiny), find_family(config), 1)
+        model = client_part(build_causal_lm(tiny_config(config, 2)), find_family(config), 1)
     names = [name for name, _ in model.linears()]
     optimizer = AdapterOptimizer(inject(model, {name: AdapterSpec(2, 4.0) for name in names}, ""), TrainConfig())
     ids = torch.ones(2, 16, dtype=torch.long)
     model.train()(ids, ids).sum().backward()
     optimizer.step(0, 0.0)
-    del model, optimizer
-    return resting_bytes() + _free_in_heap()
 
 
 class PeakMemory:
