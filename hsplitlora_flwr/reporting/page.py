@@ -12,10 +12,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment
+from jinja2 import Environment, Template
 from markupsafe import Markup
 
 from hsplitlora_flwr.reporting.template import TEMPLATE
@@ -57,9 +58,7 @@ def page(summary: Mapping[str, Any]) -> str:
     rounds, plans = summary["rounds"], summary.get("plans", [])
     plan = plans[-1] if plans else {"clients": []}
     drawn = [client for client in plan["clients"] if client.get("ranks")]
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"gb": _gigabytes, "mb": _megabytes, "number": _number}
-    return environment.from_string(TEMPLATE).render(
+    return _template().render(
         summary=summary,
         config=summary["config"],
         started=time.strftime("%Y-%m-%d %H:%M", time.localtime(summary["started"])),
@@ -75,6 +74,13 @@ def page(summary: Mapping[str, Any]) -> str:
         more_maps=max(0, len(drawn) - MAX_MAPS),
         importance=importance_map(summary.get("importance", {})),
     )
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"gb": _gigabytes, "mb": _megabytes, "number": _number}
+    return environment.from_string(TEMPLATE)
 
 
 # ---------------------------------------------------------------------- rows
