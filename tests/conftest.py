@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,13 +45,19 @@ def e2e_folder() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Tiny tensors gain nothing from threads, and threads that wait for each other on a busy machine cost seconds.
-
-    Measuring memory collects garbage, which takes most of a second in a process that has imported everything; what is
-    imported by now is no garbage.
-    """
+    """Tiny tensors gain nothing from threads, and threads that wait for each other on a busy machine cost seconds."""
     torch.set_num_threads(1)
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def imported_code_is_no_garbage() -> Iterator[None]:
+    """Measuring memory collects garbage, which takes most of a second in a process that has imported everything."""
+    before = len(sys.modules)
+    yield
+    if len(sys.modules) > before + 10:
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session")
