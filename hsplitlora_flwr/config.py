@@ -341,6 +341,9 @@ class TransportConfig:
     down: Annotated[str, OneOf(KNOWN_CODECS)] = setting(
         "float32", "numbers of its gradient on the wire; int8 has a scale per token"
     )
+    grace: float = setting(
+        60.0, "how long a client whose connection broke may take to come back; 0 = it is given up", unit="s", ge=0
+    )
     in_flight: int = setting(
         1, "micro-batches of a client that may be under way at once, each with its activations in memory", ge=1
     )

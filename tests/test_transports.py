@@ -27,8 +27,10 @@ from hsplitlora_flwr.planning.round import make_round_plan
 from hsplitlora_flwr.training.client import ClientTrainer, TrainingRecord, train_client
 from hsplitlora_flwr.training.joint import JointPass
 from hsplitlora_flwr.training.server import MicroBatch
+from hsplitlora_flwr.transport.frames import Activation
 from tests.grid import LocalGrid
 from tests.server.test_strategy import DOUBLE, GB, grid_of, run, settings
+from tests.transport.relay import Relay
 
 STEPS, ROUNDS = 3, 2
 SAME = {"lora.dropout": 0.1, "server.order": "fixed", **DOUBLE}
@@ -153,6 +155,31 @@ def test_steps_take_turns_in_the_same_order_whoever_is_slow(
     found, expected = adapter(tmp_path), over_stream["adapter"]
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
     assert [row["steps_of_failed"] for row in summary["rounds"]] == [{}] * ROUNDS
+
+
+def test_connections_that_break_change_no_bit(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, over_stream: dict[str, Any]
+) -> None:
+    forward, dice = ClientTrainer.forward, random.Random(0)
+
+    def cut_off(self: ClientTrainer, index: int) -> Activation:
+        frame = forward(self, index)
+        if dice.random() < 0.4:
+            relay.cut()
+        return frame
+
+    monkeypatch.setattr(ClientTrainer, "forward", cut_off)
+    with Relay(port := free_port()) as relay:
+        way = {"transport.port": port, "transport.public_port": relay.port, "transport.address": "127.0.0.1"}
+        same_run(tiny_folder, tmp_path, **way)
+        assert relay.connections > 2 * ROUNDS * len(GB)
+    found, expected = adapter(tmp_path), over_stream["adapter"]
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return int(taken.getsockname()[1])
 
 
 def test_a_client_that_fails_leaves_its_steps_and_the_summary_says_so(

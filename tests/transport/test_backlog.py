@@ -1,0 +1,82 @@
+"""The backlog: bounded, in order, and taken again from wherever the other side lost it."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+
+import pytest
+
+from hsplitlora_flwr.transport.backlog import Backlog
+from hsplitlora_flwr.transport.mailbox import Closed
+
+
+def filled(*items: str, size: int = 4) -> Backlog[str]:
+    backlog: Backlog[str] = Backlog(size)
+    for item in items:
+        backlog.put(item)
+    return backlog
+
+
+def test_what_has_not_arrived_is_taken_again() -> None:
+    backlog = filled("a", "b", "c")
+    assert list(islice(backlog.since(0), 3)) == ["a", "b", "c"]
+    backlog.arrived(1)
+    again = backlog.since(1)
+    assert next(again) == "b"
+    backlog.put("d")
+    assert list(islice(again, 2)) == ["c", "d"]
+
+
+def test_there_is_room_as_items_arrive() -> None:
+    backlog = filled("a", "b", size=2)
+    with ThreadPoolExecutor(1) as pool:
+        third = pool.submit(backlog.put, "c")
+        assert list(islice(backlog.since(0), 2)) == ["a", "b"]
+        with pytest.raises(TimeoutError):
+            third.result(timeout=0.1)
+        backlog.arrived(1)
+        third.result(timeout=20)
+    assert list(islice(backlog.since(1), 2)) == ["b", "c"]
+
+
+def test_nothing_arrives_that_was_never_taken() -> None:
+    backlog = filled("a", "b")
+    assert next(backlog.since(0)) == "a"
+    backlog.arrived(2)
+    assert next(backlog.since(1)) == "b"
+
+
+@pytest.mark.parametrize("number", [0, 4])
+def test_what_is_gone_or_not_yet_there_cannot_be_asked_for(number: int) -> None:
+    backlog = filled("a", "b", "c")
+    list(islice(backlog.since(0), 2))
+    backlog.arrived(1)
+    with pytest.raises(LookupError, match=f"number {number} is asked for, where those from 1 to 3 are kept"):
+        backlog.since(number)
+
+
+def test_the_next_who_takes_ends_the_one_before() -> None:
+    backlog = filled("a")
+    with ThreadPoolExecutor(1) as pool:
+        before = backlog.since(0)
+        assert next(before) == "a"
+        waiting = pool.submit(list, before)
+        after = backlog.since(0)
+        assert waiting.result(timeout=20) == []
+        assert next(after) == "a"
+        waiting = pool.submit(list, after)
+        backlog.hang_up()
+        assert waiting.result(timeout=20) == []
+
+
+@pytest.mark.parametrize("discard", [False, True])
+def test_closing_ends_who_takes_and_who_puts(discard: bool) -> None:
+    backlog = filled("a", "b", size=2)
+    with ThreadPoolExecutor(2) as pool:
+        putting = [pool.submit(backlog.put, "c") for _ in range(2)]
+        backlog.close(discard=discard)
+        for waiting in putting:
+            with pytest.raises(Closed):
+                waiting.result(timeout=20)
+    assert list(backlog.since(2 if discard else 0)) == ([] if discard else ["a", "b"])
