@@ -49,7 +49,7 @@ def tell_a_stop(report: RunReport) -> None:
     report.stopped()
 
 
-def make_strategy(config: Config, folder: Path, process: OwnProcess | None = None) -> HSplitLoRA:
+def make_strategy(config: Config, folder: Path, process: OwnProcess | None = None) -> HSplitLoRA | CentralTraining:
     """The strategy of a run, when everything that can be checked before it starts is checked.
 
     Parameters

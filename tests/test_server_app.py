@@ -66,7 +66,7 @@ def test_a_run_that_fails_while_it_is_set_up_says_why(
     def broken(*arguments: Any) -> LocalGrid:
         raise MemoryError("no room")
 
-    monkeypatch.setattr("hsplitlora_flwr.server.strategy.Delta", broken)  # after the summary began
+    monkeypatch.setattr("hsplitlora_flwr.server.strategy.Clients", broken)  # after the summary began
     with pytest.raises(MemoryError):
         server_app.app(grid_of(), context(settings(tiny_folder, tmp_path).to_run_config()))
     summary = json.loads((tmp_path / "summary.json").read_text())

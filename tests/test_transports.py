@@ -87,7 +87,7 @@ def test_each_side_computes_again_what_its_plan_says(
         }
         return replace(plan, clients=clients)
 
-    monkeypatch.setattr("hsplitlora_flwr.server.strategy.make_round_plan", planned)
+    monkeypatch.setattr("hsplitlora_flwr.server.plans.make_round_plan", planned)
     for module, seen in parts.items():
         monkeypatch.setattr(f"hsplitlora_flwr.{module}.recompute_blocks", seen.append)
     same_plan = {"method.name": "hsplitlora-no-armsc", "split.point": 2, "train.rounds": 1}

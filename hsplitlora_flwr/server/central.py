@@ -7,15 +7,18 @@ clients together would, on batches of the same size. Adapters, optimizer and sch
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from flwr.app import MetricRecord
 from flwr.serverapp import Grid
+from torch import nn
 
 from hsplitlora_flwr.config import Config
-from hsplitlora_flwr.data.collate import training_batches
+from hsplitlora_flwr.data.collate import Batch, training_batches
 from hsplitlora_flwr.data.fit import Cut, fit_text
 from hsplitlora_flwr.data.sources import Example
 from hsplitlora_flwr.lora.base import SharedBase
@@ -28,7 +31,9 @@ from hsplitlora_flwr.models.split import WholeModel
 from hsplitlora_flwr.planning.round import cost_model
 from hsplitlora_flwr.reporting.events import Listener
 from hsplitlora_flwr.server.checkpoint import CHECKPOINTS, RunState, save_state
-from hsplitlora_flwr.server.strategy import HSplitLoRA
+from hsplitlora_flwr.server.model import TunedModel
+from hsplitlora_flwr.server.run import Run
+from hsplitlora_flwr.training.client import TrainingRecord
 from hsplitlora_flwr.training.memory import PeakMemory
 from hsplitlora_flwr.training.recompute import recompute_blocks
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
@@ -36,13 +41,91 @@ from hsplitlora_flwr.training.server import StepReport
 from hsplitlora_flwr.training.whole import train_whole
 
 
-class CentralTraining(HSplitLoRA):
+class CentralModel(TunedModel):
+    """A model whose adapters train on it where it is.
+
+    Parameters
+    ----------
+    config, base, state
+        As for :class:`~hsplitlora_flwr.server.model.TunedModel`.
+
+    Attributes
+    ----------
+    optimizer : AdapterOptimizer
+        Over what trains.
+    parameters : int
+        How many numbers that are.
+    """
+
+    def __init__(self, config: Config, base: SharedBase, state: RunState | None = None) -> None:
+        super().__init__(config, base, state)
+        self._part = base.whole()
+        trained = self._trainable(self._part)
+        self.parameters = sum(parameter.numel() for parameter in trained)
+        if config.train.activation_checkpointing == "on":  # no budget asks for it
+            recompute_blocks(self._part)
+        self.optimizer = AdapterOptimizer(trained, config.train)
+        if state:
+            self.optimizer.restore(state.optimizer)
+
+    def whole(self) -> WholeModel:
+        """The model as training has left it."""
+        return self._part
+
+    def take_update(self) -> float:
+        """Make what training has left the update; returns its norm."""
+        update = extract(self._part)
+        self.delta.replace(update)
+        return update_norm(update)
+
+    def save_state(self, server_round: int, folder: Path) -> None:
+        """Put adapters, with what the optimizer keeps of them, into a run folder."""
+        settings = self._config.to_run_config()
+        save_state(RunState(server_round, settings, self.delta, optimizer=self.optimizer.tensors()), folder)
+
+    def _trainable(self, part: WholeModel) -> list[nn.Parameter]:
+        config, rank = self._config, self._config.lora.rank
+        spec = AdapterSpec(rank, config.alpha(rank), config.lora.dropout)
+        layers = cost_model(config, config.train.batch_size, config.data.max_length).layers
+        return inject(part, {layer.name: spec for layer in layers}, f"{config.run.seed}/all")
+
+
+class FullModel(CentralModel):
+    """A model all of whose weights train; there is no adapter, and the model itself is what is written."""
+
+    has_adapter = False
+
+    def save_state(self, server_round: int, folder: Path) -> None:
+        """Put the model into a run folder; its optimizer would be twice as large, and is not kept."""
+        self._write(folder / CHECKPOINTS)
+
+    def export(self, folder: Path, *, merged: bool) -> tuple[Sequence[str], dict[str, Any]]:
+        """Write the model into a run folder."""
+        self._write(folder / "merged")
+        return ("merged/config.json", "merged/model.safetensors"), {}
+
+    def _trainable(self, part: WholeModel) -> list[nn.Parameter]:
+        return list(part.requires_grad_(True).parameters())
+
+    def _write(self, folder: Path) -> None:
+        save_merged_model(self._part.causal_lm, load_tokenizer(self._config.model.path), folder)
+
+
+@dataclass(frozen=True)
+class Central:
+    """What the rounds of central training work with: the model, and a batch for every step to come."""
+
+    model: CentralModel
+    batches: Iterator[Batch]
+
+
+class CentralTraining(Run[Central]):
     """LoRA or full fine-tuning on all data, in the server's process.
 
     Parameters
     ----------
     config, held_out, folder, listeners
-        As for :class:`HSplitLoRA`.
+        As for :class:`~hsplitlora_flwr.server.run.Run`.
     examples : Sequence[Example]
         All training text.
     """
@@ -61,35 +144,34 @@ class CentralTraining(HSplitLoRA):
         super().__init__(replace(config, train=train), held_out, folder, listeners=listeners)
         self._examples = examples
 
-    def prepare(self, grid: Grid) -> None:
+    def prepare(self, grid: Grid, state: RunState | None, opened: ExitStack) -> Central:
         """Load the model and make what trains."""
         config, train = self.config, self.config.train
-        self._read_held_out()
-        rows = fit_text(self._examples, config)
-        self._report_text(Cut.of(rows))
+        tokens = fit_text(self._examples, config)
+        self._report_text(Cut.of(tokens), Cut.of(self.held_out))
         self.report.status(f"loading {config.model.path}")
         model = config.model
-        self.base = SharedBase(model.path, model.dtype, pick_devices(model.device), model.quantise)
-        done = self._resumed.server_round * train.steps if self._resumed else 0
-        self._batches = training_batches(rows, train.batch_size, config.run.seed, done)
-        self._model = self.base.whole()
-        if self.method.full:
-            trained = list(self._model.requires_grad_(True).parameters())
-        else:
-            rank = config.lora.rank
-            spec = AdapterSpec(rank, config.alpha(rank), config.lora.dropout)
-            layers = cost_model(config, train.batch_size, config.data.max_length).layers
-            trained = inject(self._model, {layer.name: spec for layer in layers}, f"{config.run.seed}/all")
-        if train.activation_checkpointing == "on":  # no budget asks for it
-            recompute_blocks(self._model)
-        self._optimizer = AdapterOptimizer(trained, train)
-        if self._resumed:
-            self._optimizer.restore(self._resumed.optimizer)
-        self._trained = sum(parameter.numel() for parameter in trained)
+        base = SharedBase(model.path, model.dtype, pick_devices(model.device), model.quantise)
+        done = state.server_round * train.steps if state else 0
+        batches = training_batches(tokens, train.batch_size, config.run.seed, done)
+        return Central((FullModel if self.method.full else CentralModel)(config, base, state), batches)
 
     def train_round(self, grid: Grid, server_round: int) -> MetricRecord:
         """As many steps as all clients together take in a round."""
-        train, started = self.config.train, time.time()
+        model, started = self.loaded.model, time.time()
+        with PeakMemory() as memory:
+            record = self._train(server_round)
+        norm, row = model.take_update(), self._row(record, memory.bytes)
+        self.report.client_finished(server_round, row)
+        self.report.round_finished(server_round, time.time() - started, norm, [row], **model.dropped())
+        return MetricRecord({"loss": record.losses[-1], "update-norm": norm, "clients": 1})
+
+    def checkpoint(self, server_round: int) -> None:
+        """Put what trained on disk: adapters with what the optimizer keeps of them, or the model."""
+        self.loaded.model.save_state(server_round, self.folder)
+
+    def _train(self, server_round: int) -> TrainingRecord:
+        train, model = self.config.train, self.loaded.model
         first_step = (server_round - 1) * train.steps
 
         def report(step: StepReport) -> None:
@@ -104,24 +186,23 @@ class CentralTraining(HSplitLoRA):
                 all_tokens=step.tokens,
             )
 
-        with PeakMemory() as memory:
-            record = train_whole(
-                self._model.train(),
-                self._optimizer,
-                self._batches,
-                first_step=first_step,
-                steps=train.steps,
-                micro_batch_size=train.micro_batch_size,
-                report=report,
-            )
-        update = extract(self._model)
-        self.delta.replace(update)
-        norm = update_norm(update)
-        row = {
+        return train_whole(
+            model.whole().train(),
+            model.optimizer,
+            self.loaded.batches,
+            first_step=first_step,
+            steps=train.steps,
+            micro_batch_size=train.micro_batch_size,
+            report=report,
+        )
+
+    def _row(self, record: TrainingRecord, peak: int) -> dict[str, Any]:
+        """The round as that of one client, who is all of them."""
+        return {
             "client": "all",
             "examples": len(self._examples),
-            "trainable_parameters": self._trained,
-            "measured_bytes": memory.bytes,
+            "trainable_parameters": self.loaded.model.parameters,
+            "measured_bytes": peak,
             "predicted_bytes": 0,
             "tokens": record.tokens,
             "label_tokens": record.label_tokens,
@@ -131,31 +212,3 @@ class CentralTraining(HSplitLoRA):
             "seconds": record.seconds,
             "losses": record.losses,
         }
-        self.report.client_finished(server_round, row)
-        self.report.round_finished(server_round, time.time() - started, norm, [row], **self._dropped())
-        return MetricRecord({"loss": record.losses[-1], "update-norm": norm, "clients": 1})
-
-    def checkpoint(self, server_round: int) -> None:
-        """Put what trained on disk: adapters with what the optimizer keeps of them, or the model."""
-        if self.method.full:
-            save_merged_model(self._model.causal_lm, load_tokenizer(self.config.model.path), self.folder / CHECKPOINTS)
-            return
-        settings = self.config.to_run_config()
-        save_state(RunState(server_round, settings, self.delta, optimizer=self._optimizer.tensors()), self.folder)
-
-    def keep_best(self, server_round: int) -> None:
-        """As elsewhere; full fine-tuning has no adapter to keep."""
-        if not self.method.full:
-            super().keep_best(server_round)
-
-    def export(self) -> None:
-        """Write the adapter; after full fine-tuning there is none, and the model itself is written."""
-        if not self.method.full:
-            super().export()
-            return
-        self.report.status("writing the model")
-        save_merged_model(self._model.causal_lm, load_tokenizer(self.config.model.path), self.folder / "merged")
-        self.report.finished(("merged/config.json", "merged/model.safetensors"))
-
-    def _global_model(self) -> WholeModel:
-        return self._model

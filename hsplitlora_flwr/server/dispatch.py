@@ -8,25 +8,23 @@ what the server took it for; then the task goes out again.
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from flwr.app import Message, RecordDict
 
 from hsplitlora_flwr.config import Config
-from hsplitlora_flwr.lora.aggregation import Factors, SharedUpdate, truncate
-from hsplitlora_flwr.lora.kept import KeptHalf
-from hsplitlora_flwr.lora.layers import AdapterSpec, start_along
-from hsplitlora_flwr.lora.update import Change, Delta
+from hsplitlora_flwr.lora.aggregation import Factors, Update
+from hsplitlora_flwr.lora.layers import AdapterSpec
 from hsplitlora_flwr.messages import EVALUATE, TRAIN, TURN, Description, Outcome, ReplyError, Task, reading
-from hsplitlora_flwr.methods import METHODS, keeps_half
+from hsplitlora_flwr.methods import METHODS, shares_half
 from hsplitlora_flwr.models.fingerprint import part_digests
 from hsplitlora_flwr.planning.cost import Layer
 from hsplitlora_flwr.planning.planner import ClientPlan
 from hsplitlora_flwr.reporting.report import RunReport
 from hsplitlora_flwr.server.clients import Clients
-from hsplitlora_flwr.server.records import step_row
+from hsplitlora_flwr.server.model import FederatedModel, TrainedHalf
+from hsplitlora_flwr.server.records import RoundFigures, step_row
 from hsplitlora_flwr.server.replies import read_outcome
 from hsplitlora_flwr.server.shard import Shard
 from hsplitlora_flwr.training.memory import may_fragment
@@ -47,8 +45,8 @@ class Dispatch:
         Who takes part.
     shard : Shard
         Trains the server's half.
-    delta : Delta
-        The accumulated update, of which every client gets what it lacks.
+    model : FederatedModel
+        What adapters start from, and the accumulated update, of which every client gets what it lacks.
     layers : Iterable[Layer]
         All that the update may change.
     report : RunReport
@@ -56,13 +54,8 @@ class Dispatch:
 
     Attributes
     ----------
-    adapter : dict[str, Factors]
-        What adapters on both sides start from, by layer name, cut to their ranks: the global adapter, or the directions
-        of the last update. Layers that are absent start at random.
-    half : KeptHalf
-        What adapters of a half that all train go on from instead.
-    up, down : Counter[int]
-        Bytes of each node in this round besides those of its training: tensors in messages to it, and its probe.
+    figures : RoundFigures
+        Of the round under way.
     """
 
     def __init__(
@@ -70,15 +63,13 @@ class Dispatch:
         config: Config,
         clients: Clients,
         shard: Shard,
-        delta: Delta,
+        model: FederatedModel,
         layers: Iterable[Layer],
         report: RunReport,
     ) -> None:
-        self.adapter: dict[str, Factors] = {}
-        self.half = KeptHalf()
-        self.up, self.down = Counter[int](), Counter[int]()
+        self.figures = RoundFigures()
         self._config, self._method = config, METHODS[config.method.name]
-        self._clients, self._shard, self._delta, self._report = clients, shard, delta, report
+        self._clients, self._shard, self._model, self._report = clients, shard, model, report
         self._layers = list(layers)
         self._blocks = {layer.name: layer.block for layer in self._layers}
         self._tasks: dict[int, Task] = {}  # under way, without their tensors
@@ -86,31 +77,23 @@ class Dispatch:
         self._failed: set[int] = set()  # told so
 
     def begin_round(self) -> None:
-        """Count bytes from zero."""
-        self.up.clear()
-        self.down.clear()
+        """Count from zero."""
+        self.figures = RoundFigures()
 
-    def share_half(self, server_round: int, plans: Mapping[str, ClientPlan]) -> None:
-        """Set up the half that the clients of a round train together, by name in the order of their steps.
-
-        The base computes from now on without what the adapters that go on have of the update.
-        """
-        alpha, dropout = self._config.alpha, self._config.lora.dropout
-        ranks: dict[str, int] = {}
-        for plan in plans.values():
-            above = {name: rank for name, rank in plan.ranks.items() if self._blocks[name] >= plan.split}
-            ranks |= {name: max(rank, ranks.get(name, 0)) for name, rank in above.items()}
-        specs = {name: AdapterSpec(rank, alpha(rank), dropout) for name, rank in ranks.items()}
+    def begin_training(self, server_round: int, plans: Mapping[str, ClientPlan]) -> None:
+        """Set up what the clients of a round train together, by name in the order of their steps."""
+        shared = shares_half(self._config)
+        specs = self._specs(self._half_ranks(plans.values()) if shared else {})
+        self._model.begin_round(specs)
+        if not shared:
+            return
         owner = "all" if self._method.carries else f"{server_round}/server"
-        self.half.begin(specs)
-        if not self._method.carries:
-            self._shard.base.update(self.half.beside(self._delta))
         self._shard.share_half(
             {client: plan.split for client, plan in plans.items()},
             specs,
             f"{self._config.run.seed}/{owner}",
-            self._start(specs),
-            self.half.tensors,
+            self._model.start(specs),
+            self._model.kept.tensors,
             lambda client: self._report.status(
                 f"client {client} did not come in time for its step (server.patience); the others go on"
             ),
@@ -119,8 +102,7 @@ class Dispatch:
     def task(self, node: int, kind: str, server_round: int, plan: ClientPlan, steps: int) -> Message:
         """Set the server's half of one client's task up, if there is one, and write the message that starts the
         client's."""
-        alpha, dropout = self._config.alpha, self._config.lora.dropout
-        specs = {name: AdapterSpec(rank, alpha(rank), dropout) for name, rank in plan.ranks.items()}
+        specs, start = self._specs(plan.ranks), self._model.start(self._specs(plan.ranks))
         description = self._clients.descriptions[node]
         task = Task(
             config=self._config,
@@ -136,7 +118,6 @@ class Dispatch:
             server_recompute=plan.server_recompute,
             forward_only=plan.forward_only,
         )
-        start = self._start(specs)
         if self._method.split:
             task = self._shard.admit(task, start, lambda step: self._report_step(task, step), description.longest)
         self._tasks[node] = task.without_tensors()
@@ -193,41 +174,34 @@ class Dispatch:
         task = self._tasks[node]
         if task.kind != EVALUATE and self._method.split and not self._shard.trainer(task.client).finished:
             raise ReplyError("it replied before its last step")
-        return read_outcome(records, task, self._layers, self._start(task.specs))
+        return read_outcome(records, task, self._layers, self._model.start(task.specs))
 
-    def layers_below(self, split: int) -> set[str]:
-        """Names of the layers that a client with this split point holds."""
-        return {name for name, block in self._blocks.items() if block < split}
+    def trained(self, outcomes: Mapping[int, Outcome]) -> tuple[list[Update], TrainedHalf]:
+        """What the clients of a round made: their updates with those of their own halves, and the half that they share.
+
+        Parameters
+        ----------
+        outcomes : Mapping[int, Outcome]
+            By node, in the order of the updates.
+        """
+        tasks = [self._tasks[node] for node in outcomes]
+        updates: list[Update] = [
+            {**outcome.adapters, **self._shard.adapters_of(task.client)}
+            for outcome, task in zip(outcomes.values(), tasks, strict=True)
+        ]
+        half = self._shard.adapters()
+        trained_by = {name: [i for i, task in enumerate(tasks) if task.split <= self._blocks[name]] for name in half}
+        return updates, TrainedHalf(half, self._shard.half_tensors(), trained_by)
 
     def _again(self, node: int) -> Message:
         if node in self._sent_again:
             raise ReplyError("its update cannot be brought up to date")
         self._sent_again.add(node)
         task = self._tasks[node]
-        return self._message(node, task, self._start(task.specs))
-
-    def end_half(self, splits: Sequence[int]) -> tuple[SharedUpdate, dict[str, Change]]:
-        """What clients of these split points, in their order, made together of the half that they share.
-
-        Returns
-        -------
-        SharedUpdate
-            As their updates' sum takes it.
-        dict[str, Change]
-            Of layers that all of them trained the whole change, where the half is kept for the next round.
-        """
-        half, tensors = self._shard.adapters(), self._shard.half_tensors()
-        trained_by = {name: [i for i, split in enumerate(splits) if split <= self._blocks[name]] for name in half}
-        shared = SharedUpdate(half, trained_by) if self._method.carries else self.half.update(half, trained_by)
-        if not keeps_half(self._config):
-            return shared, {}
-        settled = {name for name, clients in trained_by.items() if len(clients) == len(splits)}
-        if self._method.carries:  # elsewhere the global adapter is a mean, and not what the optimizer moved
-            tensors = {key: tensor for key, tensor in tensors.items() if key.rpartition(":")[0] in settled}
-        return shared, self.half.end(tensors, half, settled)
+        return self._message(node, task, self._model.start(task.specs))
 
     def _message(self, node: int, task: Task, start: Mapping[str, Factors]) -> Message:
-        held = self.layers_below(task.split)
+        held = {name for name, block in self._blocks.items() if block < task.split}
         model = self._config.model
         task = replace(
             task,
@@ -235,17 +209,23 @@ class Dispatch:
             base=part_digests(model.path, task.split, model.dtype, head=task.labels_stay),
         )
         if not task.from_base:
-            task = replace(task, patch=self._delta.since(self._clients.descriptions[node].held, held))
-            states = {name: state for name, state in self._delta.held().items() if name in held}
+            task = replace(task, patch=self._model.delta.since(self._clients.descriptions[node].held, held))
+            states = {name: state for name, state in self._model.delta.held().items() if name in held}
             self._clients.now_holds(node, states)
-        self.down[node] += task.nbytes
+        self.figures.down[node] += task.nbytes
         return Message(task.to_records(), node, task.kind)
 
-    def _start(self, specs: Mapping[str, AdapterSpec]) -> dict[str, Factors]:
-        start = {name: truncate(self.adapter[name], spec.rank) for name, spec in specs.items() if name in self.adapter}
-        if self._method.carries:
-            return start
-        return {name: start_along(factors, specs[name]) for name, factors in start.items()}
+    def _specs(self, ranks: Mapping[str, int]) -> dict[str, AdapterSpec]:
+        alpha, dropout = self._config.alpha, self._config.lora.dropout
+        return {name: AdapterSpec(rank, alpha(rank), dropout) for name, rank in ranks.items()}
+
+    def _half_ranks(self, plans: Iterable[ClientPlan]) -> dict[str, int]:
+        """Of the half that clients of these plans share: on every layer the highest rank that one of them has there."""
+        ranks: dict[str, int] = {}
+        for plan in plans:
+            above = {name: rank for name, rank in plan.ranks.items() if self._blocks[name] >= plan.split}
+            ranks |= {name: max(rank, ranks.get(name, 0)) for name, rank in above.items()}
+        return ranks
 
     def _report_step(self, task: Task, step: StepReport) -> None:
         if task.kind == TRAIN:  # a probe trains nothing, so its steps are no progress

@@ -1,14 +1,42 @@
-"""Rows of the summary: a client in a plan, a client in a round, a step."""
+"""What is noted of a round, and rows of the summary: a client in a plan, a client in a round, a step."""
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from hsplitlora_flwr.lora.aggregation import Factors
 from hsplitlora_flwr.messages import Description, Outcome, Task
 from hsplitlora_flwr.planning.planner import ClientPlan, Plan
 from hsplitlora_flwr.training.server import StepReport
+
+
+@dataclass
+class RoundFigures:
+    """What is counted while a round goes on, besides what clients say with their last replies.
+
+    Parameters
+    ----------
+    started : float
+        Seconds since the epoch.
+    server_peak : int
+        Memory of the server's process while the clients trained, in bytes.
+    up, down : Counter[int]
+        Bytes of each node besides those of its training: of its probe, and of the tensors in messages to it.
+    """
+
+    started: float = field(default_factory=time.time)
+    server_peak: int = 0
+    up: Counter[int] = field(default_factory=Counter)
+    down: Counter[int] = field(default_factory=Counter)
+
+    def count_probe(self, node: int, metrics: Mapping[str, float]) -> None:
+        """Add what a node says of its probe."""
+        self.up[node] += int(metrics["bytes-up"])
+        self.down[node] += int(metrics["bytes-down"])
 
 
 def plan_rows(clients: Iterable[Description], plan: Plan, num_blocks: int) -> list[dict[str, Any]]:

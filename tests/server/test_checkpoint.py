@@ -28,7 +28,7 @@ from hsplitlora_flwr.evaluation.perplexity import Evaluation
 from hsplitlora_flwr.lora.update import Delta
 from hsplitlora_flwr.planning import Budget
 from hsplitlora_flwr.planning.planner import ClientPlan
-from hsplitlora_flwr.server import strategy
+from hsplitlora_flwr.server import run as server_run
 from hsplitlora_flwr.server.central import CentralTraining
 from hsplitlora_flwr.server.checkpoint import ResumeError, RunState, check_resume, load_state, save_state
 from hsplitlora_flwr.server.strategy import HSplitLoRA
@@ -95,12 +95,12 @@ def test_the_adapter_of_the_best_round_is_kept_also_by_a_run_that_goes_on(
     """Perplexity rises from the second round on: the first is the best."""
     changes = {"method.name": method, "plan.probe_every": 0}
     run(settings(tiny_folder, tmp_path / "one", **changes, **{"train.rounds": 1}), tmp_path / "one")
-    measured, nll = strategy.evaluate, iter([300.0, 100.0, 200.0, 200.0, 150.0, 90.0])
+    measured, nll = server_run.evaluate, iter([300.0, 100.0, 200.0, 200.0, 150.0, 90.0])
 
     def rises(*arguments: Any) -> Evaluation:
         return replace(measured(*arguments), nll=next(nll))
 
-    monkeypatch.setattr(strategy, "evaluate", rises)
+    monkeypatch.setattr(server_run, "evaluate", rises)
     two = run(settings(tiny_folder, tmp_path / "two", **changes), tmp_path / "two")
     assert two["best"] == {"round": 1, "perplexity": two["rounds"][0]["perplexity"]}
     assert same(adapter(tmp_path / "two" / "best"), adapter(tmp_path / "one"))
@@ -381,12 +381,12 @@ def test_a_summary_of_another_kind_is_recognised(text: str, old: Path, config: C
 def test_a_round_without_a_perplexity_does_not_replace_the_last_good_one(
     nll: float, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measured = strategy.evaluate
+    measured = server_run.evaluate
 
     def diverges(*arguments: Any) -> Evaluation:
         return replace(measured(*arguments), nll=nll) if (tmp_path / "checkpoints").exists() else measured(*arguments)
 
-    monkeypatch.setattr(strategy, "evaluate", diverges)
+    monkeypatch.setattr(server_run, "evaluate", diverges)
     with pytest.raises(FloatingPointError, match=r"after round 2 is .*round 1 is: go on from there with run\.resume="):
         run(settings(tiny_folder, tmp_path), tmp_path)
     assert rounds(tmp_path) == ["round-1"]

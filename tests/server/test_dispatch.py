@@ -11,12 +11,13 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from hsplitlora_flwr.config import Config
-from hsplitlora_flwr.lora.update import Delta
+from hsplitlora_flwr.lora.base import SharedBase
 from hsplitlora_flwr.messages import TRAIN, TURN, Description, Task
 from hsplitlora_flwr.planning.planner import ClientPlan
 from hsplitlora_flwr.reporting.report import RunReport
 from hsplitlora_flwr.server.clients import Clients
 from hsplitlora_flwr.server.dispatch import Dispatch
+from hsplitlora_flwr.server.model import FederatedModel
 from hsplitlora_flwr.server.shard import Shard
 from hsplitlora_flwr.transport.frames import Failure, Finish, Finished, Frame
 from hsplitlora_flwr.transport.messages import add_frames, read_frames
@@ -61,7 +62,8 @@ def dispatch(shard: FakeShard, tmp_path: Path) -> Dispatch:
     report = RunReport(tmp_path, config.to_run_config())
     clients = Clients(config, report)
     clients.descriptions = {NODE: description()}
-    made = Dispatch(config, clients, cast(Shard, shard), Delta(), [], report)
+    model = FederatedModel(config, cast(SharedBase, None))
+    made = Dispatch(config, clients, cast(Shard, shard), model, [], report)
     made.task(NODE, TRAIN, 1, ClientPlan(2, {}, 0), 3)
     return made
 
