@@ -21,7 +21,7 @@ from hsplitlora_flwr.client.budget import (
     stated_speeds,
 )
 from hsplitlora_flwr.client.store import NodeStore
-from hsplitlora_flwr.client.task import ClientTask, OwnText, kind_of
+from hsplitlora_flwr.client.task import Assignment, ClientTask, OwnText, kind_of
 from hsplitlora_flwr.config import Config, ConfigError, DataConfig, Scalar
 from hsplitlora_flwr.data.fit import Cut, fit_text
 from hsplitlora_flwr.data.partition import cached_partition
@@ -210,12 +210,14 @@ class _Client:
             cut_transform=self.cut_transform.name if self.cut_transform and METHODS[config.method.name].split else "",
         )
 
-    def transform(self, task: Task, store: NodeStore) -> SeededCut | None:
-        """What is done to the cut activations of a task."""
-        if self.cut_transform is None or not task.method.split:
-            return None
-        own = "" if self.cut_transform.reproducible else store.secret()
-        return SeededCut(self.cut_transform, f"{task.config.run.seed}/{task.client}/{task.kind}/{task.round}/{own}")
+    def assignment(self, task: Task, text: OwnText, store: NodeStore) -> Assignment:
+        """A task with what this node does it with."""
+        seed, transform = _data_seed(task.config, task.client), None
+        if self.cut_transform and task.method.split:
+            own = "" if self.cut_transform.reproducible else store.secret()
+            place = f"{task.config.run.seed}/{task.client}/{task.kind}/{task.round}/{own}"
+            transform = SeededCut(self.cut_transform, place)
+        return Assignment(task, text, seed, transform)
 
     def take_part(self, message: Message, context: Context) -> Message:
         """Do a task over the stream, or take the first turn over messages."""
@@ -239,10 +241,9 @@ class _Client:
             except DeltaError as error:  # then the server sends all of it
                 log.warning("the update on disk is not what it was: %s", error)
                 return Message(self.describe(context, task.config, store, text).to_records(), reply_to=message)
-            start = take_start(message.content)
-            seed, transform = _data_seed(task.config, task.client), self.transform(task, store)
+            start, given = take_start(message.content), self.assignment(task, text, store)
             with self.process.loading():
-                begun = kind_of(task)(task, text, changes, seed, start, transform)
+                begun = kind_of(task)(given, changes, start)
             changes, start = {}, {}  # merged, and from here on only the model holds what it needs
             progress.begin()
             done = task.method.split and bool(task.token) and _over_stream(begun, context, store, progress)
@@ -265,9 +266,9 @@ class _Client:
         text = self.text(context, config)
         with self.process.peak_memory() as memory:
             changes = {} if task.from_base else store.changes()
-            transform = self.transform(task, store)
+            given = self.assignment(task, text, store)
             with self.process.loading():
-                begun = kind_of(task)(task, text, changes, _data_seed(config, task.client), transform=transform)
+                begun = kind_of(task)(given, changes)
             changes = {}
             begun.restore(tensors, kept["state"])
             frames, done = begun.take_turn(answers)
@@ -291,7 +292,7 @@ class _Client:
             progress.bytes_up += frame_bytes(records)
         if done:
             store.end_training()
-            description = self.describe(context, task.config, store, begun.text)
+            description = self.describe(context, task.config, store, begun.given.text)
             records.update(begun.outcome(progress, description).to_records())
         else:
             tensors, state = begun.state()

@@ -7,9 +7,10 @@ turn, each in a process of its own. A model that is not cut needs nobody, and is
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +22,7 @@ from hsplitlora_flwr.lora.layers import extract, inject
 from hsplitlora_flwr.lora.update import Change
 from hsplitlora_flwr.messages import EVALUATE, PROBE, Description, Outcome, Progress, Task
 from hsplitlora_flwr.models.placement import pick_device
-from hsplitlora_flwr.models.split import ClientModel, WholeModel
+from hsplitlora_flwr.models.split import ClientModel, HeadModel, WholeModel
 from hsplitlora_flwr.planning.importance import scoring
 from hsplitlora_flwr.training.client import (
     ClientTrainer,
@@ -47,55 +48,77 @@ class OwnText:
     held_out: Sequence[Tokens]
 
 
+@dataclass(frozen=True)
+class Assignment:
+    """A task, and what this node does it with.
+
+    Parameters
+    ----------
+    task : Task
+        What to do.
+    text : OwnText
+        The client's examples.
+    seed : int
+        Of the order of its batches.
+    transform : SeededCut, optional
+        What is done to the cut activation before it leaves, where the model is cut.
+    """
+
+    task: Task
+    text: OwnText
+    seed: int
+    transform: SeededCut | None = None
+
+    def load_split(self, changes: Mapping[str, Change]) -> tuple[ClientModel, HeadModel | None]:
+        """Embeddings and blocks below the cut, with the update; beside them norm and head, where labels stay."""
+        task, model = self.task, self.task.config.model
+        return load_client(
+            model.path,
+            task.split,
+            model.dtype,
+            pick_device(model.device),
+            changes,
+            quantise=model.quantise,
+            head=task.labels_stay,
+        )
+
+    def load_whole(self, changes: Mapping[str, Change]) -> WholeModel:
+        """All of the model, with the update."""
+        model = self.task.config.model
+        return load_whole(model.path, model.dtype, pick_device(model.device), changes, quantise=model.quantise)
+
+    def training_batches(self, first_step: int) -> Iterator[Batch]:
+        """The batches of training from a global step on."""
+        return training_batches(self.text.train, self.task.config.train.batch_size, self.seed, first_step)
+
+    def held_out_batches(self) -> list[Batch]:
+        """The text that the client is measured on."""
+        return list(evaluation_batches(self.text.held_out, self.task.config.evaluation.batch_size))
+
+
 class ClientTask(ABC):
     """A client in one task.
 
     Parameters
     ----------
-    task : Task
-        What to do; its tensors are among the parameters below.
-    text : OwnText
-        The client's examples.
-    changes : Mapping[str, Change]
-        The accumulated update of its layers; merged, and not kept.
-    seed : int
-        Of the order of its batches.
-    start : Mapping[str, Factors], optional
+    given : Assignment
+    model : ClientModel or WholeModel
+        Its part, with the accumulated update and without adapters; gets them.
+    start : Mapping[str, Factors]
         Adapters to go on from; see :class:`~hsplitlora_flwr.messages.Task`.
-    transform : SeededCut, optional
-        What is done to the cut activation before it leaves, where the model is cut.
     """
 
-    model: ClientModel | WholeModel
-
-    def __init__(
-        self,
-        task: Task,
-        text: OwnText,
-        changes: Mapping[str, Change],
-        seed: int,
-        start: Mapping[str, Factors] | None = None,
-        transform: SeededCut | None = None,
-    ) -> None:
-        self.task, self.text, self.seed, self.transform = task, text, seed, transform
-        self.load(changes)
-        adapters = inject(self.model, task.specs, task.seed, start, freeze_a=task.method.freeze_a)
+    def __init__(self, given: Assignment, model: ClientModel | WholeModel, start: Mapping[str, Factors]) -> None:
+        task = given.task
+        self.given, self.task, self.model = given, task, model
+        adapters = inject(model, task.specs, task.seed, start, freeze_a=task.method.freeze_a)
         self.optimizer = AdapterOptimizer(adapters, task.config.train)
-        self.model.train()
+        model.train()
         if task.recompute:
-            recompute_blocks(self.model)
+            recompute_blocks(model)
         self.record = TrainingRecord()
         self.importance: dict[str, float] = {}
         self.found: Evaluation | None = None
-        self.prepare()
-
-    @abstractmethod
-    def load(self, changes: Mapping[str, Change]) -> None:
-        """Read the client's part of the model, with the update and without adapters."""
-
-    @abstractmethod
-    def prepare(self) -> None:
-        """Make what the verbs need of the model with its adapters."""
 
     @abstractmethod
     def work(self, link: Link) -> None:
@@ -135,36 +158,39 @@ class ClientTask(ABC):
         """Parameters that the client holds, adapters included."""
         return self.model.resident_parameters()
 
-    def held_out(self) -> list[Batch]:
-        """The text that the client is measured on."""
-        return list(evaluation_batches(self.text.held_out, self.task.config.evaluation.batch_size))
-
 
 class SplitTask(ClientTask):
-    """A task with the client's part of a cut model; beside it norm and head, where labels stay."""
+    """A task with the client's part of a cut model; beside it norm and head, where labels stay.
 
-    model: ClientModel
+    Parameters
+    ----------
+    given : Assignment
+    changes : Mapping[str, Change]
+        The accumulated update of the client's layers; merged, and not kept.
+    start : Mapping[str, Factors], optional
+        As for :class:`ClientTask`.
+    """
 
-    def load(self, changes: Mapping[str, Change]) -> None:
-        """Embeddings and blocks below the cut."""
-        task, config = self.task, self.task.config.model
-        device, head = pick_device(config.device), task.labels_stay
-        self.model, self.head = load_client(
-            config.path, task.split, config.dtype, device, changes, quantise=config.quantise, head=head
-        )
+    def __init__(
+        self, given: Assignment, changes: Mapping[str, Change], start: Mapping[str, Factors] = MappingProxyType({})
+    ) -> None:
+        self.part, self.head = given.load_split(changes)
+        super().__init__(given, self.part, start)
 
     def resident_parameters(self) -> int:
         """With the head's, that the blocks' part does not hold: with tied embeddings it has none of its own."""
-        held = {id(parameter) for parameter in self.model.parameters()}
+        held = {id(parameter) for parameter in self.part.parameters()}
         beside = self.head.parameters() if self.head else ()
-        return self.model.resident_parameters() + sum(p.numel() for p in beside if id(p) not in held)
+        return super().resident_parameters() + sum(p.numel() for p in beside if id(p) not in held)
 
 
 class SplitTraining(SplitTask):
     """Train the client's adapters, or score its weights on the way."""
 
-    def prepare(self) -> None:
-        """The trainer, at the first step."""
+    def __init__(
+        self, given: Assignment, changes: Mapping[str, Change], start: Mapping[str, Factors] = MappingProxyType({})
+    ) -> None:
+        super().__init__(given, changes, start)
         self._trainer = self._trainer_from(self.task.first_step)
         self.record = self._trainer.record
 
@@ -199,18 +225,18 @@ class SplitTraining(SplitTask):
         self.importance = dict(text["importance"])
 
     def _trainer_from(self, first_step: int) -> ClientTrainer:
-        task, train, transport = self.task, self.task.config.train, self.task.config.transport
+        task, transport = self.task, self.task.config.transport
         return ClientTrainer(
-            self.model,
+            self.part,
             self.optimizer,
-            training_batches(self.text.train, train.batch_size, self.seed, first_step),
+            self.given.training_batches(first_step),
             first_step=first_step,
             head=self.head,
             # |W * gradient| is not additive over parts of a batch, so a probe takes the batch whole
-            micro_batch_size=0 if task.kind == PROBE else train.micro_batch_size,
+            micro_batch_size=0 if task.kind == PROBE else task.config.train.micro_batch_size,
             up=transport.up,
             down=transport.down,
-            transform=self.transform,
+            transform=self.given.transform,
             forward_only=task.forward_only,
         )
 
@@ -222,10 +248,12 @@ class SplitTraining(SplitTask):
 class SplitEvaluation(SplitTask):
     """Measure the model on the client's own text, forward only."""
 
-    def prepare(self) -> None:
-        """What asks for the losses, batch by batch."""
-        wires = self.task.config.transport.up, self.task.config.transport.down
-        self._evaluator = ClientEvaluator(self.model, self.head, self.held_out(), *wires, self.transform)
+    def __init__(
+        self, given: Assignment, changes: Mapping[str, Change], start: Mapping[str, Factors] = MappingProxyType({})
+    ) -> None:
+        super().__init__(given, changes, start)
+        codecs = self.task.config.transport.up, self.task.config.transport.down
+        self._evaluator = ClientEvaluator(self.part, self.head, given.held_out_batches(), *codecs, given.transform)
 
     def work(self, link: Link) -> None:
         """All batches, over the stream."""
@@ -244,16 +272,11 @@ class SplitEvaluation(SplitTask):
 class WholeModelTask(ClientTask):
     """Train, or measure, a model that is not cut: nobody else is needed."""
 
-    model: WholeModel
-
-    def load(self, changes: Mapping[str, Change]) -> None:
-        """All of the model."""
-        config = self.task.config.model
-        device = pick_device(config.device)
-        self.model = load_whole(config.path, config.dtype, device, changes, quantise=config.quantise)
-
-    def prepare(self) -> None:
-        """Nothing."""
+    def __init__(
+        self, given: Assignment, changes: Mapping[str, Change], start: Mapping[str, Factors] = MappingProxyType({})
+    ) -> None:
+        self.whole = given.load_whole(changes)
+        super().__init__(given, self.whole, start)
 
     def work(self, link: Link) -> None:
         """There is no stream for it."""
@@ -262,21 +285,21 @@ class WholeModelTask(ClientTask):
     def take_turn(self, answers: Sequence[Frame]) -> tuple[list[Frame], bool]:
         """All of it."""
         if self.task.kind == EVALUATE:
-            self.found = evaluate(self.model, self.held_out())
+            self.found = evaluate(self.whole, self.given.held_out_batches())
             return [], True
-        train, first_step = self.task.config.train, self.task.first_step
+        first_step = self.task.first_step
         self.record = train_whole(
-            self.model,
+            self.whole,
             self.optimizer,
-            training_batches(self.text.train, train.batch_size, self.seed, first_step),
+            self.given.training_batches(first_step),
             first_step=first_step,
             steps=self.task.steps,
-            micro_batch_size=train.micro_batch_size,
+            micro_batch_size=self.task.config.train.micro_batch_size,
         )
         return [], True
 
 
-def kind_of(task: Task) -> type[ClientTask]:
+def kind_of(task: Task) -> type[SplitTraining | SplitEvaluation | WholeModelTask]:
     """What does a task."""
     if not task.method.split:
         return WholeModelTask

@@ -11,6 +11,7 @@ Where the labels stay with it, the loss of a step needs what the server makes of
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,13 +29,32 @@ from hsplitlora_flwr.models.loading import load_causal_lm, load_client_parts
 from hsplitlora_flwr.models.proof import find_family
 from hsplitlora_flwr.models.split import ClientModel, HeadModel, ModelPart, WholeModel, whole_model
 from hsplitlora_flwr.training.cut import SeededCut
-from hsplitlora_flwr.training.memory import trim_heap
+from hsplitlora_flwr.training.memory import RoomForPeaks
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.transport.frames import Activation, Finish, Frame, Gradient, Hidden, HiddenGradient, Loss
 from hsplitlora_flwr.transport.link import Link
 from hsplitlora_flwr.transport.wire import pack, unpack
 
 P = TypeVar("P", bound=ModelPart)
+
+
+@dataclass
+class _Step:
+    """A client's step under way: its micro-batches, and what of them waits for the server."""
+
+    micro_batches: Sequence[Batch] = ()
+    label_tokens: int = 0
+    tokens: int = 0
+    cuts: dict[int, Tensor] = field(default_factory=dict)
+    server_square: float = 0.0
+
+    @classmethod
+    def of(cls, batch: Batch, micro_batch_size: int) -> _Step:
+        parts = batch.micro_batches(micro_batch_size) if micro_batch_size else [batch]
+        return cls(parts, batch.label_tokens, int(batch.attention_mask.sum()))
+
+    def ends_with(self, index: int) -> bool:
+        return index == len(self.micro_batches) - 1
 
 
 @dataclass
@@ -148,7 +168,8 @@ class ClientTrainer:
         self.batches, self._micro_batch_size, self._up = batches, micro_batch_size, up
         self._down, self._transform = down, transform
         self._device = model.device
-        self._largest = 0
+        self._room = RoomForPeaks()
+        self._step = _Step()
         self._loss = 0.0
 
     @property
@@ -158,38 +179,41 @@ class ClientTrainer:
 
     def begin(self) -> int:
         """Take the next batch; returns its number of micro-batches."""
-        self._batch = batch = next(self.batches)
-        if batch.input_ids.numel() > self._largest:  # about to set a new peak: without leftovers of smaller batches
-            self._largest = batch.input_ids.numel()
-            trim_heap()
-        self._micro_batches = batch.micro_batches(self._micro_batch_size) if self._micro_batch_size else [batch]
-        self._cuts: dict[int, Tensor] = {}
-        self._server_square = 0.0
-        return len(self._micro_batches)
+        batch = next(self.batches)
+        self._room.make_for(batch)
+        self._step = _Step.of(batch, self._micro_batch_size)
+        return len(self._step.micro_batches)
 
     def forward(self, index: int) -> Activation:
         """Compute a micro-batch up to the cut."""
-        micro, last = self._micro_batches[index], index == len(self._micro_batches) - 1
+        step, micro = self._step, self._step.micro_batches[index]
         draw_masks(self.model, self.global_step, index)
         with torch.no_grad() if self.forward_only else nullcontext():
             cut = self.model(micro.input_ids.to(self._device), micro.attention_mask.to(self._device))
             if self._transform:
                 cut = self._transform(cut, self.global_step, index)
         if not self.forward_only:
-            self._cuts[index] = cut
+            step.cuts[index] = cut
         labels = micro.labels if self.head is None else torch.empty(0, dtype=torch.int64)
         values, scale = pack(cut.detach(), self._up)
         return Activation(
-            self.global_step, values, scale, micro.attention_mask, labels, self._batch.label_tokens, last, self.square
+            self.global_step,
+            values,
+            scale,
+            micro.attention_mask,
+            labels,
+            step.label_tokens,
+            step.ends_with(index),
+            self.square,
         )
 
     def predict(self, index: int, hidden: Hidden) -> HiddenGradient:
         """Where labels stay: the loss of what the server made of a micro-batch, and its gradient."""
         assert self.head is not None
-        micro = self._micro_batches[index]
+        micro = self._step.micro_batches[index]
         shape = (*micro.input_ids.shape, int(self.model.decoder.config.hidden_size))
         state = unpack(hidden.hidden, hidden.scale, self.model.dtype, self._device, self._down, shape).requires_grad_()
-        output = self.head(state, micro.labels.to(self._device), self._batch.label_tokens)
+        output = self.head(state, micro.labels.to(self._device), self._step.label_tokens)
         output.loss.backward()
         assert state.grad is not None
         return HiddenGradient(*pack(state.grad, self._up), float(output.loss.detach()))
@@ -197,15 +221,15 @@ class ClientTrainer:
     def backward(self, index: int, answer: Frame) -> None:
         """Take a micro-batch's :class:`Gradient` back through the blocks, into the adapters; forward alone there is its
         :class:`Loss` and nothing to do."""
-        last = index == len(self._micro_batches) - 1
+        last = self._step.ends_with(index)
         if isinstance(answer, Loss):
             self.hear(answer, last)
             return
         assert isinstance(answer, Gradient)
-        cut = self._cuts.pop(index)
+        cut = self._step.cuts.pop(index)
         if cut.requires_grad:  # not when no block of the client has an adapter
             cut.backward(unpack(answer.gradient, answer.scale, cut.dtype, cut.device, self._down, cut.shape))
-        self._server_square = answer.square
+        self._step.server_square = answer.square
         self._add(answer.loss, last)
 
     def hear(self, answer: Frame, last: bool) -> None:
@@ -221,11 +245,12 @@ class ClientTrainer:
 
     def step(self) -> None:
         """Move the adapters, once every micro-batch of the batch has been through."""
-        self.square = self.optimizer.square()
-        self.optimizer.step(self.global_step, self._server_square)
+        norm = float(self.optimizer.grad_norm())
+        self.square = norm * norm
+        self.optimizer.step(self.global_step, math.sqrt(self.square + self._step.server_square))
         self.global_step += 1
-        self.record.label_tokens += self._batch.label_tokens
-        self.record.tokens += int(self._batch.attention_mask.sum())
+        self.record.label_tokens += self._step.label_tokens
+        self.record.tokens += self._step.tokens
 
     def finish(self) -> Finish:
         """What lets the server take its last step."""

@@ -54,10 +54,25 @@ class Seat(Protocol):
     def begin(self) -> None:
         """Before the first micro-batch of a step; waits until it can."""
 
-    def complete(self, step: int, before: float) -> float:
-        """All gradients of a global step are there; returns their squared norm.
+    def grad_norm(self) -> Tensor:
+        """Norm of the gradients that are there: a scalar, for which nothing waits."""
 
-        ``before`` is the squared norm of the client's own gradient in its step before.
+    def complete(self, step: int, square: float, before: float) -> None:
+        """All gradients of a global step are there.
+
+        Parameters
+        ----------
+        step : int
+            The global step.
+        square : float
+            Their squared norm.
+        before : float
+            Squared norm of the client's own gradient in its step before.
+
+        Raises
+        ------
+        FloatingPointError
+            If they are no gradient that is to be followed; then nothing has moved.
         """
 
     def settle(self, square: float) -> None:
@@ -81,7 +96,7 @@ class OwnHalf:
 
     def __init__(self, optimizer: AdapterOptimizer) -> None:
         self._optimizer = optimizer
-        self._step = 0  # whose gradients are complete
+        self._step, self._square = 0, 0.0  # of the gradients that are complete
 
     def may_begin(self) -> bool:
         """Always."""
@@ -90,14 +105,17 @@ class OwnHalf:
     def begin(self) -> None:
         """Nothing to wait for."""
 
-    def complete(self, step: int, before: float) -> float:
+    def grad_norm(self) -> Tensor:
+        """Of the half."""
+        return self._optimizer.grad_norm()
+
+    def complete(self, step: int, square: float, before: float) -> None:
         """Keep the gradients until :meth:`settle`."""
-        self._step = step
-        return check_finite("the squared norm of the gradient of step", step, self._optimizer.square())
+        self._step, self._square = step, check_square(step, square)
 
     def settle(self, square: float) -> None:
         """Move the adapters."""
-        move(self._optimizer, self._step, square)
+        move(self._optimizer, self._step, self._square + square)
 
     def leave(self) -> None:
         """Nothing to give back."""
@@ -178,13 +196,12 @@ class SharedHalf:
         """What another round's half goes on from: ``layer:A/adapter``, ``layer:B/exp_avg`` and so on, not copies."""
         return self.optimizer.tensors()
 
-    def take_step(self, client: str, step: int, before: float) -> float:
-        """Move the adapters by a client's gradient, if it is one; returns its squared norm."""
-        square = check_finite("the squared norm of the gradient of step", step, self.optimizer.square())
-        self._norms[client] = self._check_size(client, step, min(math.sqrt(square), self._clip))
-        move(self.optimizer, step, before)
+    def take_step(self, client: str, step: int, square: float, before: float) -> None:
+        """Move the adapters by a client's gradient, if it is one; squared norms as for :meth:`Seat.complete`."""
+        norm = min(math.sqrt(check_square(step, square)), self._clip)
+        self._norms[client] = self._check_size(client, step, norm)
+        move(self.optimizer, step, square + before)
         self.steps[client] += 1
-        return square
 
     def _check_size(self, client: str, step: int, norm: float) -> float:
         """``norm``, if a step's gradient is not far larger than the others', of whom most are taken to be honest."""
@@ -211,10 +228,12 @@ class _SharedSeat:
     def begin(self) -> None:
         self._half.turns.take(self._client)
 
-    def complete(self, step: int, before: float) -> float:
-        square = self._half.take_step(self._client, step, before)
+    def grad_norm(self) -> Tensor:
+        return self._half.optimizer.grad_norm()
+
+    def complete(self, step: int, square: float, before: float) -> None:
+        self._half.take_step(self._client, step, square, before)
         self._half.turns.done(self._client)
-        return square
 
     def settle(self, square: float) -> None:
         """Nothing: the adapters have moved."""
@@ -228,10 +247,17 @@ class _SharedSeat:
         self._half.turns.expel(self._client)
 
 
-def move(optimizer: AdapterOptimizer, step: int, other_square: float) -> None:
-    """Take a global step; the adapters stay finite, or it fails."""
-    optimizer.step(step, other_square)
-    check_finite("the largest adapter after step", step, optimizer.magnitude())
+def move(optimizer: AdapterOptimizer, step: int, square: float) -> None:
+    """Take a global step, of which both sides' gradients have this squared norm; the adapters stay finite, or it
+    fails."""
+    optimizer.step(step, math.sqrt(square))
+    if optimizer.may_overflow(step):  # elsewhere nothing has to wait for the device
+        check_finite("the largest adapter after step", step, optimizer.magnitude())
+
+
+def check_square(step: int, square: float) -> float:
+    """The squared norm of a step's gradient, if it is finite."""
+    return check_finite("the squared norm of the gradient of step", step, square)
 
 
 def check_finite(what: str, number: int, value: float) -> float:

@@ -48,7 +48,7 @@ class JointPass:
         self._base, self._recompute = base, False
         self._layers: dict[ServerModel, Mapping[str, AdaptedLinear]] = {}
         self._segments: list[tuple[BodyModel | ServerModel, JointBatch]] = []
-        self._waiting: list[tuple[MicroBatch, Future[float]]] = []
+        self._waiting: list[tuple[MicroBatch, Future[Tensor]]] = []
         self._busy = False
         self._changed = Condition()
 
@@ -61,9 +61,9 @@ class JointPass:
         self._recompute |= recompute
         self._segments = []
 
-    def __call__(self, work: MicroBatch) -> float:
+    def __call__(self, work: MicroBatch) -> Tensor:
         """As :func:`hsplitlora_flwr.training.server.differentiate`, together with whatever else waits."""
-        result: Future[float] = Future()
+        result: Future[Tensor] = Future()
         with self._changed:
             self._waiting.append((work, result))
             self._changed.wait_for(lambda: result.done() or not self._busy)
@@ -78,7 +78,7 @@ class JointPass:
                 self._changed.notify_all()
         return result.result()
 
-    def _serve(self, batch: Sequence[tuple[MicroBatch, Future[float]]]) -> None:
+    def _serve(self, batch: Sequence[tuple[MicroBatch, Future[Tensor]]]) -> None:
         """Set all results: by one pass, or one by one where that fails, so that only the guilty one learns of it."""
         if len(batch) > 1:
             works = [work for work, _ in batch]
@@ -97,7 +97,7 @@ class JointPass:
             except Exception as error:  # for the thread that waits for it
                 result.set_exception(error)
 
-    def differentiate(self, works: Sequence[MicroBatch]) -> list[float]:
+    def differentiate(self, works: Sequence[MicroBatch]) -> list[Tensor]:
         """Losses of micro-batches of different clients; gradients of their cuts and adapters are accumulated.
 
         Nothing is accumulated if it fails.
@@ -108,7 +108,7 @@ class JointPass:
         gradients = torch.autograd.grad(torch.stack(losses).sum(), leaves)
         for leaf, gradient in zip(leaves, gradients, strict=True):
             leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)
-        by_model = {work.model: float(loss.detach()) for work, loss in zip(ordered, losses, strict=True)}
+        by_model = {work.model: loss.detach() for work, loss in zip(ordered, losses, strict=True)}
         return [by_model[work.model] for work in works]
 
     def _forward(self, works: Sequence[MicroBatch]) -> list[Tensor]:

@@ -23,6 +23,7 @@ import torch
 from transformers import PretrainedConfig
 
 from hsplitlora_flwr.config import TrainConfig
+from hsplitlora_flwr.data.collate import Batch
 from hsplitlora_flwr.lora.layers import AdapterSpec, inject
 from hsplitlora_flwr.models.build import build_causal_lm
 from hsplitlora_flwr.models.families import Architecture, tiny_config
@@ -74,6 +75,19 @@ def keep_freed_memory(work: Callable[[], T]) -> T:
 def trim_heap() -> None:
     """Give back what smaller tensors left free in the heap, which larger ones cannot use."""
     _glibc("malloc_trim", 0)
+
+
+class RoomForPeaks:
+    """Gives back what smaller batches left free before one that is about to set a new peak."""
+
+    def __init__(self) -> None:
+        self._largest = 0
+
+    def make_for(self, batch: Batch) -> None:
+        """Before a batch is computed."""
+        if batch.input_ids.numel() > self._largest:
+            self._largest = batch.input_ids.numel()
+            trim_heap()
 
 
 def resting_bytes() -> int:
@@ -137,19 +151,22 @@ def _bring_code_in(architecture: Architecture) -> None:
     optimizer = AdapterOptimizer(inject(model, {name: AdapterSpec(2, 4.0) for name in names}, ""), TrainConfig())
     ids = torch.ones(2, 16, dtype=torch.long)
     model.train()(ids, ids).sum().backward()
-    optimizer.step(0, 0.0)
+    optimizer.step(0, optimizer.grad_norm())
 
 
 class PeakMemory:
     """Context manager; ``bytes`` holds the peak of resident memory inside the block, and of the GPU if one is used."""
 
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._done = threading.Event()
+        self._sampler: threading.Thread | None = None  # where the kernel does not keep the peak
+
     def __enter__(self) -> PeakMemory:
         self.bytes = resting_bytes()
-        self._kernel = _reset_high_water()
-        if not self._kernel:
-            self._done = threading.Event()
-            self._thread = threading.Thread(target=self._sample, daemon=True)
-            self._thread.start()
+        if not _reset_high_water():
+            self._sampler = threading.Thread(target=self._sample, daemon=True)
+            self._sampler.start()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         return self
@@ -157,11 +174,11 @@ class PeakMemory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._kernel:
+        if self._sampler is None:
             self.bytes = _status("VmHWM") - _status("RssShmem")
         else:
             self._done.set()
-            self._thread.join()
+            self._sampler.join()
         if torch.cuda.is_available():
             self.bytes += torch.cuda.max_memory_allocated()
 

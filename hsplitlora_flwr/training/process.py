@@ -83,7 +83,6 @@ class Unmeasured(PeakMemory):
     """Measures nothing; ``bytes`` stays 0."""
 
     def __enter__(self) -> Unmeasured:
-        self.bytes = 0
         return self
 
     def __exit__(self, *_: object) -> None: ...

@@ -52,6 +52,13 @@ def farthest(train: TrainConfig, first_step: int, steps: int, entries: int) -> f
     return OPTIMIZERS[train.optimizer].farthest(train, rates, entries)
 
 
+def to_host(*scalars: Tensor) -> list[float]:
+    """Figures of a step as numbers: who asks for them waits for their device once."""
+    together = torch.stack([scalar.detach().to(scalars[0].device, torch.float64) for scalar in scalars])
+    numbers: list[float] = together.to("cpu").tolist()
+    return numbers
+
+
 class AdapterOptimizer:
     """The optimizer over the adapters of one side; what it keeps of them lives as long as they do.
 
@@ -75,33 +82,37 @@ class AdapterOptimizer:
         over = self._parameters or [nn.Parameter(torch.zeros(0))]
         self._optimizer = OPTIMIZERS[train.optimizer].make(over, train)
 
-    def square(self) -> float:
-        """Squared norm of this side's gradient."""
-        return sum((float(p.grad.double().square().sum()) for p in self._parameters if p.grad is not None), 0.0)
+    def grad_norm(self) -> Tensor:
+        """Norm of this side's gradient: a scalar on its device, for which nothing waits; 0 where there is none."""
+        return nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
 
     def magnitude(self) -> float:
         """Largest absolute value in the adapters, NaN where one is; 0 where there are none."""
         if not self._parameters:
             return 0.0
-        return float(torch.nn.utils.get_total_norm([p.detach() for p in self._parameters], norm_type=math.inf))
+        return float(nn.utils.get_total_norm([p.detach() for p in self._parameters], norm_type=math.inf))
 
-    def step(self, step: int, other_square: float) -> None:
+    def step(self, step: int, grad_norm: Tensor | float) -> None:
         """Take a global step and clear the gradients.
 
         Parameters
         ----------
         step : int
             Global step, from 0.
-        other_square : float
-            Squared norm of the other side's gradient in this step.
+        grad_norm : Tensor or float
+            Norm of both sides' gradients together (:meth:`grad_norm` is that of this side), by which they are clipped.
         """
         if self._train.clip:
-            norm = torch.tensor(math.sqrt(self.square() + other_square), dtype=torch.float64)
-            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._train.clip, norm)
+            norm = torch.as_tensor(grad_norm, dtype=torch.float64)
+            nn.utils.clip_grads_with_norm_(self._parameters, self._train.clip, norm)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(self._train, step)
         self._optimizer.step()
         self.drop_gradients()
+
+    def may_overflow(self, step: int) -> bool:
+        """Whether a step of finite gradients may leave adapters that are not: where nothing bounds how far it goes."""
+        return farthest(self._train, step, 1, 1) == math.inf
 
     def drop_gradients(self) -> None:
         """Forget the gradients of a step that is not to be taken, or has been."""

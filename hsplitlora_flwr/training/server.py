@@ -21,6 +21,7 @@ from hsplitlora_flwr.models.split import (
 )
 from hsplitlora_flwr.training.allowance import TRUSTED, Allowance, Refused, Step, check_activation
 from hsplitlora_flwr.training.half import Seat, check_finite
+from hsplitlora_flwr.training.schedule import to_host
 from hsplitlora_flwr.transport.frames import (
     Activation,
     Finish,
@@ -57,11 +58,11 @@ class MicroBatch:
     normalizer: int
 
 
-def differentiate(work: MicroBatch) -> float:
-    """The loss of a micro-batch; gradients of its cut and of its model's adapters are accumulated."""
-    output = work.model(work.cut, work.attention_mask, work.labels, work.normalizer)
-    output.loss.backward()
-    return float(output.loss.detach())
+def differentiate(work: MicroBatch) -> Tensor:
+    """The loss of a micro-batch, a scalar; gradients of its cut and of its model's adapters are accumulated."""
+    loss: Tensor = work.model(work.cut, work.attention_mask, work.labels, work.normalizer).loss
+    loss.backward()
+    return loss.detach()
 
 
 class CorePool:
@@ -104,7 +105,7 @@ class ServerTrainer:
         take more threads than there are cores, since oversubscribed cores are many times slower than busy ones.
     down : str
         Numbers on the wire; see :func:`hsplitlora_flwr.transport.wire.pack`.
-    through : Callable[[MicroBatch], float], optional
+    through : Callable[[MicroBatch], Tensor], optional
         Takes a micro-batch through a ``ServerModel`` and back: :func:`differentiate`, or the
         :class:`hsplitlora_flwr.training.joint.JointPass` of several trainers.
     allowance : Allowance, optional
@@ -123,7 +124,7 @@ class ServerTrainer:
         report: Callable[[StepReport], None] = lambda _: None,
         threads: Callable[[], int] = torch.get_num_threads,
         down: str = "float32",
-        through: Callable[[MicroBatch], float] = differentiate,
+        through: Callable[[MicroBatch], Tensor] = differentiate,
         allowance: Allowance = TRUSTED,
     ) -> None:
         self.model = model
@@ -223,23 +224,29 @@ class ServerTrainer:
         gradient = unpack(frame.gradient, frame.scale, hidden.dtype, hidden.device, up, hidden.shape)
         self._waiting.popleft()
         hidden.backward(gradient)
-        return self._trained(cut, frame.loss)
+        return self._trained(cut, torch.tensor(frame.loss, dtype=torch.float64))
 
-    def _trained(self, cut: Tensor, loss: float) -> Frame:
+    def _trained(self, cut: Tensor, loss: Tensor) -> Frame:
         """The answer when a micro-batch has been through; the adapters move if it was the last of its step."""
         assert cut.grad is not None
         # refuses what is not finite
         gradient = None if self._allowance.forward_only else pack(cut.grad, self._down)
-        square = 0.0
-        self._loss += loss
         if self._step.closed and not self._waiting:
-            step = self._step
-            check_finite("the loss of step", step.number, self._loss)
-            square = self._seat.complete(step.number, self._before)
-            self._complete = True
-            self._report(StepReport(step.number, self._loss, step.label_tokens, step.tokens))
+            part, norm = to_host(loss, self._seat.grad_norm())
+            self._take_step(self._loss + part, norm * norm)
             self._loss = 0.0
-        return Loss(loss) if gradient is None else Gradient(*gradient, loss, square)
+        else:
+            part, norm = float(loss), 0.0
+            self._loss += part
+        return Loss(part) if gradient is None else Gradient(*gradient, part, norm * norm)
+
+    def _take_step(self, loss: float, square: float) -> None:
+        """A step's micro-batches have all been through, with this loss and squared norm of the gradient."""
+        step = self._step
+        check_finite("the loss of step", step.number, loss)
+        self._seat.complete(step.number, square, self._before)
+        self._complete = True
+        self._report(StepReport(step.number, loss, step.label_tokens, step.tokens))
 
     def _finish(self, frame: Finish) -> Finished:
         self._allowance.check_square(frame)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 
+from torch import Tensor
+
 from hsplitlora_flwr.data.collate import Batch
 from hsplitlora_flwr.lora.layers import draw_masks
 from hsplitlora_flwr.models.split import WholeModel
 from hsplitlora_flwr.training.client import TrainingRecord
-from hsplitlora_flwr.training.memory import trim_heap
-from hsplitlora_flwr.training.schedule import AdapterOptimizer
+from hsplitlora_flwr.training.memory import RoomForPeaks
+from hsplitlora_flwr.training.schedule import AdapterOptimizer, to_host
 from hsplitlora_flwr.training.server import StepReport
 
 
@@ -43,22 +45,19 @@ def train_whole(
     """
     record = TrainingRecord()
     started = time.perf_counter()
-    device = model.device
-    largest = 0
+    device, room = model.device, RoomForPeaks()
     for step in range(first_step, first_step + steps):
         batch = next(batches)
-        if batch.input_ids.numel() > largest:  # about to set a new peak: without the leftovers of smaller batches
-            largest = batch.input_ids.numel()
-            trim_heap()
-        loss = 0.0
+        room.make_for(batch)
+        losses: list[Tensor] = []
         for index, micro in enumerate(batch.micro_batches(micro_batch_size) if micro_batch_size else [batch]):
             draw_masks(model, step, index)
             ids, mask, labels = (t.to(device) for t in (micro.input_ids, micro.attention_mask, micro.labels))
             output = model(ids, mask, labels, batch.label_tokens)
             output.loss.backward()
-            loss += float(output.loss.detach())
-        optimizer.step(step, other_square=0.0)
-        tokens = int(batch.attention_mask.sum())
+            losses.append(output.loss.detach())
+        optimizer.step(step, optimizer.grad_norm())
+        loss, tokens = sum(to_host(*losses)), int(batch.attention_mask.sum())
         record.losses.append(loss)
         record.label_tokens += batch.label_tokens
         record.tokens += tokens

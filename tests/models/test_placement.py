@@ -60,7 +60,7 @@ def results(base: SharedBase, joint: bool) -> list[tuple[float, list[torch.Tenso
         losses = [differentiate(work) for work in works]
     gradients = ([leaf.grad for leaf in (work.cut, *trained(work.model))] for work in works)
     return [
-        (loss, [each.to("cpu") for each in own if each is not None])
+        (float(loss), [each.to("cpu") for each in own if each is not None])
         for loss, own in zip(losses, gradients, strict=True)
     ]
 

@@ -31,6 +31,7 @@ from hsplitlora_flwr.planning.planner import ClientPlan
 from hsplitlora_flwr.server import run as server_run
 from hsplitlora_flwr.server.central import CentralTraining
 from hsplitlora_flwr.server.checkpoint import ResumeError, RunState, check_resume, load_state, save_state
+from hsplitlora_flwr.server.run import Run
 from hsplitlora_flwr.server.strategy import HSplitLoRA
 from tests.grid import LocalGrid
 from tests.server.test_strategy import GB, grid_of, run, settings
@@ -109,13 +110,13 @@ def test_the_adapter_of_the_best_round_is_kept_also_by_a_run_that_goes_on(
         tiny_folder, tmp_path / "more", **changes, **{"train.rounds": 4, "run.resume": str(tmp_path / "two")}
     )
     seen: list[tuple[int, bool]] = []
-    keep = HSplitLoRA.keep_best
+    keep = Run.keep_best
 
-    def watching(self: HSplitLoRA, server_round: int) -> None:
+    def watching(self: Run[Any], server_round: int) -> None:
         keep(self, server_round)
         seen.append((server_round, same(adapter(tmp_path / "more" / "best"), adapter(tmp_path / "one"))))
 
-    monkeypatch.setattr(HSplitLoRA, "keep_best", watching)
+    monkeypatch.setattr(Run, "keep_best", watching)
     summary = run(more, tmp_path / "more")
     assert seen == [(2, True), (3, True), (4, False)]
     assert summary["best"]["round"] == 4

@@ -310,14 +310,14 @@ def test_a_step_whose_gradient_is_not_finite_is_not_taken(what: str) -> None:
     served.steps(1)
     honest = served.trainer._through
 
-    def diverged(work: MicroBatch) -> float:
+    def diverged(work: MicroBatch) -> torch.Tensor:
         loss = honest(work)
         assert work.cut.grad is not None
         if what == "cut":
             work.cut.grad[0, 0, 0] = math.inf
         elif what == "adapter":
             next(p for p in work.model.parameters() if p.grad is not None).grad.fill_(1e200)  # type: ignore[union-attr]
-        return math.nan if what == "loss" else loss
+        return loss * math.nan if what == "loss" else loss
 
     first, last = served.frames(FIRST + 1)
     served.take(first)

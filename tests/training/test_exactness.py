@@ -8,12 +8,14 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from hsplitlora_flwr.config import TrainConfig
@@ -81,15 +83,16 @@ def trainers(
     labels: Labels = "server",
     micro_batch_size: int = 0,
     wire: str = "",
+    train: TrainConfig = TRAIN,
 ) -> tuple[ClientTrainer, ServerTrainer]:
     """Both halves of a fresh training run; a client without an adapter computes forward alone."""
     client, server, *head = split_model(model, split, labels)
     wire = wire or wire_of(model)
-    seat = OwnHalf(AdapterOptimizer(inject(server, specs, "seed"), TRAIN))
+    seat = OwnHalf(AdapterOptimizer(inject(server, specs, "seed"), train))
     own = inject(client, specs, "seed")
     return ClientTrainer(
         client.train(),
-        AdapterOptimizer(own, TRAIN),
+        AdapterOptimizer(own, train),
         random_batches(),
         first_step=0,
         head=head[0].train() if head else None,
@@ -137,6 +140,30 @@ def train_in_turns(
         for _ in range(client.global_step):
             next(client.batches)
     return adapters_of(client, server), client.record.losses
+
+
+@pytest.mark.parametrize("labels", ["server", "client"])
+def test_a_step_waits_for_its_figures_as_often_whatever_the_number_of_adapters(labels: Labels) -> None:
+    class Reads(TorchDispatchMode):
+        """Counts where a program waits for a number of a tensor."""
+
+        count = 0
+
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += op is torch.ops.aten._local_scalar_dense.default
+            return op(*args, **kwargs or {})
+
+    found = []
+    for some in (slice(None, None, 11), slice(None)):
+        model = tiny_model("llama")
+        specs = dict(list(specs_of(model).items())[some])
+        sgd = replace(TRAIN, optimizer="sgd")  # AdamW reads counters of its own, which lie on the CPU
+        client, server = trainers(model, specs, 2, labels, train=sgd)
+        assert extract(client.model) and extract(server.model)
+        with Reads() as reads:
+            train_client(client, Loopback(server), STEPS)
+        found.append(reads.count)
+    assert found[0] == found[1] > 0
 
 
 def starts_of(model: PreTrainedModel, specs: Mapping[str, AdapterSpec]) -> dict[str, Factors]:

@@ -101,11 +101,11 @@ def check(base: SharedBase, works: Sequence[MicroBatch], tolerance: float = 1e-9
     alone, expected = [], []
     for work in works:
         draw_masks(work.model, 3, 0)
-        alone.append(differentiate(work))
+        alone.append(float(differentiate(work)))
         expected.append(gradients(work))
         draw_masks(work.model, 3, 0)
     losses = entered(base, [work.model for work in works], recompute).differentiate(works)
-    assert losses == pytest.approx(alone, rel=tolerance)
+    assert list(map(float, losses)) == pytest.approx(alone, rel=tolerance)
     for work, wanted in zip(works, expected, strict=True):
         for one, other in zip(gradients(work), wanted, strict=True):
             assert torch.linalg.norm(one - other) <= tolerance * torch.linalg.norm(other)
@@ -201,7 +201,7 @@ class Arrivals:
 def test_whatever_waits_is_the_next_pass(base_of: Callable[..., SharedBase], monkeypatch: pytest.MonkeyPatch) -> None:
     base = base_of("llama")
     works = works_of(client_parts(base, [1, 2, 3, 1]), [8, 9, 7, 8], [2, 1, 2, 2])
-    expected = [differentiate(work) for work in works]
+    expected = [float(differentiate(work)) for work in works]
     together = entered(base, [work.model for work in works])
     arrivals = Arrivals(together, monkeypatch)
     with ThreadPoolExecutor(4) as threads:
@@ -211,7 +211,7 @@ def test_whatever_waits_is_the_next_pass(base_of: Callable[..., SharedBase], mon
         while len(together._waiting) < 3:
             pass
         arrivals.go.set()
-        assert [result.result(10) for result in results] == pytest.approx(expected, rel=1e-9)
+        assert [float(result.result(10)) for result in results] == pytest.approx(expected, rel=1e-9)
     assert arrivals.sizes == [1, 3]
 
 
@@ -220,7 +220,7 @@ def test_the_guilty_one_alone_learns_of_it(
 ) -> None:
     base = base_of("llama")
     works = works_of(client_parts(base, [1, 2, 3]), [8, 9, 7], [2, 1, 2])
-    expected = differentiate(works[2])
+    expected = float(differentiate(works[2]))
     works[1] = replace(works[1], labels=torch.full_like(works[1].labels, 10**6))
     together = entered(base, [work.model for work in works])
     arrivals = Arrivals(together, monkeypatch)
@@ -231,7 +231,7 @@ def test_the_guilty_one_alone_learns_of_it(
         while len(together._waiting) < 2:
             pass
         arrivals.go.set()
-        assert good.result(10) == pytest.approx(expected, rel=1e-9)
+        assert float(good.result(10)) == pytest.approx(expected, rel=1e-9)
         first.result(10)
         with pytest.raises(IndexError):
             bad.result(10)
@@ -270,7 +270,7 @@ def test_clients_of_a_pass_that_failed_drop_what_they_would_have_dropped_in_it(
             return losses
 
         monkeypatch.setattr(together, "_forward", forward)
-        together._serve([(work, Future[float]()) for work in works])
+        together._serve([(work, Future[torch.Tensor]()) for work in works])
         gradients.append([leaf.grad for work in works for leaf in (work.cut, *trained(work.model))])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
