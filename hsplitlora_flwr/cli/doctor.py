@@ -175,7 +175,7 @@ def look() -> Iterator[Finding]:
     yield from proxies()
     yield from model()
     yield from torch_build()
-    from hsplitlora_flwr.server.shard import own_address
+    from hsplitlora_flwr.transport.stream import own_address
 
     yield from ports(own_address())
 

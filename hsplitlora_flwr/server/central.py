@@ -32,12 +32,12 @@ from hsplitlora_flwr.planning.round import cost_model
 from hsplitlora_flwr.reporting.events import Listener
 from hsplitlora_flwr.server.checkpoint import CHECKPOINTS, RunState, save_state
 from hsplitlora_flwr.server.model import TunedModel
+from hsplitlora_flwr.server.records import step_row
 from hsplitlora_flwr.server.run import Run
 from hsplitlora_flwr.training.client import TrainingRecord
 from hsplitlora_flwr.training.memory import PeakMemory
 from hsplitlora_flwr.training.recompute import recompute_blocks
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
-from hsplitlora_flwr.training.server import StepReport
 from hsplitlora_flwr.training.whole import train_whole
 
 
@@ -172,28 +172,14 @@ class CentralTraining(Run[Central]):
 
     def _train(self, server_round: int) -> TrainingRecord:
         train, model = self.config.train, self.loaded.model
-        first_step = (server_round - 1) * train.steps
-
-        def report(step: StepReport) -> None:
-            self.report.step(
-                round=server_round,
-                rounds=train.rounds,
-                client="all",
-                step=step.step - first_step + 1,
-                steps=train.steps,
-                loss=step.loss,
-                tokens=step.label_tokens,
-                all_tokens=step.tokens,
-            )
-
         return train_whole(
             model.whole().train(),
             model.optimizer,
             self.loaded.batches,
-            first_step=first_step,
+            first_step=(server_round - 1) * train.steps,
             steps=train.steps,
             micro_batch_size=train.micro_batch_size,
-            report=report,
+            report=lambda step: self.report.step(**step_row("all", server_round, train, step)),
         )
 
     def _row(self, record: TrainingRecord, peak: int) -> dict[str, Any]:

@@ -311,7 +311,7 @@ def _in_few_words(failures: Iterable[str]) -> str:
         client, _, reason = failure.removeprefix("client ").partition(" failed: ")
         clients[reason].append(client)
     told = [
-        f"client{'s' * (len(names) > 1)} {', '.join(names)} failed: {reason}"
+        f"client{'s' * (len(names) > 1)} {', '.join(sorted(names))} failed: {reason}"
         for reason, names in list(clients.items())[:_REASONS]
     ]
     more = len(clients) - len(told)

@@ -102,7 +102,8 @@ class Dispatch:
     def task(self, node: int, kind: str, server_round: int, plan: ClientPlan, steps: int) -> Message:
         """Set the server's half of one client's task up, if there is one, and write the message that starts the
         client's."""
-        specs, start = self._specs(plan.ranks), self._model.start(self._specs(plan.ranks))
+        specs = self._specs(plan.ranks)
+        start = self._model.start(specs)
         description = self._clients.descriptions[node]
         task = Task(
             config=self._config,
@@ -229,4 +230,4 @@ class Dispatch:
 
     def _report_step(self, task: Task, step: StepReport) -> None:
         if task.kind == TRAIN:  # a probe trains nothing, so its steps are no progress
-            self._report.step(**step_row(task, step))
+            self._report.step(**step_row(task.client, task.round, task.config.train, step))

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from hsplitlora_flwr.config import TrainConfig
 from hsplitlora_flwr.lora.aggregation import Factors
-from hsplitlora_flwr.messages import Description, Outcome, Task
+from hsplitlora_flwr.messages import Description, Outcome
 from hsplitlora_flwr.planning.planner import ClientPlan, Plan
 from hsplitlora_flwr.training.server import StepReport
 
@@ -67,14 +68,14 @@ def plan_rows(clients: Iterable[Description], plan: Plan, num_blocks: int) -> li
     return rows
 
 
-def step_row(task: Task, step: StepReport) -> dict[str, Any]:
+def step_row(client: str, server_round: int, train: TrainConfig, step: StepReport) -> dict[str, Any]:
     """A step of a client, counted from 1 within its round."""
     return {
-        "round": task.round,
-        "rounds": task.config.train.rounds,
-        "client": task.client,
-        "step": step.step - task.first_step + 1,
-        "steps": task.steps,
+        "round": server_round,
+        "rounds": train.rounds,
+        "client": client,
+        "step": step.step - (server_round - 1) * train.steps + 1,
+        "steps": train.steps,
         "loss": step.loss,
         "tokens": step.label_tokens,
         "all_tokens": step.tokens,

@@ -30,7 +30,6 @@ from hsplitlora_flwr.training.turns import Turns
 from hsplitlora_flwr.transport.frames import Failure, Frame
 from hsplitlora_flwr.transport.link import TRANSPORTS, Handler, Port
 from hsplitlora_flwr.transport.messages import read_frames
-from hsplitlora_flwr.transport.stream import own_address as own_address
 from hsplitlora_flwr.transport.wire import WireError
 
 log = logging.getLogger(__name__)

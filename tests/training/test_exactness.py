@@ -289,7 +289,7 @@ def test_it_keeps_no_graph_and_no_gradient_comes_down(labels: Labels) -> None:
         client.forward(0)
     client, server = trainers(tiny_model("llama"), above(tiny_model("llama"), 2), 2, labels)
     train_client(client, Seen(server), STEPS)
-    assert not made[0].requires_grad and not client._cuts
+    assert not made[0].requires_grad and not client._step.cuts
     expected = [Loss] if labels == "server" else [Hidden, Loss]
     assert [type(answer) for answer in answers] == [*expected * STEPS, Finished]
     assert client.optimizer.tensors() == {} and extract(client.model) == {}
