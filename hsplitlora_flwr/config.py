@@ -145,6 +145,10 @@ class ClientsConfig:
     count: int = setting(3, "clients that the run waits for before it starts", ge=1)
     wait: int = setting(120, "how long to wait for them", unit="s", ge=1)
     min: int = setting(1, "fewest clients of a round; the run ends when failures leave fewer", ge=1)
+    per_round: int = setting(0, "clients that are drawn for a round, by seed; 0 = clients.fraction of them", ge=0)
+    fraction: float = setting(
+        1.0, "share of the clients that is drawn for a round, clients.min of them at least; 1 = all", gt=0, le=1
+    )
     max_share: float = setting(
         0.75,
         "largest share of one client in a round's weights, whatever number of examples it states; 1 = no cap",
@@ -489,6 +493,10 @@ def _contradictions(config: Config) -> Iterator[str]:
     clients, data, plan, train = config.clients, config.data, config.plan, config.train
     if clients.min > clients.count:
         yield f"clients.min={clients.min} is more than clients.count={clients.count}"
+    if clients.per_round and clients.fraction < 1:
+        yield f"clients.per_round={clients.per_round} and clients.fraction={clients.fraction:g}: give one of them"
+    if 0 < clients.per_round < clients.min:
+        yield f"clients.per_round={clients.per_round} is less than clients.min={clients.min}"
     if 0 < clients.max_update < 1:
         yield (
             f"clients.max_update={clients.max_update!r} would refuse the median itself; give at least 1, or 0 for no "

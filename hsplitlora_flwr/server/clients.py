@@ -1,11 +1,15 @@
 """The clients of a run as the server knows them: who they are, what they may use, and the messages to them.
 
-Clients come and go. One that fails is left out of the round and asked again in the next.
+Clients come and go. Every one is asked once who it is; those that are drawn for a round are asked for what may have
+changed. One that fails is left out of the round, and may be drawn for the next. Of a client that is gone, or not drawn,
+nothing is kept but its name.
 """
 
 from __future__ import annotations
 
 import logging
+import math
+import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -130,15 +134,45 @@ class Clients:
             time.sleep(0.2)
 
     def describe(self, grid: Grid, server_round: int) -> None:
-        """Ask all nodes who they are, but for those that said so with their last reply (:meth:`remember`)."""
+        """Draw the clients of a round, and ask for what each may use, but for those that said so with their last reply
+        (:meth:`remember`). Before training, in round 0, all of them are asked, and the first round need not ask again.
+        """
         nodes = sorted(grid.get_node_ids())
-        self.descriptions = {node: self._fresh[node] for node in nodes if node in self._fresh}
-        asked = [node for node in nodes if node not in self._fresh]
-        self._met |= set(asked)
-        base = fingerprint(self._config.model.path) if asked else None
-        messages = [Message(settings_records(self._config, base), node, DESCRIBE) for node in asked]
-        needed = max(self._config.clients.min - len(self.descriptions), 0)
         self._owners = {name: node for name, node in self._owners.items() if node in nodes}
+        self.descriptions = {node: self._fresh[node] for node in nodes if node in self._fresh}
+        drawn = nodes
+        if server_round and self._draws:
+            self._ask(grid, [node for node in nodes if node not in self._owners.values()], server_round, needed=0)
+            drawn = self._draw(server_round)
+            self.descriptions = {node: self.descriptions[node] for node in drawn if node in self.descriptions}
+        needed = max(self._config.clients.min - len(self.descriptions), 0)
+        self._ask(grid, [node for node in drawn if node not in self.descriptions], server_round, needed)
+        self._fresh = {} if server_round else dict(self.descriptions)
+        self.seconds = {node: seconds for node, seconds in self.seconds.items() if node in self.descriptions}
+        self.descriptions = dict(sorted(self.descriptions.items(), key=lambda item: item[1].name))
+
+    @property
+    def known(self) -> int:
+        """How many clients there are, drawn or not."""
+        return max(self._config.clients.count, len(self._owners))
+
+    @property
+    def _draws(self) -> bool:
+        """Whether a round has some of the clients only."""
+        return self._config.clients.per_round > 0 or self._config.clients.fraction < 1
+
+    def _draw(self, server_round: int) -> list[int]:
+        """The nodes of a round: by seed, round and names, so the same in every run."""
+        clients, names = self._config.clients, sorted(self._owners)
+        count = clients.per_round or max(math.ceil(clients.fraction * len(names)), clients.min)
+        dice = random.Random(f"{self._config.run.seed}/{server_round}")
+        return [self._owners[name] for name in dice.sample(names, min(count, len(names)))]
+
+    def _ask(self, grid: Grid, nodes: Sequence[int], server_round: int, needed: int) -> None:
+        """Ask nodes who they are; those that do not say so rightly are left out."""
+        self._met |= set(nodes)
+        base = fingerprint(self._config.model.path) if nodes else None
+        messages = [Message(settings_records(self._config, base), node, DESCRIBE) for node in nodes]
         for reply in self.exchange(grid, messages, server_round, needed=needed):
             node = reply.metadata.src_node_id
             try:
@@ -146,8 +180,6 @@ class Clients:
                     self.take_description(node, Description.from_records(reply.content))
             except ReplyError as flaw:
                 self.leave_out(node, str(flaw), server_round)
-        self._fresh = {}
-        self.descriptions = dict(sorted(self.descriptions.items(), key=lambda item: item[1].name))
 
     def take_description(self, node: int, description: Description) -> None:
         """Note what a node says of itself.

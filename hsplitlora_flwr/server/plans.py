@@ -158,7 +158,7 @@ class RoundPlanner:
         if not self.plans:
             return ""
         if stated.keys() != self.planned_budgets.keys():
-            return "clients came or went"
+            return "other clients take part"
         if stated != self.planned_budgets:
             return "budgets changed"
         if self.costs.lengths != self._planned_lengths:

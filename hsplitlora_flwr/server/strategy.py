@@ -184,8 +184,7 @@ class HSplitLoRA(Run[Federation], Strategy):
     def train_round(self, grid: Grid, server_round: int) -> MetricRecord:
         """One round: describe, score, plan, train, aggregate."""
         self.loaded.dispatch.begin_round()
-        if server_round > 1:
-            self.describe(grid, server_round)
+        self.describe(grid, server_round)
         self.score_weights(grid, server_round)
         self.make_plans(server_round)
         replies = self.train(grid, server_round)
@@ -283,7 +282,7 @@ class HSplitLoRA(Run[Federation], Strategy):
             time.time() - dispatch.figures.started,
             norm,
             rows,
-            known_clients=max(self.config.clients.count, len(rows)),
+            known_clients=self.clients.known,
             server_measured_bytes=dispatch.figures.server_peak,
             steps_of_failed=failed,
             **model.dropped(),

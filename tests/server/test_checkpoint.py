@@ -159,7 +159,7 @@ def test_the_plan_is_kept_and_clients_are_known_by_name(
     with pytest.raises(Stopped):
         run(settings(tiny_folder, first, **changes), first)
     stop_in_round_2.undo()
-    for gigabytes, reasons in ((GB, [""]), ({0: 20.0, 1: 30.0}, ["", "clients came or went"])):
+    for gigabytes, reasons in ((GB, [""]), ({0: 20.0, 1: 30.0}, ["", "other clients take part"])):
         nodes = {
             90 - index: {"partition-id": index, "num-partitions": len(GB), "memory-gb": gb}
             for index, gb in gigabytes.items()
