@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -64,11 +65,14 @@ def _with_zero(ranks: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted({0, *ranks}))
 
 
+_ALPHA = re.compile(r"(?P<factor>\d+(\.\d*)?)?(?P<of>r|sqrt\(r\))?")
+
+
 def _alpha(text: str) -> str:
-    multiple = re.fullmatch(r"(\d+(\.\d*)?|(\d+(\.\d*)?)?r)", text.strip())
-    if not multiple or float(text.strip().rstrip("r") or 1) <= 0:
-        raise ValueError("must be a positive number or a multiple such as '2r'")
-    return text.strip()
+    parts = _ALPHA.fullmatch(text := text.strip())
+    if not text or not parts or float(parts["factor"] or 1) <= 0:
+        raise ValueError("must be a positive number or a multiple such as '2r' or '8sqrt(r)'")
+    return text
 
 
 def _targets(value: Any) -> str | tuple[str, ...]:
@@ -212,7 +216,11 @@ class LoraConfig:
     ranks: Ranks = setting((0, 2, 4, 8), "the ranks that a plan may choose from; 0 = no adapter")
     rank: int = setting(8, "methods with one rank for all: that rank", ge=1)
     rank_cap: int = setting(0, "largest rank of the accumulated update of a layer; 0 = exact, whatever it is", ge=0)
-    alpha: Alpha = setting("2r", "LoRA alpha: a number, or a multiple of the rank such as '2r'; the scale is alpha / r")
+    alpha: Alpha = setting(
+        "2r",
+        "LoRA alpha: a number, a multiple of the rank such as '2r', or of its root such as '8sqrt(r)' (rsLoRA); the "
+        "scale is alpha / r",
+    )
     init: Literal["auto", "kaiming", "update"] = setting(
         "auto", "where A starts in a round; update = along the last round's update; auto = what the method takes"
     )
@@ -443,8 +451,9 @@ class Config:
 
     def alpha(self, rank: int) -> float:
         """LoRA alpha of an adapter of ``rank``; its scale is ``alpha / rank``."""
-        text = self.lora.alpha
-        return float(text[:-1] or 1) * rank if text.endswith("r") else float(text)
+        parts = _ALPHA.fullmatch(self.lora.alpha)
+        assert parts  # as the schema has checked
+        return float(parts["factor"] or 1) * {None: 1.0, "r": rank, "sqrt(r)": math.sqrt(rank)}[parts["of"]]
 
 
 SECTIONS: dict[str, Any] = {section.name: section.default_factory for section in dataclasses.fields(Config)}

@@ -157,6 +157,8 @@ def test_alpha_is_a_number_or_a_multiple_of_the_rank() -> None:
     assert alphas("r") == [4, 16]
     assert alphas("0.5r") == [2, 8]
     assert alphas("16") == [16, 16]
+    assert alphas("8sqrt(r)") == [16, 32]  # a scale of 8 / sqrt(r)
+    assert alphas("sqrt(r)") == [2, 4]
 
 
 def test_targets_and_ranks() -> None:
