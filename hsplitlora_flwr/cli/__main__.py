@@ -43,6 +43,7 @@ COMMANDS = {
     "run": Command("run", "one federated run on this machine; settings are KEY=VALUE", ("hydra",)),
     "plan": Command("plan", "who would hold what, without running it: will my devices do?", ("hydra",)),
     "compare": Command("compare", "methods x client settings x seeds: tables and plots", ("hydra",)),
+    "sweep": Command("sweep", "the runs of a sweep side by side: sweep.html, a table and a CSV file"),
     "report": Command("report", "report.html of a run made anew; several runs side by side"),
     "generate": Command("generate", "texts, with the model of a finished run"),
     "export": Command("export", "the model of a finished run, merged or as a smaller adapter"),
@@ -53,6 +54,7 @@ COMMANDS = {
 EXAMPLES = """\
 examples:
   hsplitlora run train.rounds=4 clients.memory_gb=[1,1.3,1.8]
+  hsplitlora run -m +sweep=budgets
   hsplitlora plan model.path=FOLDER_OR_HUB_NAME clients.memory_gb=[6,8,12,20]
   hsplitlora compare data.path=E2E_FOLDER --methods hsplitlora,splitlora --seeds 1,2
   hsplitlora generate RUN_FOLDER "What is a cell?"

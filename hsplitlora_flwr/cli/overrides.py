@@ -66,14 +66,15 @@ def renamed(arguments: Sequence[str]) -> list[str]:
         key, assigned, value = argument.partition("=")
         if key in RENAMED:
             print(f"warning: {key} is now {RENAMED[key]}", file=sys.stderr)
-        now.append(f"{RENAMED.get(key, key)}{assigned}{value}")
+        key = "sweep" if key == "+sweep" else RENAMED.get(key, key)  # a group that is there, with or without its plus
+        now.append(f"{key}{assigned}{value}")
     return now
 
 
 def check_keys(arguments: Sequence[str], more_keys: Sequence[str] = ()) -> None:
     """Raise :class:`ConfigError` if an override names a key that there is not, with the one that may be meant."""
     known = [*Config().to_run_config(), *more_keys]
-    sections = {key.partition(".")[0] for key in known} | {"hydra", "experiment"}
+    sections = {key.partition(".")[0] for key in known} | {"hydra", "experiment", "sweep"}
     for override in filter(None, map(_parse, arguments)):
         key = override.key_or_group
         if key not in known and not (key in sections or key.startswith(("hydra.", "hydra/"))):

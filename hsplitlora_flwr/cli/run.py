@@ -2,13 +2,14 @@
 
 Composes the settings from ``conf/``, checks everything that can be checked before anything starts, starts a SuperLink,
 runs the app on it, shows the run while it goes on, and judges at the end whether it really finished. The exit status
-is 0 if it did, 1 if the run failed, 2 if the settings or the data are wrong.
+is 0 if it did, 1 if the run failed, 2 if the settings or the data are wrong; of a sweep, how many jobs failed.
 
 ::
 
     hsplitlora run                                    # three clients, the model that is fetched
     hsplitlora run experiment=e2e data.path=e2e/      # the reference run
-    hsplitlora run -m train.lr=1e-3,3e-4              # a sweep: every job in a folder of its own
+    hsplitlora run -m train.lr=1e-3,3e-4              # a sweep: a job each; again, and it goes on with what is missing
+    hsplitlora run -m +sweep=budgets                  # a sweep of conf/sweep
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ import psutil
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator
 
 from hsplitlora_flwr.cli.interrupts import Interrupted, held, interruptible, obey
+from hsplitlora_flwr.cli.jobs import WRONG, Place, SweepCallback, do, failed_jobs, sweep_folder
 from hsplitlora_flwr.cli.overrides import keys_of, start
 from hsplitlora_flwr.cli.settings import CONF
 from hsplitlora_flwr.cli.settings import PROJECT as PROJECT
@@ -49,9 +50,10 @@ from hsplitlora_flwr.cli.superlink import (
     open_superlink,
     started_run,
 )
+from hsplitlora_flwr.comparison.points import JOB_FILE
 from hsplitlora_flwr.config import Config, ConfigError, unknown_key
 from hsplitlora_flwr.models.cores import all_cores
-from hsplitlora_flwr.paths import absolute, with_absolute_paths
+from hsplitlora_flwr.paths import with_absolute_paths
 from hsplitlora_flwr.reporting import EVENTS_FILE, RunConsole, read_events
 from hsplitlora_flwr.reporting.events import Listener
 from hsplitlora_flwr.schema import checked, setting
@@ -63,6 +65,7 @@ _SILENCE_SECONDS = 20.0  # then ask Flower whether the run still lives; asking c
 _AGAIN_SECONDS = 2.0  # to the next question about a run whose log has ended
 _REFUSALS, _PATIENCE = 3, 300.0  # questions without a sign of life between them, and seconds: then the run is lost
 _SLOW_SECONDS = 180.0  # then a question is asked anew
+_MOST_FAILED = 100  # an exit status has 8 bits, and those from 126 up mean other things
 _LINES, _WIDEST = 6, 400  # of an exception's text
 _NOT_STARTED = RunStatus("not started", "")
 _statuses: list[int] = []
@@ -473,14 +476,16 @@ def _read(composed: DictConfig) -> tuple[Config, Launcher]:
     values: Any = OmegaConf.to_container(composed, resolve=True)
     launcher = Launcher.from_mapping(values.pop("launcher"))
     config = Config.from_mapping(values)
-    hydra_config = HydraConfig.get()
-    sweep = hydra_config.mode == RunMode.MULTIRUN
-    folder = absolute(hydra_config.runtime.output_dir if sweep else config.run.dir)
-    if not folder:
+    return with_absolute_paths(config), launcher
+
+
+def _check_new(config: Config) -> None:
+    """See that no other run has this folder."""
+    folder = Path(config.run.dir)
+    if not config.run.dir:
         raise ConfigError("run.dir is empty; name a folder")
-    if any((Path(folder) / name).exists() for name in (EVENTS_FILE, "summary.json", "adapter")):
+    if any((folder / name).exists() for name in (EVENTS_FILE, "summary.json", "adapter")):
         raise ConfigError(f"run.dir={folder} already holds a run; choose another folder or remove it")
-    return with_absolute_paths(dataclasses.replace(config, run=dataclasses.replace(config.run, dir=folder))), launcher
 
 
 def prepare(config: Config, console: Listener, *, simulated: bool = True) -> None:
@@ -518,37 +523,68 @@ def prepare(config: Config, console: Listener, *, simulated: bool = True) -> Non
         check_parts(config, text)
 
 
+def _start(config: Config, launcher: Launcher, console: Listener) -> int:
+    """Check and launch; returns the exit status.
+
+    Raises
+    ------
+    ValueError, ModuleNotFoundError
+        If something is wrong with what was asked for.
+    """
+    _say(console, "checking settings, text and model")
+    if launcher.superlink:
+        check_connection(launcher.superlink, PROJECT)
+    prepare(config, console, simulated=not launcher.superlink)
+    return launch(config, PROJECT, launcher, console)
+
+
 def _run(composed: DictConfig) -> int:
-    """Read, check, launch; returns the exit status."""
+    """One run; returns the exit status."""
     with RunConsole() as console:
         try:
             config, launcher = _read(composed)
-            _say(console, "checking settings, text and model")
-            if launcher.superlink:
-                check_connection(launcher.superlink, PROJECT)
-            prepare(config, console, simulated=not launcher.superlink)
-        # all errors of settings, data and models, and of packages for what was asked for, are these
-        except (ValueError, ModuleNotFoundError, OmegaConfBaseException) as error:
+            _check_new(config)
+            return _start(config, launcher, console)
+        except WRONG as error:
             console.close()
             print(f"error: {error}", file=sys.stderr)
             return 2
-        return launch(config, PROJECT, launcher, console)
+
+
+def _job(composed: DictConfig) -> float:
+    """One job of a sweep; returns its perplexity."""
+    config, launcher, wrong = None, Launcher(), ""
+    try:
+        config, launcher = _read(composed)
+    except WRONG as error:
+        wrong = str(error)
+    return do(Place.here(), config, wrong, lambda settled, console: _start(settled, launcher, console))
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-def main(composed: DictConfig) -> None:
-    """Hydra's entry point: one job. A sweep goes on after a job that failed."""
+def main(composed: DictConfig) -> float | None:
+    """Hydra's entry point: one run, or one job of a sweep, which goes on whatever becomes of a job."""
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        return _job(composed)
     _statuses.append(_run(composed))
+    return None
 
 
 def command() -> None:
-    """The command line: the exit status of the worst job, or of the signal that ended it."""
+    """The command line; its exit status is that of the run, of a signal, or the number of jobs that failed."""
     interruptible()
+    sys.argv[1:] = sweep_folder(sys.argv[1:])
     try:
-        wrong = start(main, Launcher, __doc__ or "")
+        status = start(main, Launcher, __doc__ or "")
     except Interrupted as error:
         if not error.told:
             when = "before Flower was started; the same command starts the run"
             print(f"interrupted by {error.signal.name} {when}", file=sys.stderr)
         raise
-    sys.exit(max([wrong, *_statuses]))
+    finally:
+        if SweepCallback.folder and any(SweepCallback.folder.glob(f"*/{JOB_FILE}")):
+            from hsplitlora_flwr.cli.sweep import show
+
+            show(SweepCallback.folder)
+    failed = failed_jobs(SweepCallback.folder) if SweepCallback.folder else 0
+    sys.exit(status or min(failed, _MOST_FAILED) or max(_statuses, default=0))

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.text import Text
 
 from hsplitlora_flwr.comparison.clock import round_seconds
+from hsplitlora_flwr.comparison.files import write
 from hsplitlora_flwr.comparison.results import CENTRAL, Comparison, Result, measurements
 from hsplitlora_flwr.comparison.table import Tuning, render
 from hsplitlora_flwr.config import Config, ConfigError
@@ -188,13 +189,6 @@ class Store:
 
     def save(self, job: Job, result: Result) -> None:
         write(self._folder / f"{job.name}.json", json.dumps(vars(result)) + "\n")
-
-
-def write(path: Path, text: str) -> None:
-    """Replace a file in one piece: whoever is killed here leaves the old one."""
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
 
 
 class Study:

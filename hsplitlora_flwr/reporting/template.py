@@ -1,13 +1,7 @@
-"""The template of ``report.html``, in Jinja's language. It is Python because Flower carries no HTML files in an app."""
+"""The template of ``report.html``, in Jinja's language, and the style of all pages. Python, because Flower carries no
+HTML files in an app."""
 
-TEMPLATE = """\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ config["method.name"] }}, {{ config["model.path"] }}: {{ summary.status }}</title>
-<style>
+STYLE = """\
 :root { color-scheme: light dark; --ink: #1d2126; --soft: #6a7079; --line: #dfe2e6; --back: #fff; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e4e6e9; --soft: #9aa1ab; --line: #363b42; --back: #17191c; }
@@ -29,6 +23,21 @@ svg { max-width: 100%; height: auto; }
 .legend span { margin-right: 1rem; }
 .legend i { display: inline-block; width: .8rem; height: .8rem; margin-right: .3rem; }
 code, pre { font: 13px/1.45 ui-monospace, monospace; }
+"""
+"""Of every page that this package writes."""
+
+TEMPLATE = (
+    """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ config["method.name"] }}, {{ config["model.path"] }}: {{ summary.status }}</title>
+<style>
+"""
+    + STYLE
+    + """\
 </style>
 </head>
 <body>
@@ -141,3 +150,4 @@ no adapter. Left of the line is the client, right of it the server.</p>
 </body>
 </html>
 """
+)
