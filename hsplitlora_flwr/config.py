@@ -42,7 +42,9 @@ DTYPES: tuple[str, ...] = get_args(Dtype)
 QUANTISATIONS: tuple[str, ...] = get_args(Quantisation)
 WIRES = ("float32", "bfloat16", "float16", "int8", "float64")
 OPTIMIZERS = ("adamw", "sgd")
-SOURCES = ("dialogues", "e2e", "jsonl")
+SOURCES = ("dialogues", "chitchat", "e2e", "own", "jsonl")
+OWN = ("own", "jsonl")
+"""Sources of one's own data; the second is what they were called when there were JSON lines alone."""
 
 KNOWN_METHODS: Registry[Any] = Registry("method", home="hsplitlora_flwr.methods")
 KNOWN_CODECS: Registry[Any] = Registry("codec", *WIRES)
@@ -129,16 +131,28 @@ class DataConfig:
 
     source: Annotated[str, OneOf(KNOWN_SOURCES)] = setting("dialogues", "which data set")
     path: str = setting(
-        "", "e2e: folder with trainset.csv and devset.csv; jsonl: the training file, or empty where nodes have one each"
+        "",
+        "own: file, folder or hub name of the training rows, or empty where nodes have theirs; e2e: folder with "
+        "trainset.csv and devset.csv",
     )
-    eval_path: str = setting("", "jsonl: a file of held-out text; empty holds rows of the training file out")
-    group_field: str = setting("group", "jsonl: the field that names a row's group, for dirichlet and natural")
+    eval_path: str = setting("", "own: held-out rows, as path; empty = eval_split, or rows held out of the training")
+    subset: str = setting("", "own: the part of a hub data set that its authors call a config or subset")
+    split: str = setting("train", "own: the split to train on, where data have several")
+    eval_split: str = setting("", "own: the split to measure on; empty = split in eval_path, else rows held out")
+    prompt: str = setting("", "own: the column that a model reads, where rows are none of docs/data.md; empty = none")
+    completion: str = setting("", "own: the column that it learns: text, or the turns of a chat; empty = as rows are")
+    group_field: str = setting("group", "own: the column that names a row's group, for dirichlet and natural")
     partition: Literal["iid", "linear", "dirichlet", "natural"] = setting("natural", "how rows are dealt to clients")
     alpha: float = setting(0.5, "Dirichlet concentration; smaller is more uneven", ge=1e-6)
     train_rows: int = setting(0, "use so many training rows, drawn by seed; 0 uses all", unit="rows", ge=0)
     eval_rows: int = setting(120, "held-out text; e2e takes the first of devset.csv", unit="rows", ge=1)
     eval_skip: int = setting(0, "e2e: leave out so many rows of devset.csv before those", unit="rows", ge=0)
     max_length: int = setting(128, "length after which an example is cut", unit="tokens", ge=2)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the data are one's own."""
+        return self.source in OWN
 
 
 @dataclass(frozen=True)
@@ -511,11 +525,12 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"clients.max_update={clients.max_update!r} would refuse the median itself; give at least 1, or 0 for no "
             "limit"
         )
-    own_text = data.source == "jsonl" and data.eval_path
-    if data.source in ("e2e", "jsonl") and not data.path and not own_text:
+    if not data.path and (data.source == "e2e" or (data.is_own and not data.eval_path)):
         yield f"data.path is empty; data.source={data.source} needs the path of its files" + (
-            ", or data.eval_path where nodes have text of their own" if data.source == "jsonl" else ""
+            ", or data.eval_path where nodes have text of their own" if data.is_own else ""
         )
+    if data.prompt and not data.completion:
+        yield f"data.prompt={data.prompt} names what a model reads; name what it learns too, data.completion=COLUMN"
     if config.split.max_leakage < 1 and not config.split.leakage:
         yield (
             f"split.max_leakage={config.split.max_leakage:g} needs split.leakage, the file that an attack on this "

@@ -1,13 +1,13 @@
 """Texts of a finished run: ``hsplitlora generate RUN PROMPT...``.
 
 The base model with the run's update, on this machine; what it writes after each prompt is printed, and nothing else, so
-the output can go into a file. Prompts end as those of training do: a line break is put behind them where ``dialogues``
-and ``e2e`` have one; for text of your own, type it where the rows have it.
+the output can go into a file. A prompt is asked as those of training were: with a line break behind it where theirs
+have one, in Alpaca's words, or as a turn of a chat.
 
 ::
 
     hsplitlora generate runs/2026-11-28_00-58-10 "What is a cell?"
-    hsplitlora generate runs/2026-11-28_00-58-10 $'### Question\\nWhat is a cell?\\n'
+    hsplitlora generate runs/2026-11-28_00-58-10 --max-new-tokens 20 "What is a cell?" "Who was Bach?"
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ def generate(arguments: Sequence[str] | None = None) -> None:
     options = typed.parse_args(arguments)
     outcome = Outcome.read(options.run)
     asked = outcome.config.evaluation
-    from hsplitlora_flwr.data.sources import as_prompt
-    from hsplitlora_flwr.evaluation.generation import generate as write
+    from hsplitlora_flwr.data.shapes import asked as prompt_of
+    from hsplitlora_flwr.evaluation.generation import answer
     from hsplitlora_flwr.lora.update import Change
     from hsplitlora_flwr.models.loading import load_tokenizer
 
     base, adapter = outcome.load(options.model)
     base.update({name: Change(factors=pair) for name, pair in adapter.items()})
-    texts = write(
+    texts = answer(
         base.whole().causal_lm,
         load_tokenizer(str(outcome.folder / "merged") if outcome.full else options.model or outcome.config.model.path),
-        [as_prompt(outcome.config.data.source, prompt) for prompt in options.prompts],
+        [prompt_of(outcome.kind_of_prompts, prompt) for prompt in options.prompts],
         batch_size=1,
         max_new_tokens=asked.max_new_tokens if options.max_new_tokens is None else options.max_new_tokens,
         beams=asked.beams if options.beams is None else options.beams,

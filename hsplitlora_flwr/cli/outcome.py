@@ -65,6 +65,12 @@ class Outcome:
         """The run trained all weights, so it left a model and no adapter."""
         return METHODS[self.config.method.name].full
 
+    @property
+    def kind_of_prompts(self) -> str:
+        """As :func:`hsplitlora_flwr.data.shapes.kind_of` told it of the held-out text."""
+        kind = self.summary.get("text", {}).get("held_out", {}).get("prompts")
+        return str(kind or ("pair" if self.config.data.is_own else "line"))  # as runs had it that do not say
+
     def load(self, path: str = "", *, without: str = "") -> tuple[SharedBase, dict[str, Factors]]:
         """The base model of the run, on the device there is, and the adapter by layer name.
 

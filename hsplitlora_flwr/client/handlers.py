@@ -74,8 +74,8 @@ def load_own_text(context: Context, config: Config) -> Sequence[Example]:
     """
     own = context.node_config.get("data-path")
     if own is not None:
-        return read_rows(str(own))
-    if config.data.source == "jsonl" and not config.data.path:
+        return read_rows(str(own), config.data)
+    if config.data.is_own and not config.data.path:
         raise ConfigError(
             "data.path is empty, so every node needs a file of its own: --node-config 'data-path=\"FILE\"'"
         )

@@ -5,7 +5,8 @@
     attention_mask   1   1 1 1 1  1 1 1 1  1    0   0
 
 The model predicts position t + 1 at position t, so the label at position 0 is never predicted. Padding is told by the
-mask and never by its id, because many models pad with EOS.
+mask and never by its id, because many models pad with EOS. Of a chat every turn of the assistant has labels, as
+:mod:`hsplitlora_flwr.data.chat` finds them.
 
 Prompt and completion are tokenized as the one text that they are: tokenizers in the manner of SentencePiece put a space
 before every text, and a completion on its own would have one that the data do not have. Where a token holds the end of
@@ -26,7 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hsplitlora_flwr.data.sources import DataError, Example
+from hsplitlora_flwr.data.chat import Rendered, apply_template, marks_its_own, render
+from hsplitlora_flwr.data.example import DataError, Example, Turn
 
 _AT_ONCE = 1024  # examples: where the tokens of a text lie takes many times their memory
 IGNORED = -100
@@ -45,11 +47,22 @@ class Tokens:
         How many of the first tokens carry no loss.
     cut : int
         How many tokens of the example are not among them, for lack of room.
+    gaps : tuple of (int, int)
+        Where tokens behind those carry no loss either: the first of each stretch, and the one behind its last.
     """
 
     ids: array[int]
     masked: int
     cut: int = 0
+    gaps: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def of(cls, ids: Sequence[int], learnt: Sequence[bool], cut: int = 0) -> Tokens:
+        """Of token ids, and whether each carries loss."""
+        masked = next((place for place, learns in enumerate(learnt) if learns), len(ids))
+        stretches = itertools.groupby(range(masked, len(ids)), key=lambda place: learnt[place])
+        gaps = (list(places) for learns, places in stretches if not learns)
+        return cls(array("i", ids), masked, cut, tuple((gap[0], gap[-1] + 1) for gap in gaps))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -62,7 +75,10 @@ class Tokens:
     @property
     def labels(self) -> list[int]:
         """The token ids where they are to be predicted, -100 elsewhere."""
-        return [IGNORED] * self.masked + self.ids[self.masked :].tolist()
+        labels = self.ids.tolist()
+        for first, end in ((0, self.masked), *self.gaps):
+            labels[first:end] = [IGNORED] * (end - first)
+        return labels
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,15 +107,18 @@ def tokenize(examples: Sequence[Example], tokenizer: Any, max_length: int) -> li
     at its end does not. What a text brings itself, as after a chat template, is not put there twice: special tokens at
     its start, and EOS at its end, where white space may follow. With an empty prompt everything is label.
 
+    Of a chat the ids are those of the tokenizer's template, with loss on the assistant's turns; EOS follows only where
+    the template ends no turn.
+
     An example longer than ``max_length`` is cut at its end, and loses EOS. Where that would leave no token of the
     completion, the prompt is cut on its left instead, behind the special tokens, because its end is what the
     completion follows: the completion keeps its first ``max_length // 2`` tokens (all, when it has fewer), the prompt
-    what remains. So every example keeps something to learn.
+    what remains. So every example keeps something to learn; of a chat, the prompt is all before the first answer.
 
     Raises
     ------
     DataError
-        If the tokenizer has no EOS, or an example has no token that can be predicted.
+        If the tokenizer has no EOS or no chat template for a chat, or an example has no token that can be predicted.
     """
     eos = tokenizer.eos_token_id
     if eos is None:
@@ -108,26 +127,59 @@ def tokenize(examples: Sequence[Example], tokenizer: Any, max_length: int) -> li
             'learns where a text ends; name one as "eos_token" in its tokenizer_config.json'
         )
     start, rows = _start_tokens(tokenizer), list[Tokens]()
-    for example, ids, border in _whole_texts(tokenizer, examples):
+    for whole in _whole_texts(tokenizer, examples):
+        ids, learnt, head = whole.ids, whole.learnt, start
         if ids[: len(start)] == start:
-            ids, border = ids[len(start) :], max(border - len(start), 0)
-        prompt, completion = ids[:border], ids[border:]
-        if not (eos in completion and example.completion.rstrip().endswith(tokenizer.eos_token)):
-            completion = [*completion, eos]
-        whole = len(start) + len(prompt) + len(completion)
-        if len(start) + len(prompt) >= max_length and prompt:
-            completion = completion[: max_length // 2]
-            room = max_length - len(completion)
-            head = start[:room]
-            prompt = head + prompt[len(prompt) - (room - len(head)) :]
-        else:
-            prompt = start + prompt
-        kept = (*prompt, *completion)[:max_length]
-        masked = len(prompt) if example.prompt else 0
-        if max(masked, 1) >= len(kept):
-            raise DataError(f"example {len(rows)} ({example.completion[:40]!r}) has no token that can be predicted")
-        rows.append(Tokens(array("i", kept), masked, whole - len(kept)))
+            ids, learnt = ids[len(start) :], learnt[len(start) :]
+        elif whole.example.turns:  # the template says how a chat starts
+            head = []
+        unread = not (whole.example.prompt or whole.example.turns)
+        closed = whole.text.rstrip().endswith(tokenizer.eos_token) and eos in itertools.compress(ids, learnt)
+        if not (whole.ended or closed):
+            ids, learnt = [*ids, eos], [*learnt, True]
+        ids, learnt = [*head, *ids], [unread] * len(head) + learnt
+        length = len(ids)
+        read = next((place for place, learns in enumerate(learnt) if learns), length)
+        if read >= max_length and read > len(head):
+            answer = min(length - read, max_length // 2)
+            room = max_length - answer
+            head = head[:room]
+            kept = slice(read - room + len(head), read + answer)
+            ids, learnt = head + ids[kept], [unread] * len(head) + learnt[kept]
+        row = Tokens.of(ids[:max_length], learnt[:max_length], length - min(length, max_length))
+        if max(row.masked, 1) >= len(row):
+            raise DataError(
+                f"example {len(rows)} ({whole.example.completion[:40]!r}) has no token that can be predicted"
+            )
+        rows.append(row)
     return rows
+
+
+def prompt_ids(examples: Sequence[Example], tokenizer: Any, room: int) -> list[list[int]]:
+    """The token ids that a model is given to write the completion of every example, at most ``room``.
+
+    A prompt that is longer is cut as in training, on its left behind the special tokens.
+
+    Raises
+    ------
+    ValueError
+        If an example has no prompt.
+    """
+    found = []
+    for index, example in enumerate(examples):
+        if example.turns:
+            ids = list(
+                apply_template(
+                    example.asked.turns, tokenizer, tokenize=True, add_generation_prompt=True, return_dict=False
+                )
+            )
+            found.append(ids[-room:])
+            continue
+        if not example.prompt:
+            raise ValueError(f"prompt {index} is empty; a text is written after a prompt, so the data must have them")
+        [row] = tokenize([example.asked], tokenizer, room + 1)
+        found.append(row.input_ids[:-1])
+    return found
 
 
 def prompts_inside_tokens(examples: Sequence[Example], tokenizer: Any) -> int:
@@ -136,9 +188,9 @@ def prompts_inside_tokens(examples: Sequence[Example], tokenizer: Any) -> int:
     The tokens of such a prompt alone, after which a text is written, are not those that the example starts with, after
     which a completion is learnt.
     """
-    prompted = [example for example in examples if example.prompt]
+    prompted = [example for example in examples if example.prompt and not example.turns]
     prompts = _ids(tokenizer, [example.prompt for example in prompted]) if prompted else []
-    wholes = (ids for _, ids, _ in _whole_texts(tokenizer, prompted))
+    wholes = (whole.ids for whole in _whole_texts(tokenizer, prompted))
     return sum(whole[: len(prompt)] != prompt for prompt, whole in zip(prompts, wholes, strict=True))
 
 
@@ -198,25 +250,76 @@ def evaluation_batches(rows: Sequence[Tokens], batch_size: int, pad_id: int = 0)
     return (collate(ordered[at : at + batch_size], pad_id) for at in range(0, len(ordered), batch_size))
 
 
-def _whole_texts(tokenizer: Any, examples: Sequence[Example]) -> Iterator[tuple[Example, list[int], int]]:
-    """Every example with the token ids of its whole text, and with how many of the first belong to the prompt."""
+@dataclass(frozen=True)
+class _Whole:
+    """An example as one text: its token ids, which of them are learnt, and whether it brings its own end."""
+
+    example: Example
+    text: str
+    ids: list[int]
+    learnt: list[bool]
+    ended: bool
+
+
+def _whole_texts(tokenizer: Any, examples: Sequence[Example]) -> Iterator[_Whole]:
+    """Every example as one text."""
     for at in range(0, len(examples), _AT_ONCE):
         part = examples[at : at + _AT_ONCE]
-        texts = [example.prompt + example.completion for example in part]
-        if getattr(tokenizer, "is_fast", False):
-            found = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            # By where tokens end: a token of spaces may have lost its start, since offsets can leave spaces out.
-            borders = [
-                next((i for i, (_, end) in enumerate(offsets) if end > len(example.prompt)), len(offsets))
-                for example, offsets in zip(part, found["offset_mapping"], strict=True)
-            ]
-            yield from zip(part, map(list, found["input_ids"]), borders, strict=True)
-        else:
-            prompts = _ids(tokenizer, [example.prompt for example in part])
-            for example, ids, prompt in zip(part, _ids(tokenizer, texts), prompts, strict=True):
-                # What the completion does not change is the prompt's.
-                same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ids, prompt, strict=False))
-                yield example, ids, sum(1 for _ in same)
+        texts = [_rendered(example, tokenizer) for example in part]
+        for example, text, (ids, places) in zip(part, texts, _places(tokenizer, texts), strict=True):
+            learnt = [False] * len(ids)
+            for first, end in places:
+                learnt[first:end] = [True] * (end - first)
+            if example.turns and marks_its_own(example.turns, tokenizer):
+                ids, learnt = _marked(tokenizer, example.turns)
+            yield _Whole(example, text.text, ids, learnt, text.ended)
+
+
+def _rendered(example: Example, tokenizer: Any) -> Rendered:
+    if example.turns:
+        return render(example.turns, tokenizer)
+    text = example.prompt + example.completion
+    return Rendered(text, ((len(example.prompt), len(text)),), ended=False)
+
+
+def _places(tokenizer: Any, texts: Sequence[Rendered]) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
+    """The token ids of every text; and of what is learnt the first token, and the one behind the last."""
+    if getattr(tokenizer, "is_fast", False):
+        found = tokenizer(
+            [text.text for text in texts], add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        for text, ids, offsets in zip(texts, found["input_ids"], found["offset_mapping"], strict=True):
+            yield list(ids), [_between(offsets, *stretch, len(text.text)) for stretch in text.learnt]
+        return
+    for text, ids in zip(texts, _ids(tokenizer, [text.text for text in texts]), strict=True):
+        # What the rest of a text does not change is of what stands before it.
+        starts = [_ids(tokenizer, [text.text[:place] for place in stretch]) for stretch in text.learnt]
+        yield (
+            ids,
+            [
+                (_alike(ids, before), len(ids) if end == len(text.text) else _alike(ids, through))
+                for (before, through), (_, end) in zip(starts, text.learnt, strict=True)
+            ],
+        )
+
+
+def _between(offsets: Sequence[tuple[int, int]], start: int, stop: int, length: int) -> tuple[int, int]:
+    """The tokens that hold some of the characters from ``start`` up to ``stop`` of a text of ``length``."""
+    # By where tokens end: a token of spaces may have lost its start, since offsets can leave spaces out.
+    first = next((place for place, (_, end) in enumerate(offsets) if end > start), len(offsets)) if start else 0
+    behind = (place for place in range(first, len(offsets)) if offsets[place][0] >= stop and stop < length)
+    return first, next(behind, len(offsets))
+
+
+def _alike(ids: Sequence[int], others: Sequence[int]) -> int:
+    """How many tokens two texts have in common from the start."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ids, others, strict=False)))
+
+
+def _marked(tokenizer: Any, turns: Sequence[Turn]) -> tuple[list[int], list[bool]]:
+    """Token ids of a chat, and which of them the template marks as the assistant's."""
+    found = apply_template(turns, tokenizer, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    return list(found["input_ids"]), list(map(bool, found["assistant_masks"]))
 
 
 def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:

@@ -1,9 +1,10 @@
-"""Text to train on and text to measure with, from sources by name and files by suffix.
+"""Text to train on and text to measure with, from sources by name.
 
-Every source becomes the same two lists of :class:`Example`, a prompt and the completion that a model learns to write
-after it. ``dialogues`` comes with an installed package, ``e2e`` is the E2E NLG challenge, ``jsonl`` is one's own file:
-JSON lines, text, or what a reader of its suffix is registered for. Nothing of a file is guessed or passed over in
-silence: a malformed row stops the run with its file and line.
+Every source becomes the same two lists of :class:`~hsplitlora_flwr.data.example.Example`. ``dialogues`` and
+``chitchat`` come with installed packages, ``e2e`` is the E2E NLG challenge, ``own`` is one's own data: what
+:mod:`~hsplitlora_flwr.data.files` reads, in one of the shapes of :mod:`~hsplitlora_flwr.data.shapes`, or what a reader
+of a suffix is registered for. Nothing of a file is guessed or passed over in silence: a malformed row stops the run
+with its file and line.
 """
 
 from __future__ import annotations
@@ -16,27 +17,17 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from hsplitlora_flwr.config import KNOWN_SOURCES, DataConfig
+from hsplitlora_flwr.data.example import DataError as DataError
+from hsplitlora_flwr.data.example import Example as Example
+from hsplitlora_flwr.data.files import Stored, read_text
+from hsplitlora_flwr.data.shapes import Row, refusal, shape_of
 from hsplitlora_flwr.registry import Registry
-
-
-class DataError(ValueError):
-    """Data are missing, malformed or too few. The text names the file and line, or the setting, and the remedy."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """One text: the model reads ``prompt`` and learns ``completion``; ``group`` is what non-IID partitions deal by."""
-
-    prompt: str
-    completion: str
-    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,8 +46,8 @@ the partition that needs a group in every row, or ""."""
 
 SOURCES: Registry[Source] = KNOWN_SOURCES
 """Sources of text by name."""
-READERS: Registry[Reader] = Registry("reader of files", ".jsonl", ".txt")
-"""Readers by suffix, in small letters; files of other suffixes are read as JSON lines."""
+READERS: Registry[Reader] = Registry("reader of files")
+"""Readers of others by suffix, in small letters. They go before what is read without them."""
 
 
 def register_source(name: str) -> Callable[[Source], Source]:
@@ -72,7 +63,7 @@ def register_source(name: str) -> Callable[[Source], Source]:
 
 def register_reader(suffix: str) -> Callable[[Reader], Reader]:
     """Make a function known as the reader of files with this suffix, such as ``.csv``, wherever a file is named:
-    ``data.path`` and ``data.eval_path`` with ``data.source=jsonl``, and ``data-path`` of a node.
+    ``data.path`` and ``data.eval_path`` with ``data.source=own``, and ``data-path`` of a node.
 
     Raises
     ------
@@ -86,20 +77,25 @@ def load_text(config: DataConfig, seed: int) -> TextData:
     """Read the text of ``config.source``; the same settings and seed give the same text, in the same order.
 
     Held-out text is ``config.eval_rows`` rows, spread evenly over the groups and drawn by ``seed``. Two sources bring
-    their own: ``e2e`` takes rows of devset.csv in order, and ``jsonl`` with ``config.eval_path`` draws from that file
-    or takes all of it when it has no more rows; without ``config.path`` there is no training text, which then lies on
-    the nodes alone. Training text never repeats a held-out prompt and completion.
+    their own: ``e2e`` takes rows of devset.csv in order, and ``own`` with ``config.eval_path`` or ``config.eval_split``
+    draws from there or takes all of it when it has no more rows; without ``config.path`` there is no training text,
+    which then lies on the nodes alone. Training text never repeats a held-out one.
 
     Raises
     ------
     DataError
         If a file is missing or malformed, or there are fewer rows than the settings ask for.
     """
-    if config.source == "jsonl" and not config.path:  # nodes have text of their own, see read_rows
+    if config.is_own and not config.path:  # nodes have text of their own, see read_rows
         return TextData((), tuple(_held_out_rows(config, seed)))
+    if config.source in _PACKAGED and (config.path or config.eval_path):
+        raise DataError(
+            f"data.path={config.path or config.eval_path} is not read by data.source={config.source}, which comes with "
+            "a package; for data of your own add data=own"
+        )
     pool, held_out = SOURCES[config.source](config, seed)
-    reserved = {(example.prompt, example.completion) for example in held_out}
-    train = [example for example in pool if (example.prompt, example.completion) not in reserved]
+    reserved = {example.text for example in held_out}
+    train = [example for example in pool if example.text not in reserved]
     if not train:
         raise DataError("every training row is also a held-out row; bring more text or lower data.eval_rows")
     if config.train_rows > len(train):
@@ -111,35 +107,55 @@ def load_text(config: DataConfig, seed: int) -> TextData:
     return TextData(tuple(train), tuple(held_out))
 
 
-def as_prompt(source: str, text: str) -> str:
-    """A text as prompts of a source end, so that a trained model knows what it is: as it is where the source is one's
-    own."""
-    ends_line = source in ("dialogues", "e2e") and not text.endswith("\n")
-    return text + "\n" if ends_line else text
+_PACKAGED = {
+    "dialogues": ("chatterbot_corpus", "chatterbot-corpus", "hsplitlora_flwr[demo]"),
+    "chitchat": ("chitchat_dataset", "chitchat-dataset", "hsplitlora_flwr[chitchat]"),
+}
+"""Sources that come with a package: its module, its name, and what installs it."""
+
+
+def _package(source: str) -> Path:
+    """The folder of the package that a source comes with."""
+    module, name, extra = _PACKAGED[source]
+    package = importlib.util.find_spec(module)
+    if package is None or not package.submodule_search_locations:
+        raise DataError(f"data.source={source} needs the package {name}: pip install '{extra}'")
+    return Path(package.submodule_search_locations[0])
 
 
 @register_source("dialogues")
 def _dialogues(config: DataConfig, seed: int) -> tuple[list[Example], list[Example]]:
     """English dialogues of the package ``chatterbot-corpus``, one file a topic; every turn answers the one before."""
-    package = importlib.util.find_spec("chatterbot_corpus")
-    if package is None or not package.submodule_search_locations:
-        raise DataError(
-            "data.source=dialogues needs the package chatterbot-corpus: pip install 'hsplitlora_flwr[demo]'"
-        )
-    folder = Path(package.submodule_search_locations[0]) / "data" / "english"
+    folder = _package("dialogues") / "data" / "english"
     # libyaml is ten times as fast; a PyYAML built without it has only the other loader.
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     # Some topics repeat a few pairs a hundred times (tech_support: 10 pairs in 1,050 rows). Each is kept once, under
     # its first topic: otherwise the held-out text would hold every pair of such a topic and leave training none.
     pairs: dict[tuple[str, str], str] = {}
     for path in sorted(folder.glob("*.yml")):
-        for turns in yaml.load(_read(path), loader)["conversations"]:
+        for turns in yaml.load(read_text(path), loader)["conversations"]:
             # one in trivia is a single line of text, whose letters are no turns
             for utterance, answer in itertools.pairwise(turns if isinstance(turns, list) else ()):
                 pairs.setdefault((utterance, answer), path.stem)
     if not pairs:
         raise DataError(f"no dialogues in {folder}; reinstall them: pip install 'hsplitlora_flwr[demo]'")
     examples = [Example(utterance + "\n", answer, topic) for (utterance, answer), topic in pairs.items()]
+    return examples, hold_out(examples, config.eval_rows, seed)
+
+
+@register_source("chitchat")
+def _chitchat(config: DataConfig, seed: int) -> tuple[list[Example], list[Example]]:
+    """Chats of students in pairs (the Chit-Chat Challenge), grouped by who says the answer: some say much, most little.
+
+    What one says in a row is one turn, a line an utterance.
+    """
+    file = _package("chitchat") / "dataset.json"
+    examples = []
+    for chat in json.loads(read_text(file)).values():
+        turns = [("\n".join(part["text"] for part in turn), turn[0]["sender"]) for turn in chat["messages"] if turn]
+        for (said, _), (answer, speaker) in itertools.pairwise(turns):
+            if said.strip() and answer.strip():
+                examples.append(Example(said + "\n", answer, speaker))
     return examples, hold_out(examples, config.eval_rows, seed)
 
 
@@ -158,38 +174,44 @@ def _e2e(config: DataConfig, seed: int) -> tuple[list[Example], list[Example]]:
 
 
 @register_source("jsonl")
-def _jsonl(config: DataConfig, seed: int) -> tuple[list[Example], list[Example]]:
-    """One's own text: a ``.txt`` file with one text a line, JSON objects, one a line, or what else has a reader."""
+@register_source("own")
+def _own(config: DataConfig, seed: int) -> tuple[list[Example], list[Example]]:
+    """One's own data."""
     grouped_by = config.partition if config.partition in ("dirichlet", "natural") else ""
-    examples = _read_rows(Path(config.path), config.group_field, grouped_by)
-    if not config.eval_path:
+    examples = _examples(_stored(config), config, grouped_by)
+    if not (config.eval_path or config.eval_split):
         return examples, hold_out(examples, config.eval_rows, seed)
     return examples, _held_out_rows(config, seed)
 
 
 def _held_out_rows(config: DataConfig, seed: int) -> list[Example]:
     # Held-out text is not dealt to clients, so it needs no groups.
-    rows = _read_rows(Path(config.eval_path), config.group_field, grouped_by="")
+    rows = _examples(_stored(config, held_out=True), config, grouped_by="")
     return rows if len(rows) <= config.eval_rows else hold_out(rows, config.eval_rows, seed)
 
 
-def read_rows(path: str) -> list[Example]:
-    """All examples of a file, as ``data.source=jsonl`` reads them.
+def _stored(config: DataConfig, *, held_out: bool = False) -> Stored:
+    if not held_out:
+        return Stored(config.path, config.split, config.subset)
+    return Stored(config.eval_path or config.path, config.eval_split or config.split, config.subset)
+
+
+def read_rows(path: str, config: DataConfig | None = None) -> list[Example]:
+    """All examples of a node's own file or folder, or of a data set of the hub.
+
+    Parameters
+    ----------
+    path : str
+    config : DataConfig, optional
+        What its columns and its split are called.
 
     Raises
     ------
     DataError
-        If the file is missing or malformed.
+        If it is missing or malformed.
     """
-    return _read_rows(Path(path), group_field="group", grouped_by="")
-
-
-_TEXT_FIELDS = {
-    *("prompt", "completion", "text"),
-    *("messages", "conversations", "conversation", "chosen", "rejected"),
-    *("instruction", "input", "output", "system", "context", "query", "question", "answer", "response"),
-}
-"""Fields that hold text in the data sets that are about."""
+    config = replace(config or DataConfig(), path=path)
+    return _examples(_stored(config), config, grouped_by="")
 
 
 def hold_out(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
@@ -213,7 +235,7 @@ def hold_out(examples: Sequence[Example], count: int, seed: int) -> list[Example
 
 
 def _read_e2e(path: Path) -> list[Example]:
-    reader = csv.reader(io.StringIO(_read(path), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     examples = []
     line = 1
     try:
@@ -244,11 +266,37 @@ def _e2e_example(where: str, row: dict[str, str], fields: list[str], header: lis
     return Example(row["mr"] + "\n", row["ref"], food[1] if food else "none")
 
 
-def _read_rows(path: Path, group_field: str, grouped_by: str) -> list[Example]:
-    """Rows of a file by its suffix; ``grouped_by`` names the partition that needs a group in every row, or ''."""
-    path = path.expanduser().absolute()
-    suffix = path.suffix.lower()
-    read = READERS.get(suffix, _json_lines)
+def _examples(stored: Stored, config: DataConfig, grouped_by: str) -> list[Example]:
+    """All examples, in their order; ``grouped_by`` names the partition that needs a group in every row, or ''."""
+    if read := READERS.get(stored.place.suffix.lower()):
+        return _read_by(read, stored.place, config.group_field, grouped_by)
+    if grouped_by and stored.suffixes[0] == ".txt":
+        raise DataError(f"{stored.place}: a .txt file has no groups for data.partition={grouped_by}; use iid or linear")
+    if not (examples := list(_made(stored, config, grouped_by))):
+        raise DataError(f"{stored.path} has no rows")
+    return examples
+
+
+def _made(stored: Stored, config: DataConfig, grouped_by: str) -> Iterator[Example]:
+    for where, row in stored.rows():
+        columns = {name: value for name, value in row.items() if name != config.group_field} if _is_row(row) else {}
+        shape = shape_of(columns, config.prompt, config.completion)
+        if shape is None:
+            raise DataError(f"{where}: {refusal(columns if _is_row(row) else row, stored.code)}")
+        if missing := [name for name in shape.needed if name not in row]:
+            raise DataError(f"{where}: no '{missing[0]}' here; there are {', '.join(row) or 'no columns'}")
+        try:
+            yield shape.example(columns | {name: row[name] for name in shape.needed}, _group(row, config, grouped_by))
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+
+
+def _is_row(row: object) -> bool:
+    return isinstance(row, dict)
+
+
+def _read_by(read: Reader, path: Path, group_field: str, grouped_by: str) -> list[Example]:
+    """By a reader of others, whose examples are checked here."""
     try:
         examples = list(read(path, group_field, grouped_by))
     except OSError as error:
@@ -261,92 +309,17 @@ def _read_rows(path: Path, group_field: str, grouped_by: str) -> list[Example]:
     return examples
 
 
-@register_reader(".txt")
-def _text_lines(path: Path, group_field: str, grouped_by: str) -> list[Example]:
-    """A text a line."""
-    if grouped_by:
-        raise DataError(f"{path}: a .txt file has no groups for data.partition={grouped_by}; use iid or linear")
-    return [Example("", line, "all") for _, line in _lines(path)]
-
-
-@register_reader(".jsonl")
-def _json_lines(path: Path, group_field: str, grouped_by: str) -> list[Example]:
-    """A JSON object a line."""
-    examples = []
-    for where, line in _lines(path):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{where}: not JSON ({error.msg} at column {error.colno}); write one object a line"
-            ) from None
-        has_prompt = _has_prompt(where, row, group_field)
-        prompt = _field(where, row, "prompt") if has_prompt else ""
-        completion = _field(where, row, "completion" if has_prompt else "text")
-        if not completion.strip():
-            raise DataError(
-                f"{where}: '{'completion' if has_prompt else 'text'}' is empty; give text or delete the row"
-            )
-        examples.append(Example(prompt, completion, _group(where, row, group_field, grouped_by)))
-    return examples
-
-
-def _has_prompt(where: str, row: Any, group_field: str) -> bool:
-    """Whether a row is a prompt with its completion, rather than one text; other shapes are refused.
-
-    What a row says besides, such as an id or its group, is passed over; but not what others train on, as half of a
-    text would go unnoticed.
-    """
-    accepted = 'a row must be {"prompt": ..., "completion": ...} or {"text": ...}'
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: {accepted}")
-    found = sorted(_TEXT_FIELDS & row.keys() - {group_field})
-    if found not in (["completion", "prompt"], ["text"]):
-        named = ", ".join(f"'{name}'" for name in found or list(row)[:5]) or "nothing"
-        raise DataError(f"{where}: {accepted}, and this one has {named}; write its text into those fields alone")
-    return "prompt" in row
-
-
-def _field(where: str, row: dict[str, Any], name: str) -> str:
-    value = row.get(name)
-    if not isinstance(value, str):
-        raise DataError(f"{where}: '{name}' must be a string, not {json.dumps(value)[:40]}")
-    # JSON can escape half of a character ("\ud83d"), on which tokenizers fail much later.
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise DataError(f"{where}: '{name}' holds half of a surrogate pair, which is no text; mend or delete the row")
-    return value
-
-
-def _group(where: str, row: dict[str, Any], group_field: str, grouped_by: str) -> str:
-    value = row.get(group_field)
+def _group(row: Row, config: DataConfig, grouped_by: str) -> str:
+    value = row.get(config.group_field)
     if value is None:
         if grouped_by:
             raise DataError(
-                f"{where}: no field '{group_field}', by which data.partition={grouped_by} deals rows; add it, "
-                "name another in data.group_field, or use data.partition=iid"
+                f"no field '{config.group_field}', by which data.partition={grouped_by} deals rows; add it, name "
+                "another in data.group_field, or use data.partition=iid"
             )
         return "all"
     if not isinstance(value, str | int):
-        raise DataError(f"{where}: '{group_field}' must be a string or a whole number, not {json.dumps(value)[:40]}")
+        raise DataError(
+            f"'{config.group_field}' must be a string or a whole number, not {json.dumps(value, default=str)[:40]}"
+        )
     return str(value)
-
-
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """The lines of a file that are not blank, each with "file:line"."""
-    # Not splitlines: it would also cut at U+2028 and its like, which may stand inside a JSON string.
-    for number, line in enumerate(_read(path).split("\n"), start=1):
-        if line.strip():
-            yield f"{path}:{number}", line.rstrip("\r")
-
-
-def _read(path: Path) -> str:
-    """The whole file as text; a byte order mark at its start is dropped, line ends stay as they are."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; check data.path and data.eval_path") from None
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from hsplitlora_flwr.data.collate import tokenize
-from hsplitlora_flwr.data.sources import Example
+from hsplitlora_flwr.data.chat import end_of_turn
+from hsplitlora_flwr.data.collate import prompt_ids
+from hsplitlora_flwr.data.example import Example
 from hsplitlora_flwr.evaluation.scores import check_installed, score_texts
 
 GENERATED_FILE = "generated.jsonl"
@@ -55,27 +57,26 @@ def generate_and_score(
     """
     check_installed()
     references = references_by_prompt(held_out)
-    texts = generate(
+    texts = answer(
         model, tokenizer, list(references), batch_size=batch_size, max_new_tokens=max_new_tokens, beams=beams
     )
     rows = (
-        {"prompt": prompt, "text": text, "references": completions}
-        for text, (prompt, completions) in zip(texts, references.items(), strict=True)
+        {"prompt": asked.prompt, "text": text, "references": completions}
+        for text, (asked, completions) in zip(texts, references.items(), strict=True)
     )
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (folder / GENERATED_FILE).write_text(lines, encoding="utf-8")
     return score_texts(texts, list(references.values()))
 
 
-def references_by_prompt(examples: Sequence[Example]) -> dict[str, list[str]]:
-    """The completions of every prompt, in the order in which both first appear."""
-    references: dict[str, list[str]] = {}
+def references_by_prompt(examples: Sequence[Example]) -> dict[Example, list[str]]:
+    """The completions of everything asked, in the order in which both first appear."""
+    references: dict[Example, list[str]] = {}
     for example in examples:
-        references.setdefault(example.prompt, []).append(example.completion)
+        references.setdefault(example.asked, []).append(example.completion)
     return references
 
 
-@torch.no_grad()
 def generate(
     model: PreTrainedModel,
     tokenizer: Any,
@@ -85,7 +86,22 @@ def generate(
     max_new_tokens: int,
     beams: int = 1,
 ) -> list[str]:
-    """What the model writes after every prompt: the likeliest tokens, until EOS.
+    """As :func:`answer`, after texts as they are."""
+    asked = [Example(prompt, "") for prompt in prompts]
+    return answer(model, tokenizer, asked, batch_size=batch_size, max_new_tokens=max_new_tokens, beams=beams)
+
+
+@torch.no_grad()
+def answer(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    asked: Sequence[Example],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    beams: int = 1,
+) -> list[str]:
+    """What the model writes after every prompt: the likeliest tokens, until EOS, or the template's end of a turn.
 
     Nothing is drawn by chance, and what the model brings as its own generation settings (sampling, penalties, other
     ends of a text) does not count. A prompt has the tokens that it has alone, which are those of training unless it
@@ -99,8 +115,8 @@ def generate(
         A causal language model, on any device; it is left in evaluation mode.
     tokenizer : PreTrainedTokenizerBase
         Its tokenizer; EOS ends a text.
-    prompts : Sequence[str]
-        None of them empty.
+    asked : Sequence[Example]
+        Examples with a prompt, or chats; what is to be written may be missing.
     batch_size : int
         Prompts that are continued at once. With beams a batch takes ``beams`` times the memory.
     max_new_tokens : int
@@ -122,12 +138,15 @@ def generate(
     for name, value in {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "beams": beams}.items():
         if value < 1:
             raise ValueError(f"{name}={value}; it must be at least 1")
-    rows = _prompt_ids(tokenizer, prompts, _room(model, max_new_tokens))
+    rows = prompt_ids(asked, tokenizer, _room(model, max_new_tokens))
+    ends = [tokenizer.eos_token_id]
+    if any(example.turns for example in asked):
+        ends += end_of_turn(tokenizer)
     settings = GenerationConfig(
         do_sample=False,
         num_beams=beams,
         max_new_tokens=max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=ends,
         pad_token_id=tokenizer.eos_token_id,  # what it is does not matter: the attention mask tells padding
     )
     texts = [""] * len(rows)
@@ -143,17 +162,8 @@ def generate(
             input_ids, attention_mask = _pad_left([rows[row] for row in batch], tokenizer.eos_token_id, model.device)
             written = writer.generate(input_ids, settings, attention_mask=attention_mask)
             for row, ids in zip(batch, written[:, input_ids.shape[1] :].tolist(), strict=True):
-                texts[row] = _text(tokenizer, ids)
+                texts[row] = _text(tokenizer, ids, ends)
     return texts
-
-
-def _prompt_ids(tokenizer: Any, prompts: Sequence[str], room: int) -> list[list[int]]:
-    """Token ids of every prompt, at most ``room``: those of an example that has nothing but EOS after its prompt."""
-    for index, prompt in enumerate(prompts):
-        if not prompt:
-            raise ValueError(f"prompt {index} is empty; a text is written after a prompt, so the data must have them")
-    rows = tokenize([Example(prompt, "", "") for prompt in prompts], tokenizer, room + 1)
-    return [row.input_ids[:-1] for row in rows]
 
 
 def _room(model: PreTrainedModel, max_new_tokens: int) -> int:
@@ -175,10 +185,10 @@ def _pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) 
     return torch.tensor(input_ids, device=device), torch.tensor(attention_mask, device=device)
 
 
-def _text(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The text of the tokens before EOS."""
-    end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
-    return str(tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+def _text(tokenizer: Any, ids: Sequence[int], ends: Collection[int]) -> str:
+    """The text of the tokens before the first that ends it."""
+    written = list(itertools.takewhile(lambda token: token not in ends, ids))
+    return str(tokenizer.decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 @contextmanager

@@ -93,11 +93,12 @@ class RunReport:
         self._summary.resume(run_folder, server_round)
         self._events.emit("status", text=f"going on after round {server_round} of {run_folder}")
 
-    def text(self, max_length: int, training: Cut, held_out: Cut, inside: int) -> None:
-        """What of the text is cut to ``max_length`` tokens, and how many held-out prompts end ``inside`` a token."""
+    def text(self, max_length: int, training: Cut, held_out: Cut, inside: int, prompts: str = "") -> None:
+        """What of the text is cut to ``max_length`` tokens, how many held-out prompts end ``inside`` a token, and of
+        what kind they are (:func:`hsplitlora_flwr.data.shapes.kind_of`)."""
         parts = {"training": training, "held_out": held_out}
         figures = {name: {**vars(part), "cut_share": part.share} for name, part in parts.items()}
-        figures["held_out"]["prompts_inside_tokens"] = inside
+        figures["held_out"] |= {"prompts_inside_tokens": inside, "prompts": prompts}
         self._summary.save(text=figures)
         for name, part in parts.items():
             if part.cut_rows:

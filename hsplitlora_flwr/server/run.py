@@ -25,6 +25,7 @@ from flwr.serverapp.strategy import Result
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.data.collate import Tokens, evaluation_batches, prompts_inside_tokens
 from hsplitlora_flwr.data.fit import Cut, beyond_training, fit_text
+from hsplitlora_flwr.data.shapes import kind_of
 from hsplitlora_flwr.data.sources import Example
 from hsplitlora_flwr.evaluation.generation import generate_and_score
 from hsplitlora_flwr.evaluation.perplexity import MAX_NLL, evaluate
@@ -244,7 +245,7 @@ class Run(ABC, Generic[L]):
     def _report_text(self, training: Cut, held_out: Cut) -> None:
         """Say what of the text does not fit, or is not written after as it is trained, while the run can be stopped."""
         inside = prompts_inside_tokens(self._held_out, load_tokenizer(self.config.model.path))
-        self.report.text(self.config.data.max_length, training, held_out, inside)
+        self.report.text(self.config.data.max_length, training, held_out, inside, kind_of(self._held_out))
         if warning := beyond_training(self.config):
             self.report.warning(warning)
 

@@ -7,6 +7,7 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hsplitlora_flwr.config import DataConfig
-from hsplitlora_flwr.data.sources import DataError, Example, TextData, as_prompt, load_text
+from hsplitlora_flwr.data.sources import DataError, Example, TextData, load_text
 
 GOOD_E2E = 'mr,ref\n"name[A], food[Thai]","One, two."\nname[B],Three.\n'
 
@@ -171,11 +172,25 @@ def test_text_file_is_one_text_a_line(tmp_path: Path) -> None:
         ('{"prompt": "a"}', "a row must be"),
         ('{"completion": "a"}', "a row must be"),
         ('{"prompt": null, "completion": "a"}', "'prompt' must be a string, not null"),
-        ('{"prompt": "a", "text": "b"}', "a row must be .* has 'prompt', 'text'; write its text into those fields"),
-        ('{"prompt": "a", "completion": "b", "text": "ab"}', "a row must be .* has 'completion', 'prompt', 'text'"),
+        ('{"prompt": "a", "text": "b"}', "a row must be .* has 'prompt', 'text'; name its columns, data.prompt=COLUMN"),
+        ('{"prompt": "a", "completion": "b", "text": "ab"}', "a row must be .* has 'prompt', 'text', 'completion'"),
         ('{"prompt": "a", "completion": "b", "context": "c"}', "a row must be"),
-        ('{"instruction": "a", "output": "b"}', "a row must be .* has 'instruction', 'output'"),
-        ('{"messages": [{"role": "user", "content": "a"}]}', "a row must be .* has 'messages'"),
+        (
+            '{"instruction": "a", "output": "b", "context": "c"}',
+            "a row must be .* has 'context', 'instruction', 'output'",
+        ),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "no turn of the role 'assistant'"),
+        ('{"messages": "hello"}', "'messages' must be a list of turns"),
+        (
+            '{"messages": [{"role": "judge", "content": "a"}]}',
+            "turn 1 of 'messages' has 'role': \"judge\", which is no",
+        ),
+        (
+            '{"messages": [{"role": "assistant", "content": null, "tool_calls": [1]}]}',
+            "turn 1 .* has 'tool_calls', which is no",
+        ),
+        ('{"messages": [{"role": "assistant", "content": [{"type": "image"}]}]}', "turn 1 .* which is no text"),
+        ('{"messages": [{"role": "assistant", "content": 5}]}', "turn 1 of 'messages': 'content' must be a string"),
         ('{"body": "a"}', "a row must be .* has 'body'"),
         ("{}", "a row must be .* has nothing"),
         ('{"text": 5}', "'text' must be a string, not 5"),
@@ -188,7 +203,7 @@ def test_text_file_is_one_text_a_line(tmp_path: Path) -> None:
 def test_malformed_jsonl_names_file_and_line(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "good"}\n\n' + line + "\n", encoding="utf-8")
-    with pytest.raises(DataError, match=re.escape(f"{path}:3: ") + message):
+    with pytest.raises(DataError, match=re.escape(f"{path}:3: ") + "(.* )?" + message):
         load_text(DataConfig(source="jsonl", path=str(path), partition="iid", eval_rows=1), seed=0)
 
 
@@ -251,9 +266,29 @@ def test_train_rows_are_drawn_by_seed(tmp_path: Path) -> None:
         draw(31, seed=1)
 
 
-@pytest.mark.parametrize(
-    ("source", "text", "prompt"),
-    [("dialogues", "Who?", "Who?\n"), ("e2e", "name[A]\n", "name[A]\n"), ("jsonl", "Who?", "Who?"), ("mine", "a", "a")],
-)
-def test_a_prompt_ends_as_those_of_its_source(source: str, text: str, prompt: str) -> None:
-    assert as_prompt(source, text) == prompt
+# chitchat
+
+
+def test_chats_are_dealt_by_who_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def turn(sender: str, *said: str) -> list[dict[str, str]]:
+        return [{"text": text, "sender": sender, "timestamp": "2018-05-02"} for text in said]
+
+    chats = {
+        "1": {"messages": [turn("ann", "Hi", "How are you?"), turn("bob", "Fine."), turn("ann", "Good.")]},
+        "2": {"messages": [turn("bob", "Hello"), turn("eve", " "), turn("bob", "Are you there?")], "rating": 1},
+    }
+    (tmp_path / "dataset.json").write_text(json.dumps(chats))
+    found = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr("importlib.util.find_spec", {"chitchat_dataset": found}.get)
+    data = load_text(DataConfig(source="chitchat", eval_rows=1), seed=0)
+    assert set(data.train + data.held_out) == {
+        Example("Hi\nHow are you?\n", "Fine.", "bob"),
+        Example("Fine.\n", "Good.", "ann"),
+    }
+    with pytest.raises(DataError, match=r"data\.source=dialogues needs the package chatterbot-corpus"):
+        load_text(DataConfig(), seed=0)
+
+
+def test_a_path_beside_data_of_a_package_is_refused() -> None:
+    with pytest.raises(DataError, match=r"data\.path=my\.csv is not read by data\.source=dialogues.*add data=own"):
+        load_text(DataConfig(path="my.csv"), seed=0)
