@@ -209,6 +209,12 @@ class SplitConfig:
     max_leakage: float = setting(
         1.0, "least split by that file: where at most this share of the tokens was recovered", ge=0, le=1
     )
+    clip: float = setting(
+        0.0, "longest norm of a token's cut activation, to which longer ones are scaled; 0 = as they are", ge=0
+    )
+    noise: float = setting(
+        0.0, "norm of the noise that clients add to a token's cut activation, in units of split.clip", ge=0
+    )
     max: int = setting(
         0,
         "most blocks on a client; 0 = half of them where server.half=shared, else all but one",
@@ -531,6 +537,11 @@ def _contradictions(config: Config) -> Iterator[str]:
         )
     if data.prompt and not data.completion:
         yield f"data.prompt={data.prompt} names what a model reads; name what it learns too, data.completion=COLUMN"
+    if config.split.noise and not config.split.clip:
+        yield (
+            f"split.noise={config.split.noise:g} needs split.clip, in units of which it is; hsplitlora attack says how "
+            "long activations are"
+        )
     if config.split.max_leakage < 1 and not config.split.leakage:
         yield (
             f"split.max_leakage={config.split.max_leakage:g} needs split.leakage, the file that an attack on this "

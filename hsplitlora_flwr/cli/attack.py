@@ -9,6 +9,7 @@ for every seed. Writes ``leakage.json``, which ``split.leakage`` reads, and prin
     hsplitlora attack                                                  # SmolLM2-135M, dialogues
     hsplitlora attack --splits 1,4,8,12 model.path=FOLDER data=jsonl data.path=my.jsonl
     hsplitlora attack --run runs/2026-11-28_00-58-10                   # under the update of a finished run
+    hsplitlora attack --splits 8 split.clip=40 split.noise=1           # what noise stops
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from hsplitlora_flwr.models.loading import read_settled_config
 from hsplitlora_flwr.models.split import check_split
 from hsplitlora_flwr.privacy.attacks import ATTACKS
 from hsplitlora_flwr.privacy.leakage import measure
+from hsplitlora_flwr.privacy.protection import epsilon, protection
 from hsplitlora_flwr.server.checkpoint import CHECKPOINTS, last_round
 
 
@@ -54,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "data": config.data.source,
         "public_rows": options.public_rows,
         "private_rows": options.private_rows,
+        "clip": config.split.clip,
+        "noise": config.split.noise,
         "seeds": options.seeds,
         "recovered": best_by_split(found),
         "attacks": found,
@@ -61,6 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(page, indent=1) + "\n", encoding="utf-8")
     show(found, Console())
+    if config.split.noise:
+        hidden = int(read_settled_config(config.model.path).hidden_size)
+        print(
+            f"a token's own vector that crosses once is hidden with epsilon {epsilon(config.split.noise, hidden):.3g} "
+            "at delta 1e-5; see docs/privacy.md for what that is worth"
+        )
     print(f"written to {options.out}")
     return 0
 
@@ -85,10 +95,10 @@ def show(found: Sequence[Mapping[str, Any]], console: Console) -> None:
     """A row a split: of all tokens, and of those that the public text does not hold, by attack."""
     attacks = list(dict.fromkeys(row["attack"] for row in found))
     table = Table(title="tokens recovered: all / those that the public text does not hold", title_justify="left")
-    for column in ("split", *attacks):
+    for column in ("split", "median norm", *attacks):
         table.add_column(column, justify="right")
     for split in sorted({row["split"] for row in found}):
-        cells = []
+        cells = [f"{fmean(row['norm'] for row in found if row['split'] == split):.3g}"]
         for attack in attacks:
             rows = [row for row in found if row["split"] == split and row["attack"] == attack]
             cells.append(" / ".join(_with_spread([row[key] for row in rows]) for key in ("recovered", "unseen")))
@@ -113,7 +123,7 @@ def _measured(
         last = options.run / CHECKPOINTS / f"round-{last_round(options.run)}"
         base.update(load_delta(last).changes())
     learn, recover = fit_text(public[: options.public_rows], config), fit_text(private[: options.private_rows], config)
-    for leakage in measure(base, learn, recover, splits, options.attacks, seed):
+    for leakage in measure(base, learn, recover, splits, options.attacks, seed, protection(config.split)):
         print(
             f"seed {seed}, split {leakage.split}, {leakage.attack}: "
             f"{leakage.recovered:.1%} of {leakage.tokens:,} tokens",

@@ -45,8 +45,9 @@ from hsplitlora_flwr.models.fingerprint import check_part, fingerprint
 from hsplitlora_flwr.models.loading import read_config
 from hsplitlora_flwr.models.placement import check_device
 from hsplitlora_flwr.models.quantisation import check_quantiser
+from hsplitlora_flwr.privacy.protection import protection
 from hsplitlora_flwr.registry import import_plugins
-from hsplitlora_flwr.training.cut import CutTransform, SeededCut
+from hsplitlora_flwr.training.cut import CutTransform, SeededCut, chained
 from hsplitlora_flwr.training.process import OwnProcess
 from hsplitlora_flwr.transport.frames import Failure, Frame
 from hsplitlora_flwr.transport.link import TRANSPORTS, Ticket
@@ -207,16 +208,20 @@ class _Client:
             tokens=cut.tokens,
             cut_rows=cut.cut_rows,
             cut_tokens=cut.cut_tokens,
-            cut_transform=self.cut_transform.name if self.cut_transform and METHODS[config.method.name].split else "",
+            cut_transform=changed.name if (changed := self.change_of_cut(config)) else "",
         )
+
+    def change_of_cut(self, config: Config) -> CutTransform | None:
+        """What is done to the cut activation before it leaves: the app's own change, then that of the settings."""
+        return chained(self.cut_transform, protection(config.split)) if METHODS[config.method.name].split else None
 
     def assignment(self, task: Task, text: OwnText, store: NodeStore) -> Assignment:
         """A task with what this node does it with."""
         seed, transform = _data_seed(task.config, task.client), None
-        if self.cut_transform and task.method.split:
-            own = "" if self.cut_transform.reproducible else store.secret()
+        if change := self.change_of_cut(task.config):
+            own = "" if change.reproducible else store.secret()
             place = f"{task.config.run.seed}/{task.client}/{task.kind}/{task.round}/{own}"
-            transform = SeededCut(self.cut_transform, place)
+            transform = SeededCut(change, place)
         return Assignment(task, text, seed, transform)
 
     def take_part(self, message: Message, context: Context) -> Message:
@@ -323,13 +328,20 @@ def _action(message_type: str) -> str:
     return message_type.partition(".")[2]
 
 
+OF_NODES = {
+    "model-path": "model.path",
+    "device": "model.device",
+    "proxy": "transport.proxy",
+    "cut-clip": "split.clip",
+    "cut-noise": "split.noise",
+}
+"""What a node may say in its ``--node-config`` in place of a setting."""
+
+
 def _on_this_node(config: Config, context: Context) -> Config:
-    """The settings with this node's ``model-path``, ``device`` and ``proxy``, where its configuration names them."""
-    node, own = context.node_config, dict[str, Scalar]()
-    own |= {
-        f"model.{key}": str(node[name]) for key, name in (("path", "model-path"), ("device", "device")) if name in node
-    }
-    own |= {"transport.proxy": node["proxy"]} if "proxy" in node else {}
+    """The settings with what this node's configuration says instead (:data:`OF_NODES`)."""
+    node = context.node_config
+    own: dict[str, Scalar] = {setting: node[name] for name, setting in OF_NODES.items() if name in node}
     return Config.from_run_config(config.to_run_config() | own) if own else config
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from hsplitlora_flwr.data.collate import Tokens, evaluation_batches
 from hsplitlora_flwr.lora.base import SharedBase
 from hsplitlora_flwr.privacy.attacks import ATTACKS, Text
+from hsplitlora_flwr.training.cut import CutTransform, SeededCut
 
 ROWS = 16
 """Rows of one forward pass."""
@@ -41,6 +42,8 @@ class Leakage:
         The same among those private tokens that the public text does not hold; None where there are none.
     tokens, unseen_tokens : int
         How many private tokens there were, and how many of them the public text does not hold.
+    norm : float
+        Median norm of the private tokens' activations, as they crossed the cut.
     """
 
     split: int
@@ -49,6 +52,7 @@ class Leakage:
     unseen: float | None
     tokens: int
     unseen_tokens: int
+    norm: float
 
 
 def measure(
@@ -58,6 +62,7 @@ def measure(
     splits: Sequence[int],
     attacks: Sequence[str] = tuple(ATTACKS),
     seed: int = 0,
+    change: CutTransform | None = None,
 ) -> Iterator[Leakage]:
     """Attack the activations of every split point.
 
@@ -75,6 +80,9 @@ def measure(
         Names in :data:`~hsplitlora_flwr.privacy.attacks.ATTACKS`.
     seed : int
         Of attacks that are trained.
+    change : CutTransform, optional
+        What clients do to their activations. The attacker knows it, and does the same to those of its own text; what is
+        drawn at random it cannot draw again.
 
     Yields
     ------
@@ -83,8 +91,13 @@ def measure(
     """
     embeddings = embeddings_of(base)
     known = {token for row in public for token in row.ids}
+    public_cut, private_cut = (
+        SeededCut(change, f"{seed}/{whose}") if change else None for whose in ("attacker", "client")
+    )
     for (split, of_public), (_, of_private) in zip(
-        cut_activations(base, public, splits), cut_activations(base, private, splits), strict=True
+        cut_activations(base, public, splits, public_cut),
+        cut_activations(base, private, splits, private_cut),
+        strict=True,
     ):
         for name in attacks:
             recover = ATTACKS[name](of_public, embeddings, seed)
@@ -99,7 +112,7 @@ def embeddings_of(base: SharedBase) -> Tensor:
 
 @torch.no_grad()
 def cut_activations(
-    base: SharedBase, rows: Sequence[Tokens], splits: Sequence[int]
+    base: SharedBase, rows: Sequence[Tokens], splits: Sequence[int], change: SeededCut | None = None
 ) -> Iterator[tuple[int, list[Text]]]:
     """What crosses the cut for these rows, split point by split point.
 
@@ -122,8 +135,10 @@ def cut_activations(
     for split, after in zip(splits, [*splits[1:], 0], strict=True):
         texts = [
             (activation[mask.bool()].float(), ids[mask.bool()])
-            for batch, cut in zip(batches, hidden, strict=True)
-            for activation, mask, ids in zip(cut, batch.attention_mask, batch.input_ids, strict=True)
+            for index, (batch, cut) in enumerate(zip(batches, hidden, strict=True))
+            for activation, mask, ids in zip(
+                change(cut, split, index) if change else cut, batch.attention_mask, batch.input_ids, strict=True
+            )
         ]
         yield split, texts
         if after:
@@ -136,4 +151,5 @@ def _score(split: int, attack: str, texts: Sequence[Text], guesses: Sequence[Ten
     right = (ids == guessed).double()
     unseen = torch.tensor([int(token) not in known for token in ids])
     of_unseen = float(right[unseen].mean()) if unseen.any() else None
-    return Leakage(split, attack, float(right.mean()), of_unseen, len(ids), int(unseen.sum()))
+    norm = float(torch.cat([torch.linalg.vector_norm(cut, dim=-1) for cut, _ in texts]).median())
+    return Leakage(split, attack, float(right.mean()), of_unseen, len(ids), int(unseen.sum()), norm)

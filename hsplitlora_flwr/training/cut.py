@@ -43,6 +43,21 @@ class CutTransform:
     reproducible: bool = False
 
 
+def chained(*transforms: CutTransform | None) -> CutTransform | None:
+    """One change after the other as one; None where there are none."""
+    changes = [change for change in transforms if change]
+    if len(changes) < 2:
+        return changes[0] if changes else None
+
+    def apply(cut: Tensor, generator: torch.Generator) -> Tensor:
+        for change in changes:
+            cut = change.apply(cut, generator)
+        return cut
+
+    name = ", ".join(change.name for change in changes)
+    return CutTransform(name, apply, reproducible=all(change.reproducible for change in changes))
+
+
 class SeededCut:
     """A change with the seeds of one client's task.
 

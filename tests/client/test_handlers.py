@@ -87,3 +87,29 @@ def test_the_text_of_a_client_is_a_part_of_its_process(tiny_folder: Path, tmp_pa
     process_of(handlers.load_own_text)  # brings code in
     plain = process_of(handlers.load_own_text)
     assert process_of(load_large) - plain > 80 << 20
+
+
+@pytest.mark.parametrize(
+    ("changes", "node", "named"),
+    [
+        ({}, {}, ""),
+        ({"split.clip": 3.0}, {}, "clip 3"),
+        ({"split.clip": 3.0}, {"cut-noise": 0.5}, "clip 3, noise 0.5"),
+        ({"split.clip": 3.0, "split.noise": 0.1}, {"cut-clip": 2.0, "cut-noise": 1}, "clip 2, noise 1"),
+        ({"split.clip": 3.0, "method.name": "fedit"}, {}, ""),
+    ],
+)
+def test_a_node_may_ask_for_more_noise_than_the_run(
+    changes: dict[str, Any], node: dict[str, Any], named: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    grid = grid_of({0: 20.0})
+    grid.node_configs[10] |= node
+    reply = grid.answer(Message(settings_records(settings(tiny_folder, tmp_path, **changes)), 10, DESCRIBE))
+    assert Description.from_records(reply.content).cut_transform == named
+
+
+def test_noise_without_a_clip_is_told(tiny_folder: Path, tmp_path: Path) -> None:
+    grid = grid_of({0: 20.0})
+    grid.node_configs[10]["cut-noise"] = 0.5
+    reply = grid.answer(Message(settings_records(settings(tiny_folder, tmp_path)), 10, DESCRIBE))
+    assert reply.has_error() and "split.noise=0.5 needs split.clip" in reply.error.reason

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from hsplitlora_flwr.config import SplitConfig
 from hsplitlora_flwr.data.collate import Tokens
 from hsplitlora_flwr.lora.base import SharedBase
 from hsplitlora_flwr.models.loading import split_model
 from hsplitlora_flwr.privacy.attacks import ATTACKS, Text
 from hsplitlora_flwr.privacy.leakage import cut_activations, embeddings_of, measure
+from hsplitlora_flwr.privacy.protection import protection
 
 WORDS = 90  # of the vocabulary
 
@@ -70,6 +72,17 @@ def test_noise_tells_nothing(base: SharedBase, attack: str) -> None:
     private = noise(rows_of(40, 2), 2)
     right = sum(int((recover(activation) == ids).sum()) for activation, ids in private)
     assert right / (40 * 12) < 4 / WORDS
+
+
+def test_noise_of_a_node_s_own_hides_and_clipping_alone_does_not(base: SharedBase) -> None:
+    def recovered(noise: float) -> float:
+        change = protection(SplitConfig(clip=0.5, noise=noise))
+        [leakage] = measure(base, rows_of(150, 1), rows_of(20, 2), [1], ["regression"], change=change)
+        assert leakage.norm < 0.51 or noise
+        return leakage.recovered
+
+    assert recovered(0.0) > 0.9
+    assert recovered(8.0) < 0.3
 
 
 def test_split_points_must_rise(base: SharedBase) -> None:

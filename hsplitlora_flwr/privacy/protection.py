@@ -1,0 +1,91 @@
+"""What a client may do to its cut activations, out of the box: bound every token's, and add noise.
+
+With ``split.clip`` a token's activation is scaled down to a norm ``C`` where it is longer. With ``split.noise`` a
+Gaussian vector of the expected norm ``split.noise * C`` is added: at 1 there is as much noise as signal.
+
+Each token that crosses the cut is then one release of the Gaussian mechanism. Replacing it by any other moves its own
+vector by at most ``2 C``, and noise of standard deviation ``split.noise * C / sqrt(hidden)`` a number stands against
+that. Nothing is said of what the tokens after it tell, whose activations hold it too, nor of labels and adapters.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from scipy.optimize import brentq
+from scipy.special import log_ndtr
+from torch import Tensor
+
+from hsplitlora_flwr.config import SplitConfig
+from hsplitlora_flwr.training.cut import CutTransform
+
+
+def protection(split: SplitConfig) -> CutTransform | None:
+    """The change that ``split.clip`` and ``split.noise`` ask for; None where they ask for none."""
+    if not split.clip:
+        return None
+    name = f"clip {split.clip:g}" + (f", noise {split.noise:g}" if split.noise else "")
+    return CutTransform(name, lambda cut, generator: clip_and_blur(cut, generator, split.clip, split.noise))
+
+
+def clip_and_blur(cut: Tensor, generator: torch.Generator, clip: float, noise: float) -> Tensor:
+    """Bound the norm of every token, then add noise to it.
+
+    Parameters
+    ----------
+    cut : Tensor
+        ``(..., hidden)``.
+    generator : torch.Generator
+        Draws the noise.
+    clip : float
+        Longest norm of a token.
+    noise : float
+        Expected norm of its noise, in units of ``clip``.
+    """
+    norm = torch.linalg.vector_norm(cut, dim=-1, keepdim=True)
+    clipped: Tensor = cut * (clip / norm.clamp_min(torch.finfo(cut.dtype).tiny)).clamp(max=1.0)
+    if not noise:
+        return clipped
+    scale = noise * clip / math.sqrt(cut.shape[-1])
+    drawn = torch.randn(cut.shape, generator=generator, device=cut.device, dtype=torch.float32)
+    return clipped.add((scale * drawn).to(cut.dtype))
+
+
+def epsilon(noise: float, hidden: int, releases: int = 1, delta: float = 1e-5) -> float:
+    """How well a token's own vector is hidden: its differential privacy, exactly.
+
+    Any number of Gaussian releases is as one with a smaller deviation, of which ``delta`` follows from ``epsilon`` in
+    closed form.
+
+    Parameters
+    ----------
+    noise : float
+        ``split.noise``, above 0.
+    hidden : int
+        Numbers in an activation.
+    releases : int
+        How often the token crosses the cut.
+    delta : float
+        Between 0 and 1.
+
+    Returns
+    -------
+    float
+        0 or more: the odds of any token against any other change by a factor of ``exp(epsilon)`` at most, but for a
+        probability of ``delta``.
+
+    References
+    ----------
+    Balle and Wang, "Improving the Gaussian Mechanism for Differential Privacy", ICML 2018, theorem 8.
+    """
+    ratio = 2 * math.sqrt(hidden * releases) / noise  # sensitivity over deviation
+
+    def excess(value: float) -> float:
+        above, below = log_ndtr(ratio / 2 - value / ratio), value + log_ndtr(-ratio / 2 - value / ratio)
+        return float(math.exp(above) - math.exp(below)) - delta
+
+    if excess(0.0) <= 0:
+        return 0.0
+    most = ratio * ratio / 2 + ratio * math.sqrt(2 * math.log(1 / delta)) + 1
+    return float(brentq(excess, 0.0, most))
