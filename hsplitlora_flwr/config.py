@@ -50,7 +50,9 @@ KNOWN_METHODS: Registry[Any] = Registry("method", home="hsplitlora_flwr.methods"
 KNOWN_CODECS: Registry[Any] = Registry("codec", *WIRES)
 KNOWN_OPTIMIZERS: Registry[Any] = Registry("optimizer", *OPTIMIZERS)
 KNOWN_SOURCES: Registry[Any] = Registry("source of text", *SOURCES)
-KNOWN_TRANSPORTS: Registry[Any] = Registry("transport", "stream", "messages", "auto")
+KNOWN_TRANSPORTS: Registry[Any] = Registry(
+    "transport", "stream", "messages", "auto", home="hsplitlora_flwr.transport.stream"
+)
 KNOWN_LISTENERS: Registry[Any] = Registry("listener")
 """What a setting may name, which other packages add to. What stands behind the names is registered where it is made."""
 

@@ -43,11 +43,13 @@ class Registry(Mapping[str, T]):
         Those that the package itself registers. They are known before that, so that settings are checked without
         importing what they choose from.
     home : str, optional
-        Instead of those names, the module that registers them, where importing it costs nothing.
+        The module that registers them, which is imported when one of them is asked for; and where no names are given
+        also to know them, so importing it should cost nothing then.
     """
 
     def __init__(self, kind: str, *names: str, home: str = "") -> None:
         self.kind, self._names, self._home = kind, dict.fromkeys(names), home
+        self._knows_its_names = bool(names)
         self._items: dict[str, T] = {}
 
     def register(self, name: str, item: T) -> T:
@@ -69,6 +71,8 @@ class Registry(Mapping[str, T]):
     def __getitem__(self, name: str) -> T:
         if name not in self:
             raise KeyError(name)
+        if name not in self._items:
+            self._go_home()
         return self._items[name]
 
     def __contains__(self, name: object) -> bool:
@@ -87,6 +91,10 @@ class Registry(Mapping[str, T]):
         return len(self._names)
 
     def _settle(self) -> None:
+        if not self._knows_its_names:
+            self._go_home()
+
+    def _go_home(self) -> None:
         if self._home:
             importlib.import_module(self._home)
 

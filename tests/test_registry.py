@@ -14,6 +14,8 @@ from hsplitlora_flwr.methods import METHODS as RESOLVED
 from hsplitlora_flwr.methods import Method
 from hsplitlora_flwr.registry import PluginError, Registry, import_plugins
 
+LATE: Registry[int] = Registry("number", "one", home="at_home")
+
 
 def test_names_are_known_before_what_they_stand_for() -> None:
     registry: Registry[int] = Registry("number", "one", "two")
@@ -23,6 +25,16 @@ def test_names_are_known_before_what_they_stand_for() -> None:
     assert registry["two"] == 2 and list(registry) == ["one", "two", "three"]
     with pytest.raises(KeyError):
         registry["four"]
+
+
+def test_what_a_name_stands_for_is_brought_in_when_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "at_home.py").write_text("from tests.test_registry import LATE\nLATE.register('one', 1)\n")
+    assert list(LATE) == ["one"] and "one" in LATE and "two" not in LATE
+    assert "at_home" not in sys.modules, "to know a name takes no more than the name"
+    assert LATE["one"] == 1
 
 
 @pytest.mark.parametrize("name", ["", "a b", "a,b", "a=b", "-a", "a\n", "a/b"])
