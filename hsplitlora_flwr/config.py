@@ -370,10 +370,10 @@ class TransportConfig:
     certificate: str = setting("", "PEM file of the server's certificate; empty = one made for the run")
     private_key: str = setting("", "PEM file of that certificate's key")
     up: Annotated[str, OneOf(KNOWN_CODECS)] = setting(
-        "float32", "numbers of the cut activation on the wire; int8 has a scale per token"
+        "float32", "codec of the cut activation on the wire; int8 has a scale per token"
     )
     down: Annotated[str, OneOf(KNOWN_CODECS)] = setting(
-        "float32", "numbers of its gradient on the wire; int8 has a scale per token"
+        "float32", "codec of its gradient on the wire; int8 has a scale per token"
     )
     grace: float = setting(
         60.0, "how long a client whose connection broke may take to come back; 0 = it is given up", unit="s", ge=0

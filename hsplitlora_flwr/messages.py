@@ -264,8 +264,8 @@ class Task:
         What the client's accumulated update lacks.
     start : Mapping[str, Factors]
         Adapters of the client's layers to go on from, scale folded in; empty where adapters start afresh.
-    recompute, server_recompute : bool
-        Whether blocks of the client, and of the server for it, compute their activations again in the backward pass.
+    checkpointing, server_checkpointing : bool
+        Activation checkpointing of the client's blocks, and of the server's for it.
     forward_only : bool
         The client computes forward alone: nothing of its part trains or is scored, and no gradient comes down.
     base : Mapping[str, str]
@@ -285,8 +285,8 @@ class Task:
     token: str = ""
     patch: Patch = field(default_factory=lambda: Patch(0, {}))
     start: Mapping[str, Factors] = field(default_factory=dict)
-    recompute: bool = False
-    server_recompute: bool = False
+    checkpointing: bool = False
+    server_checkpointing: bool = False
     forward_only: bool = False
     base: Mapping[str, str] = field(default_factory=dict)
 
@@ -337,8 +337,8 @@ class Task:
             "first-step": self.first_step,
             "steps": self.steps,
             "spacious": self.spacious,
-            "recompute": self.recompute,
-            "server-recompute": self.server_recompute,
+            "checkpointing": self.checkpointing,
+            "server-checkpointing": self.server_checkpointing,
             "forward-only": self.forward_only,
         }
 
@@ -356,8 +356,8 @@ class Task:
             first_step=int(text["first-step"]),
             steps=int(text["steps"]),
             spacious=bool(text["spacious"]),
-            recompute=bool(text["recompute"]),
-            server_recompute=bool(text["server-recompute"]),
+            checkpointing=bool(text["checkpointing"]),
+            server_checkpointing=bool(text["server-checkpointing"]),
             forward_only=bool(text["forward-only"]),
             **more,
         )

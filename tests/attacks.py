@@ -98,9 +98,9 @@ ON_TRAINING: dict[str, Attack] = {
         "Activation came after the end of the training",
     ),
     # sizes
-    "no last micro-batch": (lambda: [replace(ONE, label_tokens=40)] * 9, "has 6 rows; the task allows 4"),
-    "many rows": (lambda: shaped(3, 1), "3 rows x 1 tokens; the task allows 2 rows x 11 tokens"),
-    "long rows": (lambda: shaped(1, 22), "1 rows x 22 tokens; the task allows"),
+    "no last micro-batch": (lambda: [replace(ONE, label_tokens=40)] * 9, "has 6 examples; the task allows 4"),
+    "many rows": (lambda: shaped(3, 1), "3 examples x 1 tokens; the task allows 2 examples x 11 tokens"),
+    "long rows": (lambda: shaped(1, 22), "1 examples x 22 tokens; the task allows"),
     "a large frame": (lambda: shaped(500, TOKENS), "Activation has .* bytes; at most .* are accepted here"),
     "no rows": (lambda: shaped(0, TOKENS), "without a token"),
     "another width": (lambda: first(cut=VALUES[..., :7]), r"cut activation \(2, 11, 7\) must be \(2, 11, 32\)"),
@@ -124,10 +124,10 @@ ON_TRAINING: dict[str, Attack] = {
     "nan": (lambda: first(cut=but(VALUES, math.nan)), "not finite"),
     "inf": (lambda: first(cut=but(VALUES, math.inf)), "not finite"),
     "numbers that overflow": (lambda: first(cut=torch.full_like(VALUES, 3e38)), r"lower train\.lr"),
-    "another wire": (lambda: first(cut=VALUES.double()), "torch.float64 where the wire float32"),
+    "another wire": (lambda: first(cut=VALUES.double()), "torch.float64 where the codec float32"),
     "int8 with a scale of nan": (
         lambda: first(cut=pack(VALUES, "int8")[0], scale=but(pack(VALUES, "int8")[1], math.nan)),
-        "torch.int8 where the wire float32",
+        "torch.int8 where the codec float32",
     ),
     "a square of nan": (lambda: [told(Finish(0.5), b"0.5", b"NaN")], "'previous_square' is nan"),
     "a square of inf": (lambda: [told(ONE, b"0.125", b"1e999")], "'previous_square' is inf"),
@@ -159,7 +159,7 @@ WHERE_LABELS_STAY: dict[str, Attack] = {
     "a gradient of nan": (lambda: back(gradient=but(VALUES, math.nan)), "not finite"),
     "a gradient that overflows": (lambda: back(gradient=torch.full_like(VALUES, 3e38)), "not finite|is inf|is nan"),
     "a gradient of another shape": (lambda: back(gradient=VALUES[:1]), "must be like the state"),
-    "a gradient of another wire": (lambda: back(gradient=VALUES.bfloat16()), "where the wire float32"),
+    "a gradient of another wire": (lambda: back(gradient=VALUES.bfloat16()), "where the codec float32"),
     "a loss below zero": (lambda: back(loss=-1.0), "the loss is -1.0"),
     "a loss of nan": (lambda: [back()[0], told(back()[1], b"0.125", b"  NaN")], "'loss' is nan"),
     "a gradient twice": (lambda: [*back(), back()[1]], "no hidden state that was sent"),
@@ -176,9 +176,9 @@ WHERE_LABELS_STAY: dict[str, Attack] = {
 }
 
 ON_EVALUATION: dict[str, Attack] = {
-    "rows without end": (lambda: [ONE] * 50, "4 rows to evaluate; the task allows 3"),
+    "rows without end": (lambda: [ONE] * 50, "4 examples to evaluate; the task allows 3"),
     "training": (lambda: [Finish(0.5)], "a client that evaluates does not send Finish"),
-    "long evaluation": (lambda: shaped(1, 12), "1 rows x 12 tokens; the task allows"),
+    "long evaluation": (lambda: shaped(1, 12), "1 examples x 12 tokens; the task allows"),
     "nan to evaluate": (lambda: first(cut=but(VALUES, math.nan)), "not finite"),
     "no token to evaluate": (lambda: first(labels=but(LABELS, 10**6)), "token ids from 0 to 256"),
 }

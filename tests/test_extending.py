@@ -147,7 +147,7 @@ def test_a_codec_that_breaks_its_layout_is_named(load: Load, broken: str, monkey
     codec = load("codecs").FourBits
     if broken == "layout":
         monkeypatch.setattr(codec, "encode", lambda self, tensor: (tensor, tensor[..., 0]))
-        with pytest.raises(WireError, match=r"on the wire four_bits is torch\.uint8"):
+        with pytest.raises(WireError, match=r"as four_bits is torch\.uint8"):
             pack(torch.ones(2, 8), "four_bits")
     else:
         packed = pack(torch.ones(2, 8), "four_bits")

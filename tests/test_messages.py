@@ -42,7 +42,7 @@ def test_task() -> None:
     change = Change(factors=(torch.randn(4, 2), torch.randn(2, 4)))
     patch = Patch(2, {"model.layers.0.q": LayerPatch("0", "2-ab", (change,))})
     start = {"model.layers.1.q": (torch.randn(4, 3), torch.randn(3, 4))}
-    sent = Task(config, TRAIN, "1", 3, 2, specs, 24, 12, True, patch=patch, start=start, recompute=True)
+    sent = Task(config, TRAIN, "1", 3, 2, specs, 24, 12, True, patch=patch, start=start, checkpointing=True)
     sent = replace(sent, forward_only=True)
     sent = sent.over_stream(Endpoint("127.0.0.1:5", "PEM", "name"), "secret")
     records = sent.to_records()
@@ -52,7 +52,7 @@ def test_task() -> None:
     assert task.config == config
     assert task.spacious
     assert task.specs == specs
-    assert (task.recompute, task.server_recompute, task.forward_only) == (True, False, True)
+    assert (task.checkpointing, task.server_checkpointing, task.forward_only) == (True, False, True)
     assert task.patch == Patch(0, {}) and task.start == {}, "a task lives too long to hold tensors"
     patch, got = take_patch(records), take_start(records)
     [part] = patch.layers.values()

@@ -25,7 +25,7 @@ from hsplitlora_flwr.models.split import ClientModel, ModelPart
 from hsplitlora_flwr.planning import Plan
 from hsplitlora_flwr.planning.round import make_round_plan
 from hsplitlora_flwr.training.client import ClientTrainer, TrainingRecord, train_client
-from hsplitlora_flwr.training.joint import JointPass
+from hsplitlora_flwr.training.multi_adapter import MultiAdapterPass
 from hsplitlora_flwr.training.server import MicroBatch
 from hsplitlora_flwr.transport.frames import Activation
 from tests.grid import LocalGrid
@@ -89,7 +89,7 @@ def test_each_side_computes_again_what_its_plan_says(
 
     monkeypatch.setattr("hsplitlora_flwr.server.plans.make_round_plan", planned)
     for module, seen in parts.items():
-        monkeypatch.setattr(f"hsplitlora_flwr.{module}.recompute_blocks", seen.append)
+        monkeypatch.setattr(f"hsplitlora_flwr.{module}.checkpoint_blocks", seen.append)
     same_plan = {"method.name": "hsplitlora-no-armsc", "split.point": 2, "train.rounds": 1}
     summary, _ = same_run(tiny_folder, tmp_path, **same_plan)
     rows = {row["client"]: row["recompute"] for row in summary["rounds"][-1]["clients"]}
@@ -123,18 +123,18 @@ def test_clients_that_share_passes_end_where_single_ones_do(
     own = {"server.half": "per_client"}
     single, _ = same_run(tiny_folder, tmp_path / "single", **own)
     sizes: list[int] = []
-    enter, together, gate = JointPass.__call__, JointPass.differentiate, Barrier(len(GB))
+    enter, together, gate = MultiAdapterPass.__call__, MultiAdapterPass.differentiate, Barrier(len(GB))
 
-    def all_at_once(self: JointPass, work: MicroBatch) -> float:
+    def all_at_once(self: MultiAdapterPass, work: MicroBatch) -> float:
         gate.wait(60)  # else a fast machine may be done with one before the next comes
         return enter(self, work)
 
-    def counted(self: JointPass, works: Sequence[MicroBatch]) -> list[float]:
+    def counted(self: MultiAdapterPass, works: Sequence[MicroBatch]) -> list[float]:
         sizes.append(len(works))
         return together(self, works)
 
-    monkeypatch.setattr(JointPass, "__call__", all_at_once)
-    monkeypatch.setattr(JointPass, "differentiate", counted)
+    monkeypatch.setattr(MultiAdapterPass, "__call__", all_at_once)
+    monkeypatch.setattr(MultiAdapterPass, "differentiate", counted)
     summary, _ = same_run(tiny_folder, tmp_path / "joint", **own | {"train.multi_adapter_batching": "on"})
     assert max(sizes, default=0) > 1
     assert_same(adapter(tmp_path / "joint"), adapter(tmp_path / "single"))

@@ -24,6 +24,7 @@ from hsplitlora_flwr.messages import EVALUATE, PROBE, Description, Outcome, Prog
 from hsplitlora_flwr.models.placement import pick_device
 from hsplitlora_flwr.models.split import ClientModel, HeadModel, WholeModel
 from hsplitlora_flwr.planning.importance import scoring
+from hsplitlora_flwr.training.activation_checkpointing import checkpoint_blocks
 from hsplitlora_flwr.training.client import (
     ClientTrainer,
     TrainingRecord,
@@ -33,7 +34,6 @@ from hsplitlora_flwr.training.client import (
     train_client,
 )
 from hsplitlora_flwr.training.cut import SeededCut
-from hsplitlora_flwr.training.recompute import recompute_blocks
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.training.whole import train_whole
 from hsplitlora_flwr.transport.frames import Finish, Frame
@@ -114,8 +114,8 @@ class ClientTask(ABC):
         adapters = inject(model, task.specs, task.seed, start, freeze_a=task.method.freeze_a)
         self.optimizer = AdapterOptimizer(adapters, task.config.train)
         model.train()
-        if task.recompute:
-            recompute_blocks(model)
+        if task.checkpointing:
+            checkpoint_blocks(model)
         self.record = TrainingRecord()
         self.importance: dict[str, float] = {}
         self.found: Evaluation | None = None

@@ -84,7 +84,7 @@ class ClientEvaluator:
     batches : Sequence[Batch]
         The text.
     up, down : str
-        Numbers on the wire, each way; see :func:`hsplitlora_flwr.transport.wire.pack`.
+        Codecs, each way; see :func:`hsplitlora_flwr.transport.wire.pack`.
     transform : SeededCut, optional
         What is done to the cut activation before it leaves.
     """

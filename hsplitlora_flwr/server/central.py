@@ -34,9 +34,9 @@ from hsplitlora_flwr.server.checkpoint import CHECKPOINTS, RunState, save_state
 from hsplitlora_flwr.server.model import TunedModel
 from hsplitlora_flwr.server.records import step_row
 from hsplitlora_flwr.server.run import Run
+from hsplitlora_flwr.training.activation_checkpointing import checkpoint_blocks
 from hsplitlora_flwr.training.client import TrainingRecord
 from hsplitlora_flwr.training.memory import PeakMemory
-from hsplitlora_flwr.training.recompute import recompute_blocks
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.training.whole import train_whole
 
@@ -63,7 +63,7 @@ class CentralModel(TunedModel):
         trained = self._trainable(self._part)
         self.parameters = sum(parameter.numel() for parameter in trained)
         if config.train.activation_checkpointing == "on":  # no budget asks for it
-            recompute_blocks(self._part)
+            checkpoint_blocks(self._part)
         self.optimizer = AdapterOptimizer(trained, config.train)
         if state:
             self.optimizer.restore(state.optimizer)

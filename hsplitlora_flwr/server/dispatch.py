@@ -115,8 +115,8 @@ class Dispatch:
             first_step=(server_round - 1) * self._config.train.steps,
             steps=steps,
             spacious=kind == TRAIN and may_fragment(description.budget, plan.predicted_bytes),
-            recompute=plan.recompute,
-            server_recompute=plan.server_recompute,
+            checkpointing=plan.recompute,
+            server_checkpointing=plan.server_recompute,
             forward_only=plan.forward_only,
         )
         if self._method.split:

@@ -162,7 +162,7 @@ class RoundPlanner:
         if stated != self.planned_budgets:
             return "budgets changed"
         if self.costs.lengths != self._planned_lengths:
-            return "rows became longer or shorter"
+            return "examples became longer or shorter"
         if self.drift > limit:
             return f"importance moved by {self.drift:.3f}, more than plan.drift={limit:g}"
         return None

@@ -102,7 +102,7 @@ class Asked:
     def by(cls, task: Task, held: Collection[Layer]) -> Asked:
         """What a task asks a client for that holds these layers."""
         config, ranks = task.config, {name: spec.rank for name, spec in task.specs.items()}
-        rows = task.steps * config.train.batch_size if task.steps else config.evaluation.client_rows
+        examples = task.steps * config.train.batch_size if task.steps else config.evaluation.client_rows
         return cls(
             adapters={
                 layer.name: ((layer.out_features, ranks[layer.name]), (ranks[layer.name], layer.in_features))
@@ -112,7 +112,7 @@ class Asked:
             dtype=torch.promote_types(getattr(torch, config.model.dtype), torch.float32),
             scores={layer.name for layer in held} if task.kind == PROBE and not task.forward_only else (),
             steps=task.steps,
-            tokens=rows * config.data.max_length,
+            tokens=examples * config.data.max_length,
             figures=FIGURES[task.kind],
         )
 

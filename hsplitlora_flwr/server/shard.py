@@ -19,11 +19,11 @@ from hsplitlora_flwr.models.cores import all_cores
 from hsplitlora_flwr.models.placement import check_device, pick_devices
 from hsplitlora_flwr.models.split import BodyModel, ServerModel
 from hsplitlora_flwr.planning.round import passes_at_once, takes_all
+from hsplitlora_flwr.training.activation_checkpointing import checkpoint_blocks
 from hsplitlora_flwr.training.allowance import Allowance, Refused
 from hsplitlora_flwr.training.half import OwnHalf, Seat, SharedHalf
-from hsplitlora_flwr.training.joint import JointPass
 from hsplitlora_flwr.training.memory import trim_heap
-from hsplitlora_flwr.training.recompute import recompute_blocks
+from hsplitlora_flwr.training.multi_adapter import MultiAdapterPass
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.training.server import CorePool, ServerEvaluator, ServerTrainer, StepReport, differentiate
 from hsplitlora_flwr.training.turns import Turns
@@ -61,7 +61,7 @@ class Shard:
         devices = pick_devices(config.model.device)
         self.base = SharedBase(config.model.path, config.model.dtype, devices, config.model.quantise)
         self._takes_all, self._passes = takes_all(config), passes_at_once(config)
-        self._together = JointPass(self.base)
+        self._together = MultiAdapterPass(self.base)
         self._half: SharedHalf | None = None
         self._norms: dict[str, float] = {}  # of clients' last gradients on it
         self._cores = CorePool(self._passes)
@@ -108,7 +108,7 @@ class Shard:
         report : Callable[[StepReport], None]
             Called after every training step.
         longest : int
-            Tokens of a row at most, as the plan of the round has it.
+            Tokens of an example at most, as the plan of the round has it.
 
         Returns
         -------
@@ -121,12 +121,12 @@ class Shard:
         if task.kind == EVALUATE:
             worker = ServerEvaluator(model, down, allowance)
         else:
-            if task.server_recompute:
-                recompute_blocks(model)
+            if task.server_checkpointing:
+                checkpoint_blocks(model)
             seat, through = self._seat(task, model, start), differentiate
             if self._joins(task):
                 assert isinstance(model, ServerModel)
-                self._together.enter(model, recompute=task.server_recompute)
+                self._together.enter(model, checkpointing=task.server_checkpointing)
                 through = self._together
             threads = all_cores if self._waits_by_itself(task) else self._threads
             worker = ServerTrainer(model.train(), seat, report, threads, down, through, allowance)
@@ -154,7 +154,7 @@ class Shard:
         return self._takes_all and task.kind == TRAIN
 
     def _waits_by_itself(self, task: Task) -> bool:
-        """Clients wait for each other in a joint pass, and for their turn at a shared half."""
+        """Clients wait for each other where adapters are batched, and for their turn at a shared half."""
         return task.kind == TRAIN and (self._takes_all or self._half is not None)
 
     def trainer(self, client: str) -> ServerTrainer:
@@ -217,7 +217,7 @@ class Shard:
         self._handlers.clear()
         self._limits.clear()
         self._half = None
-        self._together = JointPass(self.base)
+        self._together = MultiAdapterPass(self.base)
         trim_heap()  # every client's thread has left freed activations behind
         if self._stream:
             self._stream.dismiss_all()
@@ -260,12 +260,12 @@ def allowance_of(task: Task, longest: int) -> Allowance:
     """What a task allows its client; ``longest`` as in :meth:`Shard.admit`."""
     config, train = task.config, task.config.train
     if task.kind == EVALUATE:
-        rows = config.evaluation.client_rows
+        examples = config.evaluation.client_rows
         return Allowance(
-            rows=rows,
-            rows_at_once=(at_once := min(config.evaluation.batch_size, rows)),
+            examples=examples,
+            examples_at_once=(at_once := min(config.evaluation.batch_size, examples)),
             tokens=longest,
-            in_flight=math.ceil(rows / at_once),
+            in_flight=math.ceil(examples / at_once),
             up=config.transport.up,
         )
     # a probe takes the batch whole
@@ -276,8 +276,8 @@ def allowance_of(task: Task, longest: int) -> Allowance:
     return Allowance(
         first_step=task.first_step,
         steps=task.steps,
-        rows=train.batch_size,
-        rows_at_once=at_once,
+        examples=train.batch_size,
+        examples_at_once=at_once,
         tokens=longest,
         # in messages the micro-batches of a step travel together
         in_flight=micro_batches

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hsplitlora_flwr.models.split import IGNORED, BodyModel, ServerModel
 from hsplitlora_flwr.transport.frames import HEADER_BYTES, Activation, Finish
-from hsplitlora_flwr.transport.wire import check_wire, packed_bytes, packed_shape
+from hsplitlora_flwr.transport.wire import check_codec, packed_bytes, packed_shape
 
 _ANY = sys.maxsize
 
@@ -35,25 +35,25 @@ class Allowance:
         Global step that it begins with.
     steps : int or None
         Steps that it takes, no fewer and no more; None leaves their number to the client.
-    rows : int
-        Rows of a step at most, in all of its micro-batches; of an evaluation, those of all frames.
-    rows_at_once : int
-        Rows of a frame at most.
+    examples : int
+        Examples of a step at most, in all of its micro-batches; of an evaluation, those of all frames.
+    examples_at_once : int
+        Examples of a frame at most.
     tokens : int
-        Tokens of a row at most.
+        Tokens of an example at most.
     in_flight : int
         Frames at most that a message holds, and hidden states that wait for their gradients where labels stay with the
         client.
     up : str or None
-        Numbers on the wire; see :func:`hsplitlora_flwr.transport.wire.pack`. None takes any.
+        Codec; see :func:`hsplitlora_flwr.transport.wire.pack`. None takes any.
     forward_only : bool
         The client trains nothing: no gradient goes down to it, and it has none of its own to clip by.
     """
 
     first_step: int = 0
     steps: int | None = None
-    rows: int = _ANY
-    rows_at_once: int = _ANY
+    examples: int = _ANY
+    examples_at_once: int = _ANY
     tokens: int = _ANY
     in_flight: int = _ANY
     up: str | None = None
@@ -61,22 +61,22 @@ class Allowance:
 
     def frame_bytes(self, hidden: int) -> int:
         """Bytes that no frame exceeds, for a model of this hidden size."""
-        tokens = self.rows_at_once * self.tokens
+        tokens = self.examples_at_once * self.tokens
         # the activation in float64 at most, its scale, the attention mask and the labels; and the header
         numbers = tokens * (8 * hidden + 4)
         if self.up is not None:
-            numbers = max(numbers, packed_bytes((self.rows_at_once, self.tokens, hidden), self.up))
+            numbers = max(numbers, packed_bytes((self.examples_at_once, self.tokens, hidden), self.up))
         return numbers + tokens * (8 + 8) + HEADER_BYTES
 
     def check(self, frame: Activation) -> None:
-        """Raise :class:`Refused` or ``WireError`` if a frame is larger than allowed, or of another wire."""
-        rows, tokens = frame.attention_mask.shape
-        if rows > self.rows_at_once or tokens > self.tokens:
+        """Raise :class:`Refused` or ``WireError`` if a frame is larger than allowed, or of another codec."""
+        examples, tokens = frame.attention_mask.shape
+        if examples > self.examples_at_once or tokens > self.tokens:
             raise Refused(
-                f"a micro-batch of {rows} rows x {tokens} tokens; "
-                f"the task allows {self.rows_at_once} rows x {self.tokens} tokens"
+                f"a micro-batch of {examples} examples x {tokens} tokens; "
+                f"the task allows {self.examples_at_once} examples x {self.tokens} tokens"
             )
-        self.check_wire(frame.cut)
+        self.check_codec(frame.cut)
         self.check_square(frame)
 
     def check_square(self, frame: Activation | Finish) -> None:
@@ -88,10 +88,10 @@ class Allowance:
         if square and self.forward_only:
             raise Refused(f"previous_square is {square}, and the client trains nothing")
 
-    def check_wire(self, values: Tensor) -> None:
-        """Raise ``WireError`` unless numbers came over the wire that was agreed on."""
+    def check_codec(self, values: Tensor) -> None:
+        """Raise ``WireError`` unless numbers came by the codec that was agreed on."""
         if self.up is not None:
-            check_wire(values, self.up)
+            check_codec(values, self.up)
 
     def check_finish(self, step: Step) -> None:
         """Raise :class:`Refused` unless ``step`` is the last one."""
@@ -114,7 +114,7 @@ class Step:
         Global step.
     label_tokens : int
         Labelled tokens of all its micro-batches, as the first one says: what their losses are divided by.
-    micro_batches, rows, tokens, labelled : int
+    micro_batches, examples, tokens, labelled : int
         What has come of it; tokens are those that are no padding, and labelled ones those that a loss is computed of.
     closed : bool
         Its last micro-batch has come.
@@ -123,7 +123,7 @@ class Step:
     number: int
     label_tokens: int = 0
     micro_batches: int = 0
-    rows: int = 0
+    examples: int = 0
     tokens: int = 0
     labelled: int = 0
     closed: bool = False
@@ -156,14 +156,14 @@ class Step:
             self,
             label_tokens=frame.label_tokens,
             micro_batches=self.micro_batches + 1,
-            rows=self.rows + len(frame.attention_mask),
+            examples=self.examples + len(frame.attention_mask),
             tokens=self.tokens + int(frame.attention_mask.sum()),
             labelled=self.labelled + _labelled(frame),
             closed=frame.last,
         )
-        if step.rows > allowance.rows:
-            raise Refused(f"step {self.number} has {step.rows} rows; the task allows {allowance.rows}")
-        most = allowance.rows * (allowance.tokens - 1)
+        if step.examples > allowance.examples:
+            raise Refused(f"step {self.number} has {step.examples} examples; the task allows {allowance.examples}")
+        most = allowance.examples * (allowance.tokens - 1)
         if step.label_tokens > most:
             raise Refused(
                 f"step {self.number} says that it has {step.label_tokens} labelled tokens; at most {most} fit"
@@ -185,18 +185,18 @@ def _labelled(frame: Activation) -> int:
     return int((frame.labels[:, 1:] != IGNORED).sum()) if frame.labels.numel() else 0
 
 
-def check_activation(frame: Activation, model: ServerModel | BodyModel, wire: str | None = None) -> None:
-    """Raise :class:`Refused` unless the tensors of a frame fit together and to the model; ``wire`` as in
+def check_activation(frame: Activation, model: ServerModel | BodyModel, codec: str | None = None) -> None:
+    """Raise :class:`Refused` unless the tensors of a frame fit together and to the model; ``codec`` as in
     :class:`Allowance`."""
     mask, labels = frame.attention_mask, frame.labels
-    rows, hidden = tuple(mask.shape), int(model.decoder.config.hidden_size)
+    shape, hidden = tuple(mask.shape), int(model.decoder.config.hidden_size)
     predicts = isinstance(model, ServerModel)
-    if len(rows) != 2 or tuple(labels.shape) != (rows if predicts else (0,)):
+    if len(shape) != 2 or tuple(labels.shape) != (shape if predicts else (0,)):
         raise Refused(
-            f"attention mask {rows} must be (batch, seq), and labels {tuple(labels.shape)} the same, or (0,) where "
+            f"attention mask {shape} must be (batch, seq), and labels {tuple(labels.shape)} the same, or (0,) where "
             "they stay"
         )
-    wanted = packed_shape((*rows, hidden), wire)
+    wanted = packed_shape((*shape, hidden), codec)
     if tuple(frame.cut.shape) != wanted:
         raise Refused(f"cut activation {tuple(frame.cut.shape)} must be {wanted}")
     if frame.label_tokens < 1:

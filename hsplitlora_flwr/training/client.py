@@ -129,9 +129,9 @@ class ClientTrainer:
     micro_batch_size : int
         Rows that travel at once; gradients accumulate over the batch. 0 = the whole batch.
     up : str
-        Numbers on the wire; see :func:`hsplitlora_flwr.transport.wire.pack`.
+        Codec of what it sends; see :func:`hsplitlora_flwr.transport.wire.pack`.
     down : str, optional
-        Those that the server sends; see :func:`hsplitlora_flwr.transport.wire.unpack`.
+        Codec of what the server sends; see :func:`hsplitlora_flwr.transport.wire.unpack`.
     transform : SeededCut, optional
         What is done to the cut activation before it leaves.
     forward_only : bool

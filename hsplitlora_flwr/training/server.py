@@ -104,10 +104,10 @@ class ServerTrainer:
         CPU threads of one operation, asked for at every frame. Clients train at the same time; together they should not
         take more threads than there are cores, since oversubscribed cores are many times slower than busy ones.
     down : str
-        Numbers on the wire; see :func:`hsplitlora_flwr.transport.wire.pack`.
+        Codec of what it sends; see :func:`hsplitlora_flwr.transport.wire.pack`.
     through : Callable[[MicroBatch], Tensor], optional
         Takes a micro-batch through a ``ServerModel`` and back: :func:`differentiate`, or the
-        :class:`hsplitlora_flwr.training.joint.JointPass` of several trainers.
+        :class:`hsplitlora_flwr.training.multi_adapter.MultiAdapterPass` of several trainers.
     allowance : Allowance, optional
         What the client's task allows.
 
@@ -220,7 +220,7 @@ class ServerTrainer:
             raise Refused(f"the gradient {tuple(frame.gradient.shape)} must be like the state {tuple(hidden.shape)}")
         if not 0 <= frame.loss < math.inf:
             raise Refused(f"the loss is {frame.loss}; lower train.lr or set train.clip")
-        self._allowance.check_wire(frame.gradient)
+        self._allowance.check_codec(frame.gradient)
         gradient = unpack(frame.gradient, frame.scale, hidden.dtype, hidden.device, up, hidden.shape)
         self._waiting.popleft()
         hidden.backward(gradient)
@@ -272,7 +272,7 @@ class ServerEvaluator:
     model : ServerModel or BodyModel
         The blocks above the client's split point.
     down : str
-        Numbers on the wire.
+        Codec of what it sends.
     allowance : Allowance, optional
         What the client's task allows.
     """
@@ -285,7 +285,7 @@ class ServerEvaluator:
     ) -> None:
         self.model = model.eval()
         self._down, self._allowance = down, allowance
-        self._rows = 0
+        self._examples = 0
 
     def may_answer(self, frames: Sequence[Frame]) -> bool:
         """Always: nothing that others train is moved."""
@@ -309,27 +309,27 @@ class ServerEvaluator:
             raise Refused(f"a client that evaluates does not send {type(frame).__name__}")
         check_activation(frame, self.model, self._allowance.up)
         self._allowance.check(frame)
-        rows = self._rows + len(frame.attention_mask)
-        if rows > self._allowance.rows:
-            raise Refused(f"{rows} rows to evaluate; the task allows {self._allowance.rows}")
+        examples = self._examples + len(frame.attention_mask)
+        if examples > self._allowance.examples:
+            raise Refused(f"{examples} examples to evaluate; the task allows {self._allowance.examples}")
         cut, mask = receive_cut(frame, self.model, self._allowance.up)
-        self._rows = rows
+        self._examples = examples
         if isinstance(self.model, ServerModel):
             loss = float(self.model(cut, mask, frame.labels.to(cut.device), 1).loss)
-            check_finite("the loss of row", rows, loss)
+            check_finite("the loss of example", examples, loss)
             return Loss(loss)
         return Hidden(*pack(self.model(cut, mask), self._down))
 
 
-def receive_cut(frame: Activation, model: ServerModel | BodyModel, wire: str | None = None) -> tuple[Tensor, Tensor]:
-    """The cut activation in the base's dtype, and the attention mask, on the model's device; ``wire`` as for
+def receive_cut(frame: Activation, model: ServerModel | BodyModel, codec: str | None = None) -> tuple[Tensor, Tensor]:
+    """The cut activation in the base's dtype, and the attention mask, on the model's device; ``codec`` as for
     :func:`hsplitlora_flwr.transport.wire.unpack`.
 
     Raises
     ------
     WireError
-        If the activation is not finite, or is none of a wire.
+        If the activation is not finite, or is none of a codec.
     """
     shape = (*frame.attention_mask.shape, int(model.decoder.config.hidden_size))
-    cut = unpack(frame.cut, frame.scale, model.dtype, model.device, wire, shape)
+    cut = unpack(frame.cut, frame.scale, model.dtype, model.device, codec, shape)
     return cut, frame.attention_mask.to(model.device)

@@ -30,7 +30,7 @@ _SMALLEST = _STEPS * torch.finfo(torch.float32).tiny
 
 
 class WireError(ValueError):
-    """A tensor cannot travel on this wire, or what arrived does not belong to one; the text says what to choose."""
+    """A tensor cannot travel by this codec, or what arrived does not belong to one; the text says what to choose."""
 
 
 class Part(NamedTuple):
@@ -46,7 +46,7 @@ class Part(NamedTuple):
 
 
 class Codec(Protocol):
-    """Numbers on the wire: two tensors, values and scales, that stand for one.
+    """How numbers travel: two tensors, values and scales, that stand for one.
 
     What comes back need not be what was sent, but both sides' gradients are those of what came back. There is no state:
     an encoded tensor says all that its decoder needs.
@@ -92,24 +92,24 @@ def register_codec(name: str, codec: Codec) -> Codec:
     return CODECS.register(name, codec)
 
 
-def packed_bytes(shape: Sequence[int], wire: str) -> int:
+def packed_bytes(shape: Sequence[int], codec: str) -> int:
     """Bytes of a tensor of this shape on the wire."""
-    return sum(part.nbytes for part in CODECS[wire].layout(shape))
+    return sum(part.nbytes for part in CODECS[codec].layout(shape))
 
 
-def packed_shape(shape: Sequence[int], wire: str | None) -> tuple[int, ...]:
-    """The shape of the values of a tensor of this shape; its own where the wire is not known."""
-    return tuple(shape) if wire is None else CODECS[wire].layout(shape)[0].shape
+def packed_shape(shape: Sequence[int], codec: str | None) -> tuple[int, ...]:
+    """The shape of the values of a tensor of this shape; its own where the codec is not known."""
+    return tuple(shape) if codec is None else CODECS[codec].layout(shape)[0].shape
 
 
-def pack(tensor: Tensor, wire: str) -> tuple[Tensor, Tensor]:
+def pack(tensor: Tensor, codec: str) -> tuple[Tensor, Tensor]:
     """The values and scales of ``tensor`` as they travel.
 
     Parameters
     ----------
     tensor : Tensor
         Floating point, ``(..., hidden)``, on any device.
-    wire : str
+    codec : str
         A name in :data:`CODECS`.
 
     Returns
@@ -121,7 +121,7 @@ def pack(tensor: Tensor, wire: str) -> tuple[Tensor, Tensor]:
     Raises
     ------
     WireError
-        If the wire is unknown, a value is not finite or too large for it, or its codec breaks its own layout.
+        If the codec is unknown, a value is not finite or too large for it, or it breaks its own layout.
 
     Notes
     -----
@@ -132,11 +132,11 @@ def pack(tensor: Tensor, wire: str) -> tuple[Tensor, Tensor]:
       and 0.7 % of the token's norm where ``y`` is spread like a normal distribution. A token whose ``max|y|`` is below
       1.5e-36 becomes zero.
     """
-    if wire not in CODECS:
-        raise WireError(f"wire {wire!r} is unknown; choose one of {', '.join(CODECS)}")
+    if codec not in CODECS:
+        raise WireError(f"codec {codec!r} is unknown; choose one of {', '.join(CODECS)}")
     with torch.no_grad():
-        values, scale = CODECS[wire].encode(tensor.detach())
-    _check_layout(values, scale, tensor.shape, wire)
+        values, scale = CODECS[codec].encode(tensor.detach())
+    _check_layout(values, scale, tensor.shape, codec)
     return values, scale
 
 
@@ -145,7 +145,7 @@ def unpack(
     scale: Tensor,
     dtype: torch.dtype,
     device: torch.device | str,
-    wire: str | None = None,
+    codec: str | None = None,
     shape: Sequence[int] | None = None,
 ) -> Tensor:
     """The tensor behind ``values`` and ``scale``, as :func:`pack` gave them.
@@ -156,7 +156,7 @@ def unpack(
         What arrived.
     dtype, device
         Of the result, which of our codecs shares the memory of ``values`` where nothing has to change.
-    wire : str, optional
+    codec : str, optional
         The name of the codec that was agreed on; one of ours, told by the dtypes, when None.
     shape : Sequence[int], optional
         Of the result; that of ``values`` when None.
@@ -166,29 +166,29 @@ def unpack(
     WireError
         If dtypes and shapes are none that :func:`pack` gives, or a number is not finite in ``dtype``.
     """
-    if wire is None:
+    if codec is None:
         return _decode(values, scale, dtype, device)
     shape = tuple(values.shape if shape is None else shape)
-    _check_layout(values, scale, shape, wire)
-    tensor = CODECS[wire].decode(values, scale, shape, dtype, device)
+    _check_layout(values, scale, shape, codec)
+    tensor = CODECS[codec].decode(values, scale, shape, dtype, device)
     if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-        raise WireError(f"codec {wire} made {tensor.dtype} {tuple(tensor.shape)} where {dtype} {shape} was asked for")
+        raise WireError(f"codec {codec} made {tensor.dtype} {tuple(tensor.shape)} where {dtype} {shape} was asked for")
     if not bool(tensor.isfinite().all()):
-        raise WireError(f"what arrived over the wire {wire} is not finite in {dtype}; lower train.lr or set train.clip")
+        raise WireError(f"what arrived as {codec} is not finite in {dtype}; lower train.lr or set train.clip")
     return tensor
 
 
 class _Cast:
     """A dtype, without scales."""
 
-    def __init__(self, wire: str) -> None:
-        self._wire, self._dtype = wire, getattr(torch, wire)
+    def __init__(self, codec: str) -> None:
+        self._name, self._dtype = codec, getattr(torch, codec)
 
     def layout(self, shape: Sequence[int]) -> tuple[Part, Part]:
         return Part(self._dtype, tuple(shape)), Part(torch.float32, (0,))
 
     def encode(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
-        _check(_magnitude(tensor.reshape(-1)), self._dtype, self._wire)
+        _check(_magnitude(tensor.reshape(-1)), self._dtype, self._name)
         return tensor.to(self._dtype), torch.empty(0, dtype=torch.float32)  # whatever the default is meanwhile
 
     def decode(
@@ -212,18 +212,18 @@ class _Int8:
         return _decode(values, scale, dtype, device)
 
 
-for _wire in ("float32", "bfloat16", "float16", "float64"):
-    register_codec(_wire, _Cast(_wire))
+for _name in ("float32", "bfloat16", "float16", "float64"):
+    register_codec(_name, _Cast(_name))
 register_codec("int8", _Int8())
 
 
-def _check_layout(values: Tensor, scale: Tensor, shape: Sequence[int], wire: str) -> None:
+def _check_layout(values: Tensor, scale: Tensor, shape: Sequence[int], codec: str) -> None:
     """Raise :class:`WireError` unless these are values and scales of a tensor of this shape."""
     found = tuple((tensor.dtype, tuple(tensor.shape)) for tensor in (values, scale))
-    wanted = CODECS[wire].layout(shape)
+    wanted = CODECS[codec].layout(shape)
     if found != tuple(map(tuple, wanted)):
         told = [" and ".join(f"{dtype} {size}" for dtype, size in parts) for parts in (found, wanted)]
-        raise WireError(f"a tensor {tuple(shape)} on the wire {wire} is {told[1]}, and this is {told[0]}")
+        raise WireError(f"a tensor {tuple(shape)} as {codec} is {told[1]}, and this is {told[0]}")
 
 
 def _decode(values: Tensor, scale: Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:
@@ -235,7 +235,7 @@ def _decode(values: Tensor, scale: Tensor, dtype: torch.dtype, device: torch.dev
     if values.dtype != torch.int8 or scale.dtype != torch.float32 or scale.shape != tokens:
         raise WireError(
             f"values {values.dtype} {tuple(values.shape)} with scale {scale.dtype} {tuple(scale.shape)} are no tensor "
-            "of a wire; int8 needs one float32 scale per token, other wires none"
+            "of a codec; int8 needs one float32 scale per token, the others none"
         )
     # No rotation makes a value longer than its token: at most 127 steps in each of its places.
     bound = _magnitude(scale.reshape(-1)).double() * (_STEPS * math.sqrt(max(values.shape[-1], 1)))
@@ -244,10 +244,10 @@ def _decode(values: Tensor, scale: Tensor, dtype: torch.dtype, device: torch.dev
     return _rotated(values.to(device, exact) * scale.to(device, exact).unsqueeze(-1), back=True).to(dtype)
 
 
-def check_wire(values: Tensor, wire: str) -> None:
-    """Raise :class:`WireError` unless ``values`` have the dtype in which numbers travel on ``wire``."""
-    if values.dtype != CODECS[wire].layout(values.shape)[0].dtype:
-        raise WireError(f"numbers came as {values.dtype} where the wire {wire} was agreed on")
+def check_codec(values: Tensor, codec: str) -> None:
+    """Raise :class:`WireError` unless ``values`` have the dtype in which numbers travel as ``codec``."""
+    if values.dtype != CODECS[codec].layout(values.shape)[0].dtype:
+        raise WireError(f"numbers came as {values.dtype} where the codec {codec} was agreed on")
 
 
 def _quantise(tensor: Tensor) -> tuple[Tensor, Tensor]:
@@ -297,15 +297,15 @@ def _check_arrived(magnitude: Tensor, dtype: torch.dtype) -> None:
         )
 
 
-def _check(magnitude: Tensor, dtype: torch.dtype, wire: str, unit: int = 1) -> None:
+def _check(magnitude: Tensor, dtype: torch.dtype, codec: str, unit: int = 1) -> None:
     """Refuse a largest magnitude, given in multiples of ``unit``, that is not finite in ``dtype``."""
     if magnitude.to(dtype).isfinite():
         return
     if not magnitude.isfinite():
         raise WireError("the activation or its gradient is not finite (inf or nan): training diverged; lower train.lr")
     largest, most = unit * magnitude.item(), unit * torch.finfo(dtype).max
-    remedy = "bfloat16 or int8" if wire == "float16" else "float64"
+    remedy = "bfloat16 or int8" if codec == "float16" else "float64"
     raise WireError(
-        f"a value of magnitude {largest:.4g} does not fit the wire {wire}, which ends at {most:.4g}; "
+        f"a value of magnitude {largest:.4g} does not fit the codec {codec}, which ends at {most:.4g}; "
         f"set transport.up and transport.down to {remedy}"
     )

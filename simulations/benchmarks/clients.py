@@ -18,8 +18,8 @@ from hsplitlora_flwr.models.cores import all_cores
 from hsplitlora_flwr.models.loading import read_config
 from hsplitlora_flwr.training.client import ClientTrainer, load_client, train_client
 from hsplitlora_flwr.training.half import OwnHalf
-from hsplitlora_flwr.training.joint import JointPass
 from hsplitlora_flwr.training.memory import return_freed_memory
+from hsplitlora_flwr.training.multi_adapter import MultiAdapterPass
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.training.server import CorePool, ServerTrainer
 from hsplitlora_flwr.transport.certificates import make_identity
@@ -57,7 +57,7 @@ def separate(base: SharedBase, stream: StreamServer, splits: Sequence[int]) -> l
 
 def joint(base: SharedBase, stream: StreamServer, splits: Sequence[int]) -> list[str]:
     """Clients that wait share one pass over the base, which has all cores."""
-    together, cores = JointPass(base), all_cores()
+    together, cores = MultiAdapterPass(base), all_cores()
     tokens = []
     for split in splits:
         part = base.server_part(split).train()

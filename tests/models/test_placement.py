@@ -17,14 +17,14 @@ from hsplitlora_flwr.models.loading import empty_model
 from hsplitlora_flwr.models.placement import pick_device, pick_devices, spread
 from hsplitlora_flwr.models.proof import find_family
 from hsplitlora_flwr.planning.importance import scoring
+from hsplitlora_flwr.training.activation_checkpointing import checkpoint_blocks
 from hsplitlora_flwr.training.half import OwnHalf
-from hsplitlora_flwr.training.recompute import recompute_blocks
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.training.server import ServerTrainer, differentiate
 from hsplitlora_flwr.transport.frames import Activation, Finish, Gradient
 from tests.devices import Elsewhere, SeveralDevices
 from tests.tiny import BLOCKS, CONFIGS, random_batches, tiny_model
-from tests.training.test_joint import NONE, client_parts, entered, trained, works_of
+from tests.training.test_multi_adapter import NONE, client_parts, entered, trained, works_of
 from tests.training.test_server import random_delta
 
 DEVICES = ["meta:0", "meta:1", "meta:2"]
@@ -90,7 +90,7 @@ def round_of(base: SharedBase, changes: Mapping[str, Change]) -> dict[str, list[
     part = base.server_part(2).train()
     specs = {name: AdapterSpec(4, 8.0, 0.1) for name, _ in part.linears()}
     optimizer = AdapterOptimizer(inject(part, specs, "client"), TrainConfig(lr=0.05, clip=0.1))
-    recompute_blocks(part)
+    checkpoint_blocks(part)
     trainer, gradients = ServerTrainer(part, OwnHalf(optimizer)), []
     with scoring(part) as scores:
         for step, cut in enumerate(cuts):

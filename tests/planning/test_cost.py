@@ -27,7 +27,7 @@ from hsplitlora_flwr.models.families import tiny_config
 from hsplitlora_flwr.models.split import ModelPart, client_part, head_part, whole_model
 from hsplitlora_flwr.planning import Budget, CostModel, PlanError, Workload, make_plan
 from hsplitlora_flwr.planning.round import cost_model, make_round_plan
-from hsplitlora_flwr.training.recompute import recompute_blocks
+from hsplitlora_flwr.training.activation_checkpointing import checkpoint_blocks
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.transport.frames import Activation, Frame, Gradient, Hidden, HiddenGradient, Loss, encode
 from tests.flops import flop_counter
@@ -230,7 +230,7 @@ def test_steps_that_compute_activations_again_take_what_is_predicted(name: str, 
     on_client, on_server = adapt(client, ranks), adapt(server, ranks)
     cut = torch.randn(ROWS, LENGTH, 32, dtype=model.dtype)
     for part in (client, server):
-        recompute_blocks(part)
+        checkpoint_blocks(part)
 
     def client_step() -> None:
         end = client(IDS, MASK)

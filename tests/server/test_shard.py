@@ -34,9 +34,13 @@ def task(kind: str, **settings: Any) -> Task:
         (
             EVALUATE,
             {"evaluation.client_rows": 30},
-            Allowance(rows=30, rows_at_once=16, tokens=50, in_flight=2, up="int8"),
+            Allowance(examples=30, examples_at_once=16, tokens=50, in_flight=2, up="int8"),
         ),
-        (EVALUATE, {"evaluation.client_rows": 5}, Allowance(rows=5, rows_at_once=5, tokens=50, in_flight=1, up="int8")),
+        (
+            EVALUATE,
+            {"evaluation.client_rows": 5},
+            Allowance(examples=5, examples_at_once=5, tokens=50, in_flight=1, up="int8"),
+        ),
     ],
 )
 def test_what_a_task_allows(kind: str, settings: dict[str, Any], allowed: Allowance) -> None:
@@ -44,7 +48,7 @@ def test_what_a_task_allows(kind: str, settings: dict[str, Any], allowed: Allowa
 
 
 def test_a_frame_has_the_bytes_of_its_rows() -> None:
-    assert Allowance(rows_at_once=2, tokens=3).frame_bytes(32) == 2 * 3 * (32 * 8 + 4 + 8 + 8) + 2**16
+    assert Allowance(examples_at_once=2, tokens=3).frame_bytes(32) == 2 * 3 * (32 * 8 + 4 + 8 + 8) + 2**16
 
 
 @pytest.mark.parametrize(("error", "trace"), [(Refused("step 7 came"), False), (RuntimeError("out of memory"), True)])

@@ -38,7 +38,7 @@ from tests.tiny import random_batches, tiny_model
 NONE = torch.empty(0)
 FIRST, STEPS, ROWS, AT_ONCE, TOKENS, HIDDEN, VOCABULARY = 6, 3, 4, 2, 11, 32, 97
 TASK = Allowance(
-    first_step=FIRST, steps=STEPS, rows=ROWS, rows_at_once=AT_ONCE, tokens=TOKENS, in_flight=2, up="float32"
+    first_step=FIRST, steps=STEPS, examples=ROWS, examples_at_once=AT_ONCE, tokens=TOKENS, in_flight=2, up="float32"
 )
 
 
@@ -169,9 +169,9 @@ def test_an_end_before_the_last_step(taken: int) -> None:
 
 
 SIZES: list[tuple[str, Callable[[Activation], Activation], str]] = [
-    ("rows", lambda f: _of_shape(f, 3, TOKENS), "3 rows x 11 tokens; the task allows 2 rows x 11 tokens"),
-    ("tokens", lambda f: _of_shape(f, 2, TOKENS + 1), "2 rows x 12 tokens; the task allows 2 rows x 11 tokens"),
-    ("a row of all", lambda f: _of_shape(f, 1, 2 * TOKENS), "1 rows x 22 tokens; the task allows"),
+    ("rows", lambda f: _of_shape(f, 3, TOKENS), "3 examples x 11 tokens; the task allows 2 examples x 11 tokens"),
+    ("tokens", lambda f: _of_shape(f, 2, TOKENS + 1), "2 examples x 12 tokens; the task allows 2 examples x 11 tokens"),
+    ("a row of all", lambda f: _of_shape(f, 1, 2 * TOKENS), "1 examples x 22 tokens; the task allows"),
     ("no rows", lambda f: _of_shape(f, 0, TOKENS), r"attention mask \(0, 11\)"),
     ("no tokens", lambda f: _of_shape(f, 2, 0), r"attention mask \(2, 0\)"),
 ]
@@ -194,11 +194,11 @@ VALUES: list[tuple[str, Callable[[Activation], Activation], str]] = [
     ("float labels", lambda f: replace(f, labels=f.labels.float()), "labels are int64"),
     ("nan", lambda f: replace(f, cut=_with(f.cut, math.nan)), "not finite"),
     ("inf", lambda f: replace(f, cut=_with(f.cut, math.inf)), "not finite"),
-    ("wire of bf16", lambda f: replace(f, cut=f.cut.bfloat16()), "torch.bfloat16 where the wire float32"),
-    ("wire of fp64", lambda f: replace(f, cut=f.cut.double()), "torch.float64 where the wire float32"),
-    ("wire of int8", lambda f: _packed(f), "torch.int8 where the wire float32"),
-    ("bytes", lambda f: replace(f, cut=f.cut.to(torch.uint8)), "torch.uint8 where the wire float32"),
-    ("scale beside floats", lambda f: replace(f, scale=torch.ones(2, TOKENS)), "on the wire float32 is"),
+    ("wire of bf16", lambda f: replace(f, cut=f.cut.bfloat16()), "torch.bfloat16 where the codec float32"),
+    ("wire of fp64", lambda f: replace(f, cut=f.cut.double()), "torch.float64 where the codec float32"),
+    ("wire of int8", lambda f: _packed(f), "torch.int8 where the codec float32"),
+    ("bytes", lambda f: replace(f, cut=f.cut.to(torch.uint8)), "torch.uint8 where the codec float32"),
+    ("scale beside floats", lambda f: replace(f, scale=torch.ones(2, TOKENS)), "as float32 is"),
     ("no label tokens", lambda f: replace(f, label_tokens=0), "without labelled tokens"),
     ("negative label tokens", lambda f: replace(f, label_tokens=-7), "without labelled tokens"),
     ("label tokens beyond the batch", lambda f: replace(f, label_tokens=41), "41 labelled tokens; at most 40 fit"),
@@ -268,7 +268,7 @@ def test_a_step_has_the_rows_of_a_batch() -> None:
     first, _ = served.frames(FIRST)
     more = replace(first, label_tokens=40)
     served.take(more, more)
-    served.refuses(more, "step 6 has 6 rows; the task allows 4")
+    served.refuses(more, "step 6 has 6 examples; the task allows 4")
 
 
 @pytest.mark.parametrize("more", [-1, 1])
@@ -362,7 +362,7 @@ def test_labels_that_stay() -> None:
 
 
 def test_no_more_hidden_states_wait_than_may_be_under_way() -> None:
-    served = Served("client", replace(TASK, rows=40))
+    served = Served("client", replace(TASK, examples=40))
     frame = served.frames(FIRST)[0]
     hidden = [served.trainer(frame), served.trainer(frame)]
     for _ in range(200):
@@ -385,7 +385,7 @@ BACK: list[tuple[str, Callable[[HiddenGradient], HiddenGradient], str]] = [
     ("shape", lambda f: replace(f, gradient=f.gradient[:1]), r"the gradient \(1, 11, 32\) must be like the state"),
     ("nan", lambda f: replace(f, gradient=_with(f.gradient, math.nan)), "not finite"),
     ("inf", lambda f: replace(f, gradient=_with(f.gradient, math.inf)), "not finite"),
-    ("wire", lambda f: replace(f, gradient=f.gradient.bfloat16()), "torch.bfloat16 where the wire float32"),
+    ("wire", lambda f: replace(f, gradient=f.gradient.bfloat16()), "torch.bfloat16 where the codec float32"),
     *(
         (f"loss of {loss}", lambda f, loss=loss: replace(f, loss=loss), f"the loss is {loss}")
         for loss in (math.nan, math.inf, -1.0)
@@ -409,10 +409,10 @@ def test_a_gradient_that_does_not_belong(bad: Callable[[HiddenGradient], HiddenG
 @pytest.mark.parametrize("labels", ["server", "client"])
 def test_an_evaluation_has_the_rows_of_its_task(labels: Literal["server", "client"]) -> None:
     served = Served(labels)
-    evaluator = ServerEvaluator(served.trainer.model, allowance=replace(TASK, rows=3))
+    evaluator = ServerEvaluator(served.trainer.model, allowance=replace(TASK, examples=3))
     frame = served.frames(FIRST)[0]
     assert isinstance(evaluator(frame), Loss if labels == "server" else Hidden)
-    with pytest.raises(Refused, match="4 rows to evaluate; the task allows 3"):
+    with pytest.raises(Refused, match="4 examples to evaluate; the task allows 3"):
         evaluator(frame)
     one = replace(frame, cut=frame.cut[:1], attention_mask=frame.attention_mask[:1])
     evaluator(replace(one, labels=frame.labels[:1]))

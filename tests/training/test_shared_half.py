@@ -21,12 +21,12 @@ from transformers import PreTrainedModel
 from hsplitlora_flwr.config import TrainConfig
 from hsplitlora_flwr.lora import AdapterSpec, extract, inject
 from hsplitlora_flwr.lora.aggregation import Factors
-from hsplitlora_flwr.lora.joint import adapted_layers
+from hsplitlora_flwr.lora.multi_adapter import adapted_layers
 from hsplitlora_flwr.models import split_model
+from hsplitlora_flwr.training.activation_checkpointing import checkpoint_blocks
 from hsplitlora_flwr.training.allowance import Allowance
 from hsplitlora_flwr.training.client import ClientTrainer, take_turn, train_client
 from hsplitlora_flwr.training.half import SharedHalf
-from hsplitlora_flwr.training.recompute import recompute_blocks
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.training.server import ServerTrainer
 from hsplitlora_flwr.training.turns import Turns
@@ -98,7 +98,7 @@ class Split:
             lower, upper, *head = split_model(self.base, split, labels)
             self.half.attach(upper)
             if recompute:
-                recompute_blocks(upper)
+                checkpoint_blocks(upper)
             specs = {} if client in frozen else own_specs(names, number)
             self.clients[client] = ClientTrainer(
                 lower.train(),

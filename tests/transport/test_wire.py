@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.fft import dctn
 
 from hsplitlora_flwr.config import WIRES
-from hsplitlora_flwr.transport.wire import WireError, check_wire, pack, unpack
+from hsplitlora_flwr.transport.wire import WireError, check_codec, pack, unpack
 
 # wire: (largest relative error, smallest and largest normal number)
 CASTS = {
@@ -103,7 +103,7 @@ def test_shapes_and_dtypes(wire: str, dtype: torch.dtype) -> None:
 
 def test_float16_ends_where_rounding_would_give_infinity() -> None:
     assert there_and_back(torch.tensor([65519.0]), "float16").item() == 65504.0
-    with pytest.raises(WireError, match=r"6\.552e\+04 does not fit the wire float16, .* to bfloat16 or int8"):
+    with pytest.raises(WireError, match=r"6\.552e\+04 does not fit the codec float16, .* to bfloat16 or int8"):
         pack(torch.tensor([1.0, -65520.0]), "float16")
 
 
@@ -111,7 +111,9 @@ def test_float16_ends_where_rounding_would_give_infinity() -> None:
 def test_float64_may_be_too_large(wire: str, fits: float, not_: float) -> None:
     back = there_and_back(torch.tensor([fits], dtype=torch.float64), wire)
     assert back.item() == pytest.approx(fits, rel=1e-6)
-    with pytest.raises(WireError, match=f"{not_:.0e}".replace("+", r"\+") + f" does not fit the wire {wire}.* float64"):
+    with pytest.raises(
+        WireError, match=f"{not_:.0e}".replace("+", r"\+") + f" does not fit the codec {wire}.* float64"
+    ):
         pack(torch.tensor([not_], dtype=torch.float64), wire)
 
 
@@ -139,7 +141,7 @@ def test_an_unknown_wire() -> None:
     ],
 )
 def test_values_and_scale_that_do_not_belong_together(values: torch.Tensor, scale: torch.Tensor) -> None:
-    with pytest.raises(WireError, match="are no tensor of a wire"):
+    with pytest.raises(WireError, match="are no tensor of a codec"):
         unpack(values, scale, torch.float32, "cpu")
 
 
@@ -172,7 +174,7 @@ def test_numbers_come_as_agreed(wire: str) -> None:
     for other in WIRES:
         values, _ = pack(torch.ones(2, 3), other)
         if other == wire:
-            check_wire(values, wire)
+            check_codec(values, wire)
         else:
-            with pytest.raises(WireError, match=f"where the wire {wire} was agreed on"):
-                check_wire(values, wire)
+            with pytest.raises(WireError, match=f"where the codec {wire} was agreed on"):
+                check_codec(values, wire)

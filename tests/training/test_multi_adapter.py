@@ -22,9 +22,9 @@ from hsplitlora_flwr.lora.base import SharedBase
 from hsplitlora_flwr.lora.layers import draw_masks, shape_of
 from hsplitlora_flwr.lora.update import Change
 from hsplitlora_flwr.models.split import ModelPart, ServerModel
+from hsplitlora_flwr.training.activation_checkpointing import checkpoint_blocks
 from hsplitlora_flwr.training.half import OwnHalf
-from hsplitlora_flwr.training.joint import JointPass
-from hsplitlora_flwr.training.recompute import recompute_blocks
+from hsplitlora_flwr.training.multi_adapter import MultiAdapterPass
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.training.server import MicroBatch, ServerTrainer, differentiate
 from hsplitlora_flwr.transport.frames import Activation, Finish, Finished, Gradient
@@ -80,15 +80,15 @@ def works_of(parts: Sequence[ServerModel], lengths: Sequence[int], rows: Sequenc
     return works
 
 
-def entered(base: SharedBase, parts: Sequence[ServerModel], recompute: bool = False) -> JointPass:
-    together = JointPass(base)
+def entered(base: SharedBase, parts: Sequence[ServerModel], checkpointing: bool = False) -> MultiAdapterPass:
+    together = MultiAdapterPass(base)
     for part in parts:
-        together.enter(part, recompute=recompute)
+        together.enter(part, checkpointing=checkpointing)
     return together
 
 
-def check(base: SharedBase, works: Sequence[MicroBatch], tolerance: float = 1e-9, recompute: bool = False) -> None:
-    """The joint pass against one pass a client, losses and all gradients."""
+def check(base: SharedBase, works: Sequence[MicroBatch], tolerance: float = 1e-9, checkpointing: bool = False) -> None:
+    """The pass of all against one pass a client, losses and all gradients."""
 
     def gradients(work: MicroBatch) -> list[torch.Tensor]:
         leaves = [work.cut, *trained(work.model)]
@@ -104,7 +104,7 @@ def check(base: SharedBase, works: Sequence[MicroBatch], tolerance: float = 1e-9
         alone.append(float(differentiate(work)))
         expected.append(gradients(work))
         draw_masks(work.model, 3, 0)
-    losses = entered(base, [work.model for work in works], recompute).differentiate(works)
+    losses = entered(base, [work.model for work in works], checkpointing).differentiate(works)
     assert list(map(float, losses)) == pytest.approx(alone, rel=tolerance)
     for work, wanted in zip(works, expected, strict=True):
         for one, other in zip(gradients(work), wanted, strict=True):
@@ -124,13 +124,13 @@ def test_activations_computed_again_change_no_gradient(
 ) -> None:
     again: list[ModelPart] = []
 
-    def recompute(part: ModelPart) -> None:
+    def watched(part: ModelPart) -> None:
         again.append(part)
-        recompute_blocks(part)
+        checkpoint_blocks(part)
 
-    monkeypatch.setattr("hsplitlora_flwr.training.joint.recompute_blocks", recompute)
+    monkeypatch.setattr("hsplitlora_flwr.training.multi_adapter.checkpoint_blocks", watched)
     base = base_of("llama")
-    check(base, works_of(client_parts(base, [3, 1, 2], dropout=0.2), [11, 7, 9], [2, 3, 1]), recompute=True)
+    check(base, works_of(client_parts(base, [3, 1, 2], dropout=0.2), [11, 7, 9], [2, 3, 1]), checkpointing=True)
     assert len(again) == 3, "a part from each split point to the next"
 
 
@@ -185,7 +185,7 @@ def test_nothing_is_accumulated_by_a_pass_that_fails(base_of: Callable[..., Shar
 class Arrivals:
     """Holds the first pass until a number of others have come."""
 
-    def __init__(self, together: JointPass, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, together: MultiAdapterPass, monkeypatch: pytest.MonkeyPatch) -> None:
         self.first, self.go, self.sizes = Event(), Event(), list[int]()
         serve = together._serve
 

@@ -1,7 +1,7 @@
-"""Activations that are computed again in the backward pass instead of being kept: memory for time.
+"""Activation checkpointing (arXiv 1604.06174): activations are recomputed in the backward pass instead of being kept.
 
 A block then keeps its input alone. Its forward pass runs a second time when its gradients are due, so at any time the
-activations of one block exist. Also known as activation (or gradient) checkpointing, arXiv 1604.06174.
+activations of one block exist: memory for time.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hsplitlora_flwr.lora.joint import JointLinear
 from hsplitlora_flwr.lora.layers import SeededDropout, dropouts
+from hsplitlora_flwr.lora.multi_adapter import MultiAdapterLinear
 from hsplitlora_flwr.models.split import ModelPart
 
 
-def recompute_blocks(part: ModelPart) -> None:
+def checkpoint_blocks(part: ModelPart) -> None:
     """Make every block of ``part`` keep its input alone; outputs and gradients stay what they are."""
     for block in part.blocks:
         block.forward = _again(block, block.forward)
@@ -47,10 +47,10 @@ def _again(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _dropouts(block: nn.Module) -> Iterator[SeededDropout]:
-    """Of the block's own adapters, and of those of the clients whose rows its joint layers hold."""
+    """Of the block's own adapters, and of those of the clients whose examples its multi-adapter layers hold."""
     for module in block.modules():
         if isinstance(module, SeededDropout):
             yield module
-        elif isinstance(module, JointLinear):
+        elif isinstance(module, MultiAdapterLinear):
             for adapter in module.adapters:
                 yield from dropouts(adapter)

@@ -1,4 +1,4 @@
-"""One pass over the server's base for all clients that wait.
+"""One pass over the server's base for all clients that wait: multi-adapter batching.
 
 Activations of clients with different split points join the batch at their own block::
 
@@ -26,16 +26,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hsplitlora_flwr.lora.base import SharedBase
-from hsplitlora_flwr.lora.joint import JointBatch, Share, adapted_layers, join
 from hsplitlora_flwr.lora.layers import AdaptedLinear, same_masks
+from hsplitlora_flwr.lora.multi_adapter import AdapterBatch, Share, adapted_layers, batch_adapters
 from hsplitlora_flwr.models.split import IGNORED, BodyModel, ServerModel
-from hsplitlora_flwr.training.recompute import recompute_blocks
+from hsplitlora_flwr.training.activation_checkpointing import checkpoint_blocks
 from hsplitlora_flwr.training.server import MicroBatch, differentiate
 
 log = logging.getLogger(__name__)
 
 
-class JointPass:
+class MultiAdapterPass:
     """Takes the micro-batches of several clients through the base together; used by the threads of all of them.
 
     Parameters
@@ -45,20 +45,20 @@ class JointPass:
     """
 
     def __init__(self, base: SharedBase) -> None:
-        self._base, self._recompute = base, False
+        self._base, self._checkpointing = base, False
         self._layers: dict[ServerModel, Mapping[str, AdaptedLinear]] = {}
-        self._segments: list[tuple[BodyModel | ServerModel, JointBatch]] = []
+        self._segments: list[tuple[BodyModel | ServerModel, AdapterBatch]] = []
         self._waiting: list[tuple[MicroBatch, Future[Tensor]]] = []
         self._busy = False
         self._changed = Condition()
 
-    def enter(self, model: ServerModel, *, recompute: bool = False) -> None:
+    def enter(self, model: ServerModel, *, checkpointing: bool = False) -> None:
         """Let a client's part in, with its adapters on it; before its first micro-batch comes.
 
-        One part whose activations are computed again in the backward pass makes those of the whole pass be so.
+        One part with activation checkpointing makes the whole pass have it.
         """
         self._layers[model] = adapted_layers(model)
-        self._recompute |= recompute
+        self._checkpointing |= checkpointing
         self._segments = []
 
     def __call__(self, work: MicroBatch) -> Tensor:
@@ -134,25 +134,29 @@ class JointPass:
                 losses, rows = part.token_losses(hidden, masks.to(part.device), labels)
             else:
                 hidden = part(hidden, masks[: len(hidden)].to(part.device))
-        owners = torch.arange(len(works)).repeat_interleave(torch.tensor([s.rows for s in shares])).to(rows.device)
+        owners = (
+            torch.arange(len(works))
+            .repeat_interleave(torch.tensor([share.examples for share in shares]))
+            .to(rows.device)
+        )
         return [losses[owners[rows] == index].sum() for index in range(len(works))]
 
-    def _parts_from(self, works: Sequence[MicroBatch]) -> Iterator[tuple[BodyModel | ServerModel, JointBatch]]:
+    def _parts_from(self, works: Sequence[MicroBatch]) -> Iterator[tuple[BodyModel | ServerModel, AdapterBatch]]:
         """The model from the lowest split point of ``works`` up, in parts that begin at split points."""
         if not self._segments:
             self._segments = self._cut()
         lowest = works[0].model.split
         return ((part, batch) for part, batch in self._segments if part.first_block >= lowest)
 
-    def _cut(self) -> list[tuple[BodyModel | ServerModel, JointBatch]]:
+    def _cut(self) -> list[tuple[BodyModel | ServerModel, AdapterBatch]]:
         splits = sorted({model.split for model in self._layers})
         parts: list[BodyModel | ServerModel] = [
             self._base.middle_part(first, last).train() for first, last in pairwise(splits)
         ]
         parts.append(self._base.server_part(splits[-1]).train())
-        batches = [join(part) for part in parts]
-        for part in parts if self._recompute else ():
-            recompute_blocks(part)
+        batches = [batch_adapters(part) for part in parts]
+        for part in parts if self._checkpointing else ():
+            checkpoint_blocks(part)
         return list(zip(parts, batches, strict=True))
 
 

@@ -12,7 +12,7 @@ from hsplitlora_flwr.lora.layers import draw_masks
 from hsplitlora_flwr.models import split_model
 from hsplitlora_flwr.models.split import ClientModel, ModelPart, ServerModel
 from hsplitlora_flwr.planning.importance import scoring
-from hsplitlora_flwr.training.recompute import recompute_blocks
+from hsplitlora_flwr.training.activation_checkpointing import checkpoint_blocks
 from tests.tiny import CONFIGS, random_batches, tiny_model
 
 
@@ -46,7 +46,7 @@ def test_gradients_stay_what_they_are(name: str) -> None:
         for part in (client, server):
             adapt(part)
             if again:
-                recompute_blocks(part)
+                checkpoint_blocks(part)
         found.append(gradients(client, server))
     kept, computed = found
     assert len(kept) == len(computed) > 10
@@ -61,7 +61,7 @@ def test_masks_are_those_of_the_first_time() -> None:
         _, body, _ = split_model(tiny_model("llama"), 2, labels="client")
         parameters = adapt(body)
         if again:
-            recompute_blocks(body)
+            checkpoint_blocks(body)
         hidden = []
         for index in range(2):
             draw_masks(body, 0, index)
@@ -77,7 +77,7 @@ def test_masks_are_those_of_the_first_time() -> None:
 def test_nothing_is_computed_twice_without_gradients() -> None:
     _, server = split_model(tiny_model("llama"), 2)
     adapt(server)
-    recompute_blocks(server)
+    checkpoint_blocks(server)
     calls: list[int] = []
     server.blocks[0].register_forward_hook(lambda *_: calls.append(1))
     inner: list[int] = []
@@ -98,7 +98,7 @@ def test_scores_stay_what_they_are(name: str) -> None:
         for part in (client, server):
             part.train()
             if again:
-                recompute_blocks(part)
+                checkpoint_blocks(part)
         batch = next(random_batches())
         with scoring(client) as below, scoring(server) as above:
             cut = client(batch.input_ids, batch.attention_mask)
