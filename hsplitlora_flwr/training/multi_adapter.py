@@ -134,11 +134,8 @@ class MultiAdapterPass:
                 losses, rows = part.token_losses(hidden, masks.to(part.device), labels)
             else:
                 hidden = part(hidden, masks[: len(hidden)].to(part.device))
-        owners = (
-            torch.arange(len(works))
-            .repeat_interleave(torch.tensor([share.examples for share in shares]))
-            .to(rows.device)
-        )
+        counts = torch.tensor([share.examples for share in shares])
+        owners = torch.arange(len(works)).repeat_interleave(counts).to(rows.device)
         return [losses[owners[rows] == index].sum() for index in range(len(works))]
 
     def _parts_from(self, works: Sequence[MicroBatch]) -> Iterator[tuple[BodyModel | ServerModel, AdapterBatch]]:

@@ -1,0 +1,81 @@
+"""A plan holds until what it was made for moved, and then says what that was."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hsplitlora_flwr.config import Config
+from hsplitlora_flwr.lora.update import Delta
+from hsplitlora_flwr.planning import Budget
+from hsplitlora_flwr.server.checkpoint import RunState
+from hsplitlora_flwr.server.plans import RoundPlanner
+
+BUDGETS = {"ada": Budget(10**10), "bob": Budget(2 * 10**10)}
+LENGTHS = {"ada": 20, "bob": 30}
+SHARES = {"ada": 0.5, "bob": 0.5}
+
+
+@pytest.fixture
+def config(tiny_folder: Path) -> Config:
+    return Config.from_run_config({"model.path": str(tiny_folder), "lora.ranks": "0,2", "plan.drift": 0.2})
+
+
+@pytest.fixture
+def planner(config: Config) -> RoundPlanner:
+    """With a plan in force, made of importance that leans to no weight."""
+    made = RoundPlanner(config, LENGTHS, process_bytes=0)
+    assert made.scores_due(1) and made.why_replan(BUDGETS) == "" and made.drift == 0
+    made.take_scores(1, [1.0], [{layer.name: 1.0 for layer in made.layers}])
+    made.replan(BUDGETS, SHARES, Budget(10**11))
+    assert made.plans.keys() == BUDGETS.keys()
+    return made
+
+
+def test_a_plan_holds_while_nothing_moves(planner: RoundPlanner) -> None:
+    assert planner.why_replan(BUDGETS) is None
+    measured_anew = {name: replace(budget, process_bytes=7) for name, budget in BUDGETS.items()}
+    assert planner.why_replan(measured_anew) is None, "what a process takes is no budget"
+    planner.fit(dict(LENGTHS))
+    assert planner.why_replan(BUDGETS) is None
+
+
+def test_what_moved_is_why_it_is_made_anew(planner: RoundPlanner) -> None:
+    assert planner.why_replan({"ada": BUDGETS["ada"]}) == "clients came or went"
+    assert planner.why_replan(BUDGETS | {"bob": Budget(10**10)}) == "budgets changed"
+    planner.fit({"ada": 20, "bob": 90})
+    assert planner.why_replan(BUDGETS) == "examples became longer or shorter"
+    planner.replan(BUDGETS, SHARES, Budget(10**11))
+    assert planner.why_replan(BUDGETS) is None
+    first, *others = [layer.name for layer in planner.layers]
+    planner.importance = {first: 1.0} | dict.fromkeys(others, 0.0)
+    # the distance of one weight from all of them alike
+    assert planner.drift == pytest.approx(1 - 1 / (1 + len(others)))
+    assert planner.why_replan(BUDGETS) == f"importance moved by {planner.drift:.3f}, more than plan.drift=0.2"
+
+
+def test_scores_are_due_in_the_first_round_and_then_as_often_as_is_set(config: Config) -> None:
+    def due(**plan: int) -> list[int]:
+        planner = RoundPlanner(replace(config, plan=replace(config.plan, **plan)), LENGTHS, 0)
+        return [server_round for server_round in range(1, 8) if planner.scores_due(server_round)]
+
+    assert due(probe_every=3) == [1, 4, 7]
+    assert due(probe_every=0) == [1]
+
+
+def test_what_an_earlier_run_left_holds_for_the_same_settings(config: Config, planner: RoundPlanner) -> None:
+    state = RunState(
+        3,
+        config.to_run_config(),
+        Delta(),
+        importance=planner.importance,
+        planned_importance=planner.planned_importance,
+        plans=planner.plans,
+        planned_budgets=planner.planned_budgets,
+    )
+    assert RoundPlanner(config, LENGTHS, 0, state).why_replan(BUDGETS) is None
+    other = replace(config, lora=replace(config.lora, ranks=(0, 4)))
+    resumed = RoundPlanner(other, LENGTHS, 0, state)
+    assert resumed.why_replan(BUDGETS) == "" and resumed.importance == planner.importance
