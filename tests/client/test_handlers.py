@@ -12,8 +12,9 @@ import pytest
 import torch
 from flwr.app import Context, Message, RecordDict
 
-from hsplitlora_flwr.client import handlers
-from hsplitlora_flwr.client.handlers import LoadData, split_client_app
+from hsplitlora_flwr.client import handlers, turn
+from hsplitlora_flwr.client.handlers import split_client_app
+from hsplitlora_flwr.client.node import LoadData
 from hsplitlora_flwr.client.task import ClientTask, SplitEvaluation, SplitTraining, WholeModelTask
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.data import Example
@@ -60,8 +61,8 @@ def test_what_came_with_a_message_is_gone_while_a_client_trains(
 
         monkeypatch.setattr(kind, verb, counted)
 
-    monkeypatch.setattr(handlers, "take_patch", patch)
-    monkeypatch.setattr(handlers, "take_start", start)
+    monkeypatch.setattr(turn, "take_patch", patch)
+    monkeypatch.setattr(turn, "take_start", start)
     watch(SplitTraining, "work")
     watch(SplitEvaluation, "work")
     watch(WholeModelTask, "take_turn")
