@@ -30,6 +30,7 @@ class Backlog(Generic[T]):
         self._items: deque[T] = deque()
         self._first = 0  # number of the first that stays
         self._taken = 0  # how many have been taken, at least once
+        self._arrived = 0  # how many the other side has, as it says
         self._closed = False
         self._lock = Lock()
         self._bell: SimpleQueue[None] = SimpleQueue()  # of the connection that takes; see Mailbox
@@ -51,12 +52,10 @@ class Backlog(Generic[T]):
             self._bell.put(None)
 
     def arrived(self, count: int) -> None:
-        """The other side has the first ``count`` of all items; of those never taken it cannot."""
+        """The other side has the first ``count`` of all items; those never taken stay until they are."""
         with self._lock:
-            while self._first < min(count, self._taken) and self._items:
-                self._items.popleft()
-                self._first += 1
-                self._room.release()
+            self._arrived = max(self._arrived, count)
+            self._let_go()
 
     def since(self, number: int) -> Iterator[T]:
         """Take the items from ``number`` on as they come, until the backlog is closed or another call takes them.
@@ -77,6 +76,12 @@ class Backlog(Generic[T]):
         """End whatever takes items now; they wait for the next."""
         with self._lock:
             self._ring()
+
+    def _let_go(self) -> None:
+        while self._first < min(self._arrived, self._taken) and self._items:
+            self._items.popleft()
+            self._first += 1
+            self._room.release()
 
     def _ring(self) -> None:
         before, self._bell = self._bell, SimpleQueue()
@@ -102,6 +107,7 @@ class Backlog(Generic[T]):
                 if there:
                     item, number = self._items[place], number + 1
                     self._taken = max(self._taken, number)
+                    self._let_go()
                 elif self._closed:
                     return
             if there:

@@ -47,6 +47,16 @@ def test_nothing_arrives_that_was_never_taken() -> None:
     assert next(backlog.since(1)) == "b"
 
 
+def test_what_is_said_to_have_arrived_before_it_was_taken_leaves_room_once_it_is() -> None:
+    backlog = filled("a", "b", size=2)
+    taken = backlog.since(0)
+    backlog.arrived(9)
+    with ThreadPoolExecutor(1) as pool:
+        putting = pool.submit(lambda: [backlog.put(item) for item in "cd"])
+        assert list(islice(taken, 4)) == ["a", "b", "c", "d"]
+        putting.result(timeout=20)
+
+
 @pytest.mark.parametrize("number", [0, 4])
 def test_what_is_gone_or_not_yet_there_cannot_be_asked_for(number: int) -> None:
     backlog = filled("a", "b", "c")
