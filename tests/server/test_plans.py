@@ -43,7 +43,7 @@ def test_a_plan_holds_while_nothing_moves(planner: RoundPlanner) -> None:
 
 
 def test_what_moved_is_why_it_is_made_anew(planner: RoundPlanner) -> None:
-    assert planner.why_replan({"ada": BUDGETS["ada"]}) == "clients came or went"
+    assert planner.why_replan({"ada": BUDGETS["ada"]}) == "other clients take part"
     assert planner.why_replan(BUDGETS | {"bob": Budget(10**10)}) == "budgets changed"
     planner.fit({"ada": 20, "bob": 90})
     assert planner.why_replan(BUDGETS) == "examples became longer or shorter"
