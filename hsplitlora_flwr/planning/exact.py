@@ -1,11 +1,15 @@
 """The best plan: splits and ranks of the clients, and ranks of the server.
 
-Every client first gets the split point that it would have alone with the server, where its ranks below and the server's
-above are worth most and, within the tolerance, the round is shortest. That is a floor: what others have can move its
-cut deeper but never above it, save for a deadline. With one shared half the server takes one rank for each of its
-weights, which counts for the clients whose split is at or below it; splits and these ranks follow each other until
-nothing changes. With a half for each client :mod:`hsplitlora_flwr.planning.priced` hands the server's memory out. Last,
-the round is made as short as it gets while every client keeps its own value within the tolerance.
+1. **Alone.** Every client gets the split point that it would have alone with the server: where its ranks below and the
+   server's above are worth most or, within the tolerance, the round is shortest. That is a floor: what others have can
+   move its cut deeper, but never above it, save for a deadline.
+2. **The server's ranks.** With one shared half the server takes one rank for each of its weights, which counts for the
+   clients whose split is at or below it; splits and these ranks follow each other until nothing changes. With a half
+   for each client its memory has one price (:mod:`hsplitlora_flwr.planning.priced`).
+3. **The shortest round** in which every client keeps, within the tolerance, what it would have alone.
+4. **The clients' ranks**, the best at these splits in the time that the slowest client takes.
+
+A deadline is met by more tolerance, as little as will do.
 """
 
 from __future__ import annotations
@@ -18,30 +22,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hsplitlora_flwr.planning.arrays import Array, Index, Ranks
-from hsplitlora_flwr.planning.bound import bound_below
+from hsplitlora_flwr.planning.below import RESTS, Below
 from hsplitlora_flwr.planning.budget import PlanError
-from hsplitlora_flwr.planning.frontier import Frontier, add_block
-from hsplitlora_flwr.planning.lower import Lower
-from hsplitlora_flwr.planning.priced import Market, half_frontiers
-from hsplitlora_flwr.planning.problem import Assignment, Costs, Problem
+from hsplitlora_flwr.planning.frontier import BYTES, OPERATIONS, SAME, Frontier
+from hsplitlora_flwr.planning.priced import Market, fronts_above
+from hsplitlora_flwr.planning.problem import Assignment, Costs, Prices, Problem, Way
 
-SAME = 1e-12
-"""Values that differ by less are alike."""
-_POINTS = 2000  # choices of the server's ranks that are kept
 _TURNS = 6  # of splits and the server's ranks
-_HALVINGS = 16  # of what a deadline takes
-_SERVER_GIVES = 5  # shares of the tolerance that the server's ranks may give up
+_HALVINGS = 10  # of what a deadline takes
+_SHARES = 3  # of its ranks that the server may keep within the tolerance
+_SHARES_IN_TIME = 6  # and for a deadline
 
 Mask = NDArray[np.bool_]
 
 
-class Upper(NamedTuple):
-    """The server's ranks, ``(layers,)`` of a shared half or ``(clients, layers)``; with them clients may be split where
-    ``allowed``, ``(clients, splits)``."""
+class Half(NamedTuple):
+    """How the server serves, its ranks, ``(layers,)`` of a shared half or ``(clients, layers)``, and the clients'
+    splits that they were chosen for, ``(clients,)``."""
 
-    costs: Costs
+    way: Way
     ranks: Ranks
-    allowed: Mask
+    splits: Index
+
+
+class Timed(NamedTuple):
+    """A round: the server's half, everybody's split, ``(clients,)``, and seconds of the slowest client and of all."""
+
+    half: Half
+    splits: Index
+    slowest: float
+    seconds: float
 
 
 class Solver:
@@ -58,10 +68,16 @@ class Solver:
 
     def __init__(self, problem: Problem, tolerance: float, deadline: float | None) -> None:
         self.problem, self.tolerance, self.deadline = problem, tolerance, deadline
-        self.lower = Lower(problem, deadline is not None)
-        self.values, _ = self.lower.best()
-        self.alone, self.outlook, self.floor = self._alone()
-        self.proven = math.inf
+        self.shared = problem.cost.workload.half == "shared"
+        self.below = Below(problem, deadline is not None)
+        self.values, _ = self.below.best()
+        self.above, self.above_bound, split = self._alone()
+        self.value_alone = np.maximum((self.values + self.above).max(axis=1), 0.0)
+        self._price = 0.0
+        self._fronts: dict[tuple[bool, bool], list[Frontier]] = {}
+        places, alone = np.arange(len(problem.splits)), len(problem.names) == 1
+        floors = places == split[:, None] if alone else places >= split[:, None]
+        self.allowed = self.below.held & (floors if deadline is None else True)
 
     def solve(self) -> Assignment:
         """The plan.
@@ -71,279 +87,235 @@ class Solver:
         PlanError
             If no plan fits the server's memory or meets the deadline; the text says what is missing.
         """
-        p = self.problem
-        alone = self.alone[int(self.floor[0])]
-        if len(p.names) == 1 and self.deadline is None and math.isfinite(alone[1]):
-            upper = Upper(alone[0], alone[2], np.arange(len(p.splits)) == self.floor[:, None])
-        elif p.cost.workload.half == "shared":
-            upper = self._shared()
-        else:
-            upper = self._per_client()
-        fewer, splits, limit, seconds = self._shortest(upper, self.tolerance)
-        if self.deadline is None or seconds <= self.deadline:
-            return self._fill(fewer, splits, limit)
-        return self._in_time(upper, self.deadline)
+        half = self._best_half()
+        rounds = (self._round(half, share, self.tolerance) for share in np.linspace(1 - self.tolerance, 1, _SHARES))
+        timed = min(filter(None, rounds), key=lambda each: each.seconds)
+        if self.deadline is None or timed.seconds <= self.deadline:
+            return self._fill(timed, timed.slowest)
+        return self._in_time(half, self.deadline)
 
     def bound(self) -> float:
         """No plan has more value."""
-        p, held = self.problem, np.isfinite(self.values)
-        more = 0.0 if self.lower.whole else np.where(held, bound_below(p) - np.where(held, self.values, 0.0), 0.0)
-        reached = self.values + more + self.outlook
-        return float(min(p.share @ reached.max(axis=1), self.proven + p.share @ np.max(more + 0.0 * held, axis=1)))
+        p, most = self.problem, self.below.bound()
+        alone = float(p.share @ (most + self.above_bound).max(axis=1))
+        if self.shared:
+            return alone
+        return min(alone, max(self._market(way, most).bound(self._price) for way in self._ways()))
 
-    # ------------------------------------------------------------------ the server's ranks
+    # ------------------------------------------------------------------ a client alone with the server
 
-    def best_above(self, costs: Costs, weights: Array, rooms: Array) -> Ranks:
-        """``(splits, layers)``; the best ranks of the server from each split up in so many bytes, ``(splits,)``, where
-        the values of a block's layers count ``weights``, ``(L,)``."""
+    def _alone(self) -> tuple[Array, Array, Index]:
+        """What the server's ranks are worth to each client alone, and can be worth at most, ``(clients, splits)``; and
+        the split that it then has, ``(clients,)``."""
         p = self.problem
-        values = p.values * weights[p.block, None]
+        above, bound, work = np.empty((3, *self.values.shape))
+        for index, prices in p.groups:
+            ways = [self._alone_by(prices, costs) for costs in prices.costs]
+            best = np.argmax([value for value, _, _ in ways], axis=0)
+            above[index], bound[index], work[index] = (np.choose(best, each) for each in zip(*ways, strict=True))
+        reached = self.values + above
+        least = (1 - self.tolerance) * np.maximum(reached.max(axis=1), 0.0)
+        flops, choice = self.below.least(np.where(np.isfinite(above), least[:, None] - above, np.inf))
+        seconds = p.own_seconds(flops, choice == RESTS, p.speed_alone) + p.steps * work / p.server_speed_alone[:, None]
+        deepest, quickest = _last(self.below.held), _last(seconds == seconds.min(axis=1, keepdims=True))
+        return above, bound, np.where(np.isfinite(reached).any(axis=1), quickest, deepest)
+
+    def _alone_by(self, prices: Prices, costs: Costs) -> tuple[Array, Array, Array]:
+        """``(splits,)``; what the server's ranks are worth, and at most, and its operations of a step."""
+        p = self.problem
+        rooms = p.memory_of_server - p.resting - prices.frames - costs.passing[p.splits]
+        ranks, bound = self._best_above(costs, p.values, rooms)
+        value, work = p.total(p.values, ranks), costs.served[p.splits] + p.total(costs.above, ranks)[:, OPERATIONS]
+        return np.where(rooms < 0, -np.inf, value), np.where(rooms < 0, -np.inf, bound), work
+
+    def _best_above(self, costs: Costs, values: Array, rooms: Array) -> tuple[Ranks, Array]:
+        """The best ranks of one half from each split up in so many bytes, ``(splits,)``, and what none can exceed."""
+        p = self.problem
         most = np.where(values[:, -1] > 0, len(p.ranks) - 1, 0)
         ranks = np.where(p.block >= p.splits[:, None], most, 0).astype(np.uint8)
-        scarce = p.total(costs.above, ranks) + p.kept(costs.inputs_above, ranks) > rooms
-        if not (scarce & (rooms >= 0)).any():
-            return ranks
-        front, splits = Frontier.empty(len(p.block), 1, _POINTS), p.splits.tolist()
-        ranks[scarce] = 0
-        for block in range(p.cost.num_blocks - 1, splits[int(np.argmax(scarce))] - 1, -1):
-            front = add_block(front, p, block, costs.above, costs.inputs_above, values, float(rooms[scarce].max()))
-            if block in splits and scarce[s := splits.index(block)] and rooms[s] >= 0:
-                ranks[s] = front.ranks[np.searchsorted(front.cost[:, 0], rooms[s], "right") - 1]
-        return ranks
+        bound = p.total(values, ranks)
+        taken = p.total(costs.above, ranks)[:, BYTES] + p.kept(costs.inputs_above, ranks)
+        if (scarce := np.flatnonzero((taken > rooms) & (rooms >= 0))).size:
+            fronts = fronts_above(p, costs.above, costs.inputs_above, values, float(rooms[scarce].max()), scarce[0])
+            for s in scarce.tolist():
+                front, limits = fronts[len(p.splits) - 1 - s], np.array([[rooms[s], np.inf, np.inf]])
+                ranks[s], bound[s] = front.ranks[front.best(limits)[0]], front.bound(limits[:, :2])[0]
+        return ranks, bound
 
-    def _frontier_above(self, upper: Upper) -> Frontier:
-        """The server's choices from the lowest split up, where all that it serves count alike."""
+    # ------------------------------------------------------------------ the server's ranks for all
+
+    def _best_half(self) -> Half:
+        """The half that is worth most, of all ways to serve.
+
+        Raises
+        ------
+        PlanError
+            If the server has no room for any.
+        """
+        p, best, missing, found = self.problem, -math.inf, math.inf, None
+        for way in self._ways():
+            allowed = self.allowed & (p.splits >= way.lowest)
+            if not allowed.any(axis=1).all():
+                continue
+            missing = min(missing, float(way.taken[p.splits[_last(allowed)]].sum()) - way.room)
+            hope = p.share @ np.where(allowed, self.values + self.above, -np.inf).max(axis=1)
+            if hope > best + SAME and (offer := (self._shared if self.shared else self._sold)(way, allowed, best)):
+                best, found = offer
+        if found is None:
+            raise p.server_too_small(missing)
+        return found
+
+    def _ways(self) -> Iterator[Way]:
         p = self.problem
-        front, lowest = Frontier.empty(len(p.block), 1, _POINTS), int(p.splits[upper.allowed.any(axis=0).argmax()])
-        for block in range(p.cost.num_blocks - 1, lowest - 1, -1):
-            front = add_block(front, p, block, upper.costs.above, upper.costs.inputs_above, p.values, math.inf)
-        return front
+        for costs in p.prices.costs:
+            for lowest in p.splits.tolist():
+                for way in p.ways(costs, lowest):
+                    if self.shared or lowest == p.splits[0] or not way.every_pass:  # whose room depends on it
+                        yield way
 
-    def weights(self, splits: Index) -> Array:
-        """``(L,)``; share of the clients whose split is at or below each block."""
-        p = self.problem
-        return np.cumsum(np.bincount(p.splits[splits], p.share, p.cost.num_blocks))
-
-    def _alone(self) -> tuple[list[tuple[Costs, float, Ranks]], Array, Index]:
-        """The server's way, value and ranks for a client alone, by split, of the last group; that value of every
-        client, ``(clients, splits)``; and its split."""
-        p, (above, work) = self.problem, np.empty((2, *self.values.shape))
-        for index, group in p.groups:
-            alone = self._alone_with(group)
-            above[index] = [value for _, value, _ in alone]
-            parameters = np.diag(p.from_split_up(p.parameters, np.stack([ranks for *_, ranks in alone])))
-            work[index] = [c.served[s] + c.work * n for (c, *_), s, n in zip(alone, p.splits, parameters, strict=True)]
-        reached = self.values + above
-        least = self._least((1 - self.tolerance) * reached.max(axis=1), above, np.isfinite(reached))
-        seconds = p.own_seconds(*least, p.speed_alone) + p.steps * work / p.server_speed_alone[:, None]
-        deepest_first = seconds[:, ::-1].argmin(axis=1)
-        none = ~np.isfinite(reached).any(axis=1)  # not even alone
-        deepest = np.isfinite(self.values)[:, ::-1].argmax(axis=1)
-        return alone, above, len(p.splits) - 1 - np.where(none, deepest, deepest_first)
-
-    def _alone_with(self, group: Problem) -> list[tuple[Costs, float, Ranks]]:
-        """The server's way, value and ranks for one client of a group, by split."""
-        p = self.problem
-        ways: list[list[tuple[Costs, float, Ranks]]] = []
-        for costs in group.costs:
-            rooms = room(group, costs, 1)
-            ranks = self.best_above(costs, np.ones(p.cost.num_blocks), rooms)
-            value = np.where(rooms < 0, -np.inf, np.diag(p.from_split_up(p.values, ranks)))
-            ways.append(list(zip([costs] * len(value), value.tolist(), ranks, strict=True)))
-        return [max(way, key=lambda each: each[1]) for way in zip(*ways, strict=True)]
-
-    def _shared(self) -> Upper:
-        """The ranks that all clients share, and where they may be split."""
-        p, count, best = self.problem, len(self.problem.splits), -math.inf
-        held = np.isfinite(self.values)
-        places, floor = np.arange(count), 0 if self.deadline else self.floor[:, None]
-        missing, found = math.inf, None
-        for costs in p.costs:
-            rooms = room(p, costs, len(p.names))
-            for lowest in range(count):
-                allowed = held & (places >= np.maximum(floor, lowest))
-                if not allowed.any(axis=1).all():
+    def _shared(self, way: Way, allowed: Mask, beaten: float) -> tuple[float, Half] | None:
+        """The ranks of a shared half, with what plans with them are worth, if that is more than ``beaten``."""
+        p, found = self.problem, None
+        rooms = np.where(p.splits == way.lowest, way.room - len(p.names) * p.prices.frames, -1.0)
+        for splits in (allowed.argmax(axis=1), _last(allowed)) if rooms.max() >= 0 else ():
+            for _ in range(_TURNS):
+                served = np.cumsum(np.bincount(p.splits[splits], p.share, p.cost.num_blocks))  # share of the clients
+                ranks = self._best_above(way.costs, p.values * served[p.block, None], rooms)[0][rooms.argmax()]
+                reached = np.where(allowed, self.values + p.from_split_up(p.values, ranks), -np.inf)
+                before, splits = splits, reached.argmax(axis=1)
+                if (value := float(p.share @ reached.max(axis=1))) > beaten + SAME:
+                    beaten, found = value, Half(way, ranks, splits)
+                if (before == splits).all():
                     break
-                missing = min(missing, -rooms[lowest])
-                if (
-                    rooms[lowest] < 0
-                    or p.share @ np.where(allowed, self.values + self.outlook, -np.inf).max(axis=1) <= best
-                ):
-                    continue
-                only = np.where(places == lowest, rooms, -1.0)
-                for start in (allowed.argmax(axis=1), count - 1 - allowed[:, ::-1].argmax(axis=1)):
-                    splits = start
-                    for _ in range(_TURNS):
-                        ranks = self.best_above(costs, self.weights(splits), only)[lowest]
-                        reached = np.where(allowed, self.values + p.from_split_up(p.values, ranks), -np.inf)
-                        if (value := float(p.share @ reached.max(axis=1))) > best + SAME:
-                            best, found = value, Upper(costs, ranks, allowed)
-                        before, splits = splits, reached.argmax(axis=1)
-                        if (before == splits).all():
-                            break
-        if found is None:
-            raise p.server_too_small(missing)
-        return found
+        return (beaten, found) if found else None
 
-    def _per_client(self) -> Upper:
-        """The ranks of every client's own half, and where it may be split."""
-        p, places = self.problem, np.arange(len(self.problem.splits))
-        held, floor = np.isfinite(self.values), 0 if self.deadline else self.floor[:, None]
-        best, price, missing, found = -math.inf, 0.0, math.inf, None
-        fronts: dict[tuple[bool, int], list[Frontier]] = {}
-        self.proven = -math.inf
-        for lowest in places.tolist():
-            allowed = held & (places >= np.maximum(floor, lowest))
-            if not allowed.any(axis=1).all() or (found and not price):
-                break
-            deepest = p.splits[len(places) - 1 - allowed[:, ::-1].argmax(axis=1)]
-            for costs in p.costs:
-                for number, way in enumerate(p.ways(costs, int(p.splits[lowest]))):
-                    missing = min(missing, float(way.taken[deepest].sum()) - way.room)
-                    if (key := (costs.recompute, number)) not in fronts:
-                        fronts[key] = half_frontiers(p, way)
-                    market = Market(p, way, fronts[key], self.values, allowed)
-                    if market.bound(price) > best + SAME and (handed := market.hand_out()):
-                        self.proven = max(self.proven, market.bound(handed.price))
-                        if handed.value > best + SAME:
-                            best, price = handed.value, handed.price
-                            deeper = places >= (handed.splits[:, None] if price else 0)
-                            found = Upper(costs, handed.ranks, allowed & deeper)
-        if found is None:
-            raise p.server_too_small(missing)
-        return found
+    def _sold(self, way: Way, allowed: Mask, beaten: float) -> tuple[float, Half] | None:
+        """The same of halves of the clients' own."""
+        market = self._market(way, np.where(allowed, self.values, -np.inf))
+        if market.bound(self._price) <= beaten + SAME or not (sold := market.sell()):
+            return None
+        chosen, self._price = sold
+        value = market.value(chosen)
+        return (value, Half(way, market.ranks(chosen), chosen.split)) if value > beaten + SAME else None
+
+    def _market(self, way: Way, below: Array) -> Market:
+        p, key = self.problem, (way.costs.recompute, way.every_pass)
+        if key not in self._fronts:
+            self._fronts[key] = fronts_above(p, way.prices, way.inputs, p.values, math.inf)[::-1]
+        return Market(p, way, self._fronts[key], np.where(p.splits >= way.lowest, below, -np.inf))
 
     # ------------------------------------------------------------------ time
 
-    def _least(self, target: Array, above: Array, allowed: Mask) -> tuple[Array, Mask]:
-        """``(clients, splits)``; the fewest operations of a client for so much value, ``(clients,)``, with the server's
-        ranks, and whether these are those of no adapters."""
-        possible = allowed & np.isfinite(above)
-        flops, choice = self.lower.least(
-            np.where(possible, target[:, None] - np.where(possible, above, 0.0) - SAME, np.inf)
-        )
-        return flops, self.lower.is_without(choice)
+    def _round(self, half: Half, share: float, tolerance: float) -> Timed | None:
+        """The shortest round, if there is one, in which the server's ranks keep a share of their value, and every
+        client, but for the tolerance, what it has alone or, if that is less, what the whole half gives it."""
+        p, clients = self.problem, np.arange(len(self.values))
+        given = (self.values + p.from_split_up(p.values, half.ranks))[clients, half.splits]
+        target = np.minimum((1 - tolerance) * self.value_alone, given)
+        half = half._replace(ranks=np.minimum(half.ranks, self._worthiest(share)))
+        flops, choice = self.below.least(target[:, None] - p.from_split_up(p.values, half.ranks))
+        return self._served(half, p.own_seconds(flops, choice == RESTS, p.speed))
 
-    def _shortest(self, upper: Upper, tolerance: float) -> tuple[Upper, Index, float, float]:
-        """The shortest round in which every client keeps its value within the tolerance: the server's ranks, splits,
-        and seconds of the slowest client and of the round. The server may give up ranks too."""
-        p, found = self.problem, []
-        above, lowest = p.from_split_up(p.values, upper.ranks), int(upper.allowed.any(axis=0).argmax())
-        reached = (self.values + above)[:, lowest:].max(axis=1)
-        # Where the server has room for all, also what a client would have with a lower split than any has.
-        free = above[..., lowest] >= self.outlook[:, lowest] - SAME
-        best = np.where(free, (self.values + self.outlook).max(axis=1), reached)
-        target = np.minimum((1 - tolerance) * best, np.where(upper.allowed, self.values + above, -np.inf).max(axis=1))
-        frontier = self._frontier_above(upper) if tolerance else Frontier.empty(len(p.block), 1, 1)
-        for given in np.linspace(0, tolerance, _SERVER_GIVES if tolerance else 1):
-            ranks = upper.ranks
-            if given:
-                enough = (1 - given) * frontier.value[-1] - SAME
-                ranks = np.minimum(ranks, frontier.ranks[np.argmax(frontier.value >= enough)])
-            above = p.from_split_up(p.values, ranks)
-            own = p.own_seconds(*self._least(target, above, upper.allowed), p.speed)
-            if np.isfinite(own).any(axis=1).all():
-                work = upper.costs.served[p.splits] + upper.costs.work * p.from_split_up(p.parameters, ranks)
-                served = np.broadcast_to(p.steps * work / p.server_speed, own.shape)
-                found.append((upper._replace(ranks=ranks), *_sweep(own, served)))
-        return min(found, key=lambda each: each[3])
+    def _worthiest(self, share: float) -> Ranks:
+        """``(layers,)``; the ranks that are worth most for their operations and together hold a share of the value."""
+        p = self.problem
+        gain = np.diff(p.values, axis=1)
+        order = np.argsort(-gain / np.diff(p.prices.parameters, axis=1), axis=None, kind="stable")
+        reached = np.append(0.0, np.cumsum(gain.ravel()[order]))
+        taken = np.zeros(gain.size, np.uint8)
+        taken[order[: np.searchsorted(reached, share * reached[-1] - SAME)]] = 1
+        ranks: Ranks = taken.reshape(gain.shape).sum(axis=1, dtype=np.uint8)
+        return ranks
 
-    def _fill(self, upper: Upper, splits: Index, limit: float) -> Assignment:
-        """The best ranks of clients at their splits, for whom a round may take so many seconds."""
-        p, clients = self.problem, np.arange(len(splits))
-        value, choice = self.lower.best((limit * (1 + SAME) / p.steps - p.wire) * p.speed * (1 + SAME))
-        choice = self.lower.else_least(value, choice)  # without adapters less comes over the wire
-        at = p.splits[splits]
-        below = self.lower.ranks(at, choice[clients, splits])
-        return Assignment(at, np.where(p.block < at[:, None], below, upper.ranks).astype(np.uint8))
+    def _served(self, half: Half, own: Array) -> Timed | None:
+        """The shortest round that the server has room for, where clients take ``own`` seconds, ``(clients, splits)``.
 
-    def _in_time(self, upper: Upper, deadline: float) -> Assignment:
-        """The plan for a deadline: everybody gives up the same share of its value, as little as will do, and clients
-        take what time is left.
+        Within a limit every client takes the deepest split that takes it no longer, which is what the server is done
+        with first, and has most room for. A longer limit takes work off the server, one client after another.
+        """
+        p, way = self.problem, half.way
+        work = way.costs.served[p.splits] + p.from_split_up(way.costs.above[..., OPERATIONS], half.ranks)
+        taken = p.bytes_from_split_up(way, half.ranks)
+        if self.shared:  # by the lowest split of all
+            passing = taken + way.costs.passing[p.splits] + len(p.names) * p.prices.frames
+            allowed, taken = self.allowed & (passing <= p.memory_of_server - p.resting), np.zeros(1)
+        else:
+            allowed, taken = self.allowed & (p.splits >= way.lowest), taken + way.taken[p.splits]
+        own = np.where(allowed, own, np.inf)
+        order = np.argsort(own, axis=1, kind="stable")
+        limits = np.take_along_axis(own, order, 1)
+        limits = np.maximum(limits, limits[:, 0].max()).T.ravel()  # from when everybody has a split
+        in_time = np.argsort(limits, kind="stable")
+        deepest = np.maximum.accumulate(order, axis=1)
+
+        def together(each: Array) -> Array:
+            """The sum over clients within each limit."""
+            of_split = np.take_along_axis(np.broadcast_to(each, own.shape), deepest, 1)
+            sums: Array = np.cumsum(np.diff(of_split, axis=1, prepend=0.0).T.ravel()[in_time])
+            return sums[len(own) - 1 :]
+
+        limits = limits[in_time][len(own) - 1 :]
+        fits = np.isfinite(limits) & (together(taken) <= (math.inf if self.shared else way.room))
+        if not fits.any():
+            return None
+        seconds = limits + p.steps * together(work) / p.server_speed
+        best = np.where(fits, seconds, np.inf).argmin()
+        return Timed(half, _last(own <= limits[best]), float(limits[best]), float(seconds[best]))
+
+    def _in_time(self, half: Half, deadline: float) -> Assignment:
+        """The plan for a deadline: clients give up the same share of their value, as little as will do beside what the
+        server gives up, and take what time is left.
 
         Raises
         ------
         PlanError
             If there is none.
         """
-        plans, shortest = [], math.inf
-        for each in (upper, *self._lowest_cuts()):
-            done = self._shortest(each, 1.0)
-            shortest = min(shortest, done[3])
-            if done[3] > deadline * (1 + SAME):
-                continue
-            low, high = self.tolerance, 1.0
-            for _ in range(_HALVINGS):
-                tolerance = (low + high) / 2
-                tried = self._shortest(each, tolerance)
-                if tried[3] <= deadline:
-                    high, done = tolerance, tried
-                else:
-                    low = tolerance
-            fewer, splits, limit, seconds = done
-            plans.append(self._fill(fewer, splits, limit + max(deadline - seconds, 0.0)))
-        if not plans:
+        quickest = self._quickest()
+        if quickest.seconds > deadline * (1 + SAME):
             raise PlanError(
-                f"no plan meets the deadline of {deadline:g} s: the shortest possible round takes {shortest:.3g} s. "
-                "Raise plan.deadline, or lower train.steps, train.batch_size or data.max_length"
+                f"no plan meets the deadline of {deadline:g} s: the shortest possible round takes "
+                f"{quickest.seconds:.3g} s. Raise plan.deadline, or lower train.steps, train.batch_size or "
+                "data.max_length"
             )
+        plans = []
+        for each, share in [(quickest.half, 0.0), *((half, share) for share in np.linspace(0, 1, _SHARES_IN_TIME))]:
+            if timed := self._least_given_up(each, share, deadline * (1 + SAME)):
+                plans.append(self._fill(timed, timed.slowest + max(deadline - timed.seconds, 0.0)))
         return max(plans, key=self.problem.objective)
 
-    def _lowest_cuts(self) -> Iterator[Upper]:
-        """Without any ranks on the server: clients split in all places that it has room for, if all of them are, or
-        nowhere above the splits with which the slowest of them is done first."""
-        p, clients = self.problem, len(self.problem.names)
-        ranks, held = np.zeros(len(p.block), np.uint8), np.isfinite(self.values)
-        for costs in p.costs:
-            allowed = held & [self._serves(costs, np.full(clients, split)) for split in p.splits]
-            if allowed.any(axis=1).all():
-                yield Upper(costs, ranks, allowed)
-            if (least := self._first_served(costs, held)) is not None:
-                yield Upper(costs, ranks, held & (np.arange(len(p.splits)) >= least[:, None]))
-
-    def _first_served(self, costs: Costs, held: Mask) -> Index | None:
-        """``(clients,)``; the deepest splits within the shortest time of the slowest client that the server has room
-        for. Deeper splits take less of its memory and of its time, and more time lets clients be split deeper."""
-        p = self.problem
-        own = p.own_seconds(*self._least(np.zeros(len(held)), np.zeros(held.shape), held), p.speed)
-        limits = np.unique(own[own >= own.min(axis=1).max()])
-
-        def deepest(limit: float) -> Index:
-            splits: Index = own.shape[1] - 1 - (own <= limit)[:, ::-1].argmax(axis=1)
-            return splits
-
-        low, high = 0, int(np.isfinite(limits).sum())
-        while low < high:
-            middle = (low + high) // 2
-            if self._serves(costs, p.splits[deepest(limits[middle])]):
-                high = middle
+    def _least_given_up(self, half: Half, share: float, deadline: float) -> Timed | None:
+        """The round of :meth:`_round` for the smallest tolerance that meets the deadline, if one does."""
+        low, high, found = self.tolerance, 1.0, None
+        tolerance = high
+        for _ in range(_HALVINGS):
+            if (timed := self._round(half, share, tolerance)) and timed.seconds <= deadline:
+                high, found = tolerance, timed
+            elif not found:
+                return None
             else:
-                low = middle + 1
-        return deepest(limits[low]) if low < np.isfinite(limits).sum() else None
+                low = tolerance
+            tolerance = (low + high) / 2
+        return found
 
-    def _serves(self, costs: Costs, splits: Index) -> bool:
-        """Whether the server has room for clients with these splits, ``(clients,)``, without any ranks."""
-        return any(way.taken[splits].sum() <= way.room for way in self.problem.ways(costs, int(splits.min())))
+    def _quickest(self) -> Timed:
+        """The shortest round of all, in which nobody has ranks that it can do without."""
+        p, none = self.problem, np.zeros(len(self.problem.block), np.uint8)
+        flops, choice = self.below.least(np.zeros_like(self.values))
+        own, anywhere = p.own_seconds(flops, choice == RESTS, p.speed), np.zeros(len(flops), np.intp)
+        rounds = (self._served(Half(way, none, anywhere), own) for way in self._ways())
+        found = min(filter(None, rounds), key=lambda timed: timed.seconds)
+        return found._replace(half=found.half._replace(splits=found.splits))
+
+    def _fill(self, timed: Timed, seconds: float) -> Assignment:
+        """The best ranks of clients at their splits, for whom a round may take so many seconds."""
+        p, clients = self.problem, np.arange(len(timed.splits))
+        _, choice = self.below.best(np.full(len(clients), seconds))
+        below, splits = self.below.ranks(timed.splits, choice[clients, timed.splits]), p.splits[timed.splits]
+        return Assignment(splits, np.where(p.block < splits[:, None], below, timed.half.ranks).astype(np.uint8))
 
 
-def room(problem: Problem, costs: Costs, clients: int) -> Array:
-    """``(splits,)``; bytes that the server has for adapters of a shared half when the lowest split is this one."""
-    return problem.memory_of_server - problem.resting - clients * problem.frames - costs.passing[problem.splits]
-
-
-def _sweep(own: Array, served: Array) -> tuple[Index, float, float]:
-    """Everybody's split, the seconds of the slowest client and those of the round, which are the least.
-
-    Within a limit every client takes the split, among those that take it no longer (``own``), that the server is done
-    with first (``served``). A longer limit takes time off the server, one client after another.
-    """
-    order = np.argsort(own, axis=1, kind="stable")
-    own_, served_ = np.take_along_axis(own, order, 1), np.minimum.accumulate(np.take_along_axis(served, order, 1), 1)
-    least = float(own_[:, 0].max())
-    times, saved = np.maximum(own_[:, 1:].ravel(), least), -np.diff(served_, axis=1).ravel()
-    by_time = np.argsort(times, kind="stable")
-    limits = np.concatenate([[least], times[by_time]])
-    rounds = limits + served_[:, 0].sum() - np.concatenate([[0.0], np.cumsum(saved[by_time])])
-    best = int(np.argmin(rounds))
-    deepest = np.where(own <= limits[best], served, np.inf)[:, ::-1].argmin(axis=1)
-    return own.shape[1] - 1 - deepest, float(limits[best]), float(rounds[best])
+def _last(mask: Mask) -> Index:
+    """``(clients,)``; the last split of each that holds."""
+    last: Index = mask.shape[1] - 1 - mask[:, ::-1].argmax(axis=1)
+    return last

@@ -15,7 +15,8 @@ import numpy as np
 
 from hsplitlora_flwr.planning.arrays import Index, Ranks
 from hsplitlora_flwr.planning.cost import Layer
-from hsplitlora_flwr.planning.problem import Assignment, Costs, Problem, Way
+from hsplitlora_flwr.planning.frontier import BYTES, PARAMETERS
+from hsplitlora_flwr.planning.problem import Assignment, Costs, Prices, Problem, Way
 
 
 def solve(problem: Problem, important_share: float, resource: str = "parameters") -> Assignment:
@@ -35,17 +36,17 @@ def solve(problem: Problem, important_share: float, resource: str = "parameters"
         np.zeros(len(problem.names), np.intp), np.zeros((len(problem.names), len(problem.block)), np.uint8)
     )
     reached = np.full(len(problem.names), -np.inf)
-    for (index, group), costs in ((each, costs) for each in problem.groups for costs in each[1].costs):
-        splits = _deepest(group, costs, important)
+    for (index, prices), costs in ((group, costs) for group in problem.groups for costs in group[1].costs):
+        splits = _deepest(problem, index, prices, costs, important)
         for split in np.unique(splits).tolist():
-            members = np.flatnonzero(splits == split)
-            ranks, clients = _fill_clients(group, costs, split, orders[split], members), index[members]
+            clients = index[splits == split]
+            ranks = _fill_clients(problem, costs, split, orders[split], clients)
             value, before = problem.total(problem.values, ranks), chosen.splits[clients]
             better = (split > before) | ((split == before) & (value > reached[clients]))
             reached[clients[better]] = value[better]
             chosen.splits[clients[better]], chosen.ranks[clients[better]] = split, ranks[better]
     lowest, missing, plans = int(chosen.splits.min()), math.inf, []
-    for way in (way for costs in problem.costs for way in problem.ways(costs, lowest)):
+    for way in (way for costs in problem.prices.costs for way in problem.ways(costs, lowest)):
         room = way.room - way.taken[chosen.splits].sum()
         missing = min(missing, -room)
         if room >= 0:
@@ -122,21 +123,21 @@ def _order(problem: Problem, resource: str, split: int) -> Index:
     return order
 
 
-def _deepest(problem: Problem, costs: Costs, important: Index) -> Index:
+def _deepest(problem: Problem, clients: Index, prices: Prices, costs: Costs, important: Index) -> Index:
     """``(clients,)``; the deepest split at which a client can give the important layers the highest rank; the lowest
     where it is to have no adapters."""
     if not problem.may_train:
-        return np.full(len(problem.names), problem.splits[0])
+        return np.full(len(clients), problem.splits[0])
     wanted = np.zeros((len(problem.splits), len(problem.block)), np.uint8)
     wanted[:, important] = len(problem.ranks) - 1
     wanted[problem.block >= problem.splits[:, None]] = 0
     lowest = np.where(wanted > 0, problem.block, problem.cost.num_blocks).min(axis=1)
-    needed = costs.base[problem.splits] + np.maximum(problem.splits - lowest, 0) * costs.block_bytes
-    needed += problem.total(costs.below, wanted) + problem.kept(costs.inputs_below, wanted)
-    needed = np.maximum(needed, problem.floor[problem.splits])
-    fits = (needed <= problem.memory[:, None]) & (
-        problem.total(problem.parameters, wanted) <= problem.adapters[:, None]
-    )
+    reaching = np.maximum(problem.splits - lowest, 0)[:, None] * costs.block
+    cost = problem.total(costs.below, wanted) + reaching
+    needed = costs.base[problem.splits] + cost[:, BYTES] + problem.kept(costs.inputs_below, wanted)
+    needed = np.maximum(needed, prices.floor[problem.splits])
+    fits = needed <= problem.memory[clients, None]
+    fits &= cost[:, PARAMETERS] <= problem.adapters[clients, None]
     deepest = len(problem.splits) - 1 - fits[:, ::-1].argmax(axis=1)
     splits: Index = np.where(fits.any(axis=1), problem.splits[deepest], problem.splits[0])
     return splits
@@ -148,16 +149,17 @@ def _fill_clients(problem: Problem, costs: Costs, split: int, order: Index, clie
     if not problem.may_train:
         return ranks
     room, spare = problem.memory[clients] - costs.base[split], problem.adapters[clients].copy()
-    lowest, opened = np.full(len(clients), split), np.zeros((len(clients), len(problem.input_bytes)), bool)
+    lowest, opened = np.full(len(clients), split), np.zeros((len(clients), len(costs.inputs_below)), bool)
     for m in order.tolist():
         block, g = int(problem.block[m]), int(problem.input[m])
-        kept = np.maximum(lowest - block, 0) * costs.block_bytes + ~opened[:, g] * costs.inputs_below[g]
-        fits = (costs.below[m] + kept[:, None] <= room[:, None]) & (problem.parameters[m] <= spare[:, None])
+        kept = np.maximum(lowest - block, 0) * costs.block[BYTES] + ~opened[:, g] * costs.inputs_below[g]
+        price, parameters = costs.below[m, :, BYTES], costs.below[m, :, PARAMETERS]
+        fits = (price + kept[:, None] <= room[:, None]) & (parameters <= spare[:, None])
         k = np.maximum(fits.sum(axis=1) - 1, 0)
         taken = k > 0
         ranks[:, m] = k
-        room -= np.where(taken, costs.below[m, k] + kept, 0.0)
-        spare -= problem.parameters[m, k]
+        room -= np.where(taken, price[k] + kept, 0.0)
+        spare -= parameters[k]
         lowest, opened[:, g] = np.where(taken, np.minimum(lowest, block), lowest), opened[:, g] | taken
     return ranks
 
@@ -165,13 +167,13 @@ def _fill_clients(problem: Problem, costs: Costs, split: int, order: Index, clie
 def _fill_server(problem: Problem, way: Way, plan: Assignment, room: float, order: Index) -> Assignment:
     """Ranks of the weights above the splits: by importance, for all clients alike, what still fits."""
     ranks, shared = plan.ranks.copy(), problem.cost.workload.half == "shared"
-    opened = np.zeros((len(plan.splits), len(problem.input_bytes)), bool)
+    opened = np.zeros((len(plan.splits), len(way.inputs)), bool)
     for m in order.tolist():
         g, above = problem.input[m], plan.splits <= problem.block[m]
         for cheap in (True, False):
             waiting = np.flatnonzero(above & (opened[:, g] == cheap))
             for k in range(len(problem.ranks) - 1, 0, -1):
-                price = way.prices[m, k] + (0.0 if cheap else way.inputs[g])
+                price = way.prices[m, k, BYTES] + (0.0 if cheap else way.inputs[g])
                 units = 1 if shared else len(waiting)
                 taking = units if math.isinf(room) else min(units, int(room // price))
                 takers, waiting = (waiting, waiting[:0]) if shared and taking else np.split(waiting, [taking])

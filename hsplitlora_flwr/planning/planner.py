@@ -286,7 +286,7 @@ def _plan(
 ) -> Plan:
     """The plan with what it costs. A side computes nothing again that it can keep."""
     taken, flops, again, resting = problem.of_clients(assignment)
-    sides = [(*problem.of_server(costs, assignment), costs.recompute) for costs in problem.costs]
+    sides = [(*problem.of_server(costs, assignment), costs.recompute) for costs in problem.prices.costs]
     served, work, server_again = next((s for s in sides if s[0] <= problem.memory_of_server), min(sides))
     own = problem.own_seconds(flops[:, None], resting[:, None], problem.speed)[:, 0]
     names, ranks = [layer.name for layer in problem.cost.layers], problem.ranks.tolist()

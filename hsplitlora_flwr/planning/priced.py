@@ -10,49 +10,48 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hsplitlora_flwr.planning.arrays import Array, Index, Ranks
-from hsplitlora_flwr.planning.bound import gains
-from hsplitlora_flwr.planning.frontier import Frontier, add_block
+from hsplitlora_flwr.planning.frontier import BYTES, SAME, Frontier, corners
 from hsplitlora_flwr.planning.problem import Problem, Way
 
 _HALVINGS = 60  # of the price
 _FILLED = 64  # clients that may take what is left
-_POINTS = 1000  # choices of a half that are kept
-_SAME = 1e-12  # of a value, which is rounding
 
 
-class Handed(NamedTuple):
-    """What every client got: its split, ranks of its half, the value of all, and the price of a byte."""
+def fronts_above(
+    problem: Problem, prices: Array, inputs: Array, values: Array, room: float, lowest: int = 0
+) -> list[Frontier]:
+    """The server's choices of ranks from every split up, the deepest split first, as far as the ``lowest``.
 
-    splits: Index
-    ranks: Ranks
-    value: float
-    price: float
-
-
-class _Chosen(NamedTuple):
-    """``(clients,)`` each: split, choice of its frontier, and the server's bytes for both."""
-
-    split: Index
-    point: Index
-    taken: Array
-
-
-def half_frontiers(problem: Problem, way: Way) -> list[Frontier]:
-    """The choices of ranks of one client's half, from every split up."""
-    fronts: list[Frontier] = []
-    front, splits = Frontier.empty(len(problem.block), 1, _POINTS), set(problem.splits.tolist())
-    for block in range(problem.cost.num_blocks - 1, int(problem.splits[0]) - 1, -1):
-        front = add_block(front, problem, block, way.prices, way.inputs, problem.values, math.inf)
-        if block in splits:
-            fronts.insert(0, front)
+    Parameters
+    ----------
+    prices, values : Array
+        ``(layers, ranks, 3)`` and ``(layers, ranks)``; what an adapter costs and is worth.
+    inputs : Array
+        ``(inputs,)``; bytes that the first adapter on an input adds.
+    room : float
+        Bytes that there are.
+    """
+    limit, front = np.array([room, math.inf, math.inf]), Frontier.start(len(problem.block))
+    fronts = []
+    for block in range(problem.cost.num_blocks - 1, int(problem.splits[lowest]) - 1, -1):
+        front = front.with_block(problem.by_block[block], prices, inputs, values, limit)
+        if block <= problem.splits[-1]:
+            fronts.append(front)
     return fronts
 
 
+class Chosen(NamedTuple):
+    """``(clients,)`` each: split, choice of the half from there up, and the server's bytes for both."""
+
+    split: Index
+    choice: Index
+    taken: Array
+
+
 class Market:
-    """The clients and what the server has for them.
+    """Clients that buy bytes of the server's memory.
 
     Parameters
     ----------
@@ -60,98 +59,95 @@ class Market:
     way : Way
         How the server serves.
     fronts : list of Frontier
-        Of :func:`half_frontiers`.
-    values, allowed : Array, NDArray[np.bool_]
-        ``(clients, splits)``; what clients' ranks are worth below a split, and where they may be split.
+        One client's choices of a half from every split up.
+    below : Array
+        ``(clients, splits)``; what clients' ranks are worth below a split; minus infinity where they may not be split.
     """
 
-    def __init__(
-        self, problem: Problem, way: Way, fronts: list[Frontier], values: Array, allowed: NDArray[np.bool_]
-    ) -> None:
-        self._problem, self._way, self._fronts = problem, way, fronts
-        self._below = np.where(allowed, problem.share[:, None] * np.where(allowed, values, 0.0), -np.inf)
-        self._corners = [_corners(front.cost[:, 0], front.value) for front in fronts]
-        self._shares, self._share = np.unique(problem.share, return_inverse=True)
+    def __init__(self, problem: Problem, way: Way, fronts: list[Frontier], below: Array) -> None:
+        self._room, self._share, self._fronts = way.room, problem.share, fronts
+        self._fixed = way.taken[problem.splits]
+        self._below = np.where(
+            np.isfinite(below), problem.share[:, None] * np.where(np.isfinite(below), below, 0.0), -np.inf
+        )
+        self._corners = [corners(front.cost[:, BYTES], front.value) for front in fronts]
+
+    def sell(self) -> tuple[Chosen, float] | None:
+        """What every client gets, and the price of a byte; None where not even halves without ranks find room."""
+        low, high = 0.0, 1e-18
+        chosen = more = self._at(0.0)
+        if self._fits(chosen):
+            return chosen, 0.0
+        while not self._fits(chosen := self._at(high)):
+            low, high, more = high, high * 1e3, chosen
+            if high > 1e6:
+                return None
+        for _ in range(_HALVINGS):
+            price = math.sqrt(low * high) if low else high / 1e3
+            if self._fits(tried := self._at(price)):
+                high, chosen = price, tried
+            else:
+                low, more = price, tried
+            if high <= low * (1 + 1e-9):
+                break
+        return self._fill(chosen, more), high
+
+    def value(self, chosen: Chosen) -> float:
+        """What the choices of all are worth."""
+        above = [self._fronts[s].value[k] for s, k in zip(chosen.split.tolist(), chosen.choice.tolist(), strict=True)]
+        return float(np.take_along_axis(self._below, chosen.split[:, None], 1).sum() + self._share @ above)
+
+    def ranks(self, chosen: Chosen) -> Ranks:
+        """``(clients, layers)``."""
+        each = zip(chosen.split.tolist(), chosen.choice.tolist(), strict=True)
+        return np.stack([self._fronts[s].ranks[k] for s, k in each])
 
     def bound(self, price: float) -> float:
-        """Nothing that can be handed out is worth more, whatever the price."""
-        p, way = self._problem, self._way
-        halves = gains(p, way.prices, way.inputs, price / np.maximum(self._shares, 1e-300))
-        above = np.cumsum(halves[:, ::-1], axis=1)[:, ::-1][:, p.splits] * self._shares[:, None]
-        reached = (self._below + above[self._share] - price * way.taken[p.splits]).max(axis=1)
-        return float(reached.sum()) + (price * way.room if price else 0.0)
+        """Nothing that can be sold is worth more, whatever the price."""
+        worth, _, _ = self._offers(price)
+        lost = self._share[:, None] * [front.lost for front in self._fronts]
+        return float((worth + lost).max(axis=1).sum()) + (price * self._room if price else 0.0)
 
-    def hand_out(self) -> Handed | None:
-        """The best choices that were found; None where there is no room for them."""
-        room, low, high = self._way.room, 0.0, 1e-18
-        chosen = more = self._choose(0.0)
-        if scarce := chosen.taken.sum() > room:
-            while (chosen := self._choose(high)).taken.sum() > room:
-                low, high, more = high, high * 1e3, chosen
-                if high > 1e6:
-                    return None
-            for _ in range(_HALVINGS):
-                price = math.sqrt(low * high) if low else high / 1e3
-                tried = self._choose(price)
-                if tried.taken.sum() > room:
-                    low, more = price, tried
-                else:
-                    high, chosen = price, tried
-                if high <= low * (1 + 1e-9):
-                    break
-            chosen = self._fill(chosen, more)
-        each = list(zip(chosen.split.tolist(), chosen.point.tolist(), strict=True))
-        ranks = np.stack([self._fronts[s].ranks[k] for s, k in each])
-        value = sum(
-            b[s] + share * self._fronts[s].value[k]
-            for b, share, (s, k) in zip(self._below, self._problem.share, each, strict=True)
+    def _offers(self, price: float) -> tuple[Array, Index, Array]:
+        """``(clients, splits)``; what the best half of each split is worth beyond its price, that choice, and bytes."""
+        worth, taken, choice = (
+            np.empty_like(self._below),
+            np.empty_like(self._below),
+            np.empty(self._below.shape, np.intp),
         )
-        return Handed(chosen.split, ranks, float(value), high if scarce else 0.0)
+        limit = price / np.maximum(self._share, 1e-300)
+        for s, (front, corner) in enumerate(zip(self._fronts, self._corners, strict=True)):
+            cost, value = front.cost[corner, BYTES], front.value[corner]
+            at = np.searchsorted(-np.diff(value) / np.diff(cost), -limit, "right")
+            choice[:, s], taken[:, s] = corner[at], cost[at] + self._fixed[s]
+            worth[:, s] = self._below[:, s] + self._share * value[at] - price * taken[:, s]
+        return worth, choice, taken
 
-    def _choose(self, price: float) -> _Chosen:
-        p, clients = self._problem, np.arange(len(self._below))
-        worth, taken = np.empty_like(self._below), np.empty_like(self._below)
-        points = np.empty(worth.shape, np.intp)
-        for s, (front, corners) in enumerate(zip(self._fronts, self._corners, strict=True)):
-            cost, value = front.cost[corners, 0], front.value[corners]
-            slopes = np.diff(value) / np.diff(cost)
-            at = np.searchsorted(-slopes, -price / np.maximum(self._shares, 1e-300), "right")[self._share]
-            points[:, s], taken[:, s] = corners[at], cost[at] + self._way.taken[p.splits[s]]
-            worth[:, s] = self._below[:, s] + p.share * value[at]
-        left = worth - price * taken
-        best = left.max(axis=1, keepdims=True)
+    def _at(self, price: float) -> Chosen:
+        worth, choice, taken = self._offers(price)
+        best, clients = worth.max(axis=1, keepdims=True), np.arange(len(worth))
         # Of splits that are worth the same the lowest: its ranks serve the others too.
-        split = (left >= best - _SAME * np.abs(best)).argmax(axis=1)
-        return _Chosen(split, points[clients, split], taken[clients, split])
+        split = (worth >= best - SAME * np.abs(best)).argmax(axis=1)
+        return Chosen(split, choice[clients, split], taken[clients, split])
 
-    def _fill(self, chosen: _Chosen, more: _Chosen) -> _Chosen:
+    def _fits(self, chosen: Chosen) -> bool:
+        return bool(chosen.taken.sum() <= self._room)
+
+    def _fill(self, chosen: Chosen, more: Chosen) -> Chosen:
         """What is left: first as a lower price would have it, then whatever is worth most to a client."""
-        (split, point, taken), p = chosen, self._problem
-        left = self._way.room - float(taken.sum())
+        split, choice, taken = chosen
+        left = self._room - float(taken.sum())
         for i in np.flatnonzero(more.taken > taken).tolist():
             if (extra := float(more.taken[i] - taken[i])) <= left:
-                split[i], point[i], taken[i], left = more.split[i], more.point[i], more.taken[i], left - extra
-        for i in 2 * np.argsort(-p.share, kind="stable")[:_FILLED].tolist():
+                split[i], choice[i], taken[i], left = more.split[i], more.choice[i], more.taken[i], left - extra
+        for i in 2 * np.argsort(-self._share, kind="stable")[:_FILLED].tolist():
             room, best = left + float(taken[i]), (-math.inf, 0, 0, 0.0)
             for s in np.flatnonzero(np.isfinite(self._below[i])).tolist():
-                front, fixed = self._fronts[s], float(self._way.taken[p.splits[s]])
-                k = int(np.searchsorted(front.cost[:, 0], room - fixed, "right")) - 1
+                front, fixed = self._fronts[s], float(self._fixed[s])
+                k = int(np.searchsorted(front.cost[:, BYTES], room - fixed, "right")) - 1
                 if k >= 0:
-                    value = float(self._below[i, s] + p.share[i] * front.value[k])
-                    best = max(best, (value, s, k, float(front.cost[k, 0]) + fixed))
-            _, split[i], point[i], taken[i] = best
+                    value = float(self._below[i, s] + self._share[i] * front.value[k])
+                    best = max(best, (value, s, k, float(front.cost[k, BYTES]) + fixed))
+            _, split[i], choice[i], taken[i] = best
             left = room - float(taken[i])
         return chosen
-
-
-def _corners(cost: Array, value: Array) -> Index:
-    """Indices of the choices that some price makes best, of a frontier by rising cost and value."""
-    corners: list[int] = []
-    for k in range(len(cost)):
-        while len(corners) > 1:
-            a, b = corners[-2:]
-            if (value[b] - value[a]) * (cost[k] - cost[b]) > (value[k] - value[b]) * (cost[b] - cost[a]):
-                break
-            corners.pop()
-        corners.append(k)
-    return np.array(corners)

@@ -1,9 +1,10 @@
 """The planning problem in numbers: what every split point and rank costs, and what a rank is worth.
 
-Read once from the cost model, which is linear in them: for a fixed split the memory and the time of a client, and what
-the server takes, are a constant plus a price for each adapter, plus a price for each input that an adapter makes
-autograd keep. Arrays run over clients ``i``, layers ``m`` (of ``CostModel.layers``), ranks ``k`` (ascending, 0 first),
-inputs ``g`` and split points ``l``.
+Read once from the cost model, which is linear in them: for a fixed split, memory and time of a client, and what the
+server takes, are a constant, a price for each adapter, and a price for each input that an adapter makes autograd keep.
+Arrays run over clients ``i``, layers ``m`` (of ``CostModel.layers``), ranks ``k`` (ascending, 0 first), inputs ``g``
+and splits, or over all ``L`` blocks where a split point itself is the index. A last dimension of 3 holds bytes,
+parameters and operations of a step (:mod:`hsplitlora_flwr.planning.frontier`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from hsplitlora_flwr.planning.arrays import Array, Index, Ranks
 from hsplitlora_flwr.planning.budget import Budget, PlanError
 from hsplitlora_flwr.planning.cost import CostModel
+from hsplitlora_flwr.planning.frontier import BYTES, OPERATIONS
 
 NOMINAL_FLOPS = 1e12
 """FLOP/s of every machine where no speed is stated. Only ratios matter then."""
@@ -32,20 +34,19 @@ class Assignment(NamedTuple):
 
 
 class Costs(NamedTuple):
-    """What adapters cost where activations are kept for backward, or where they are computed again."""
+    """What training costs where activations are kept for backward, or where they are computed again."""
 
     recompute: bool
     below: Array
-    """``(layers, ranks)``; bytes of an adapter on a client, and ``above`` on the server."""
+    """``(layers, ranks, 3)``; an adapter on a client, and ``above`` on the server."""
     above: Array
     inputs_below: Array
     """``(inputs,)``; bytes that the first adapter on an input adds on a client, and ``inputs_above`` on the server."""
     inputs_above: Array
     base: Array
     """``(L,)``; bytes of a client that trains, by split, beside its adapters and the activations that it keeps."""
-    block_bytes: float
-    """Of a client, for every block from the lowest adapted one up; ``backward`` is its operations."""
-    backward: float
+    block: Array
+    """``(3,)``; every block of a client from its lowest adapter up, beside what it costs without any."""
     work: float
     """Operations of a step for every parameter of an adapter."""
     passing: Array
@@ -54,10 +55,13 @@ class Costs(NamedTuple):
 
 
 class Way(NamedTuple):
-    """How the server may serve: what adapters and their inputs cost there, what every client takes by split, ``(L,)``,
-    and the bytes that there are for all of it."""
+    """How the server may serve clients of whom none has a split below ``lowest``: what adapters and inputs cost there,
+    ``(layers, ranks, 3)`` and ``(inputs,)``, bytes for every client by split, ``(L,)``, and bytes for all of it. Those
+    for every client are for its pass as well, or else there is room for as many as can meet (``every_pass``)."""
 
     costs: Costs
+    lowest: int
+    every_pass: bool
     prices: Array
     inputs: Array
     taken: Array
@@ -77,41 +81,97 @@ def least_bytes(cost: CostModel, split: int, rank: int, clients: str, recompute:
     return min(cost.client_bytes(split, ranks, recompute=again) for ranks in one for again in recompute)
 
 
-class Problem:
-    """Budgets, shares, importance and costs as arrays. Values are in units of the importance of all layers together.
-
-    Parameters
-    ----------
-    budgets : Mapping[str, Budget]
-        Of the clients that can hold ``min_split`` blocks without an adapter, by name.
-    server : Budget or None
-        The server's; memory without bound when None.
-    importance : Mapping[str, float]
-        ``J_m`` by layer name; uniform when it is 0 everywhere.
-    shares : Mapping[str, float] or None
-        ``p_i`` by client, in any unit; equal when None.
-    cost : CostModel
-        What plans cost the server, and clients of whom nothing else is known.
-    ranks : Sequence[int]
-        The set ``Q``.
-    min_split, max_split : int
-        Bounds of the split point, both included.
-    steps : int
-        Local steps of a round.
-    wire : tuple[str, str]
-        Numbers on the wire, up and down; see :meth:`hsplitlora_flwr.planning.cost.CostModel.wire_bytes`.
-    recompute : Sequence[bool]
-        Whether activations may be kept, computed again, or either. Keeping them takes less time and comes first.
-    clients : {"plan", "all", "none"}
-        Which clients have adapters; see :func:`hsplitlora_flwr.planning.planner.make_plan`.
-    own : Mapping[str, CostModel], optional
-        What plans cost a client, by name, where its rows are not as long as those that the server counts with.
+class Prices:
+    """What plans cost by one cost model; parameters as for :class:`Problem`.
 
     Attributes
     ----------
-    groups : list of (Index, Problem)
-        The clients by what plans cost them, each group as the problem of these clients alone: what a client can hold,
-        and what it would have alone with the server, is found there.
+    floor, forward : Array
+        ``(L,)``; by split, the least bytes of a client, and its operations of a step without adapters.
+    frames : float
+        Bytes that every client takes of the server's memory.
+    wire : dict[bool, tuple[int, int]]
+        Bytes of a step up and down, by whether the client has no adapters.
+    parameters : Array
+        ``(layers, ranks)``.
+    costs : tuple of Costs
+        For every choice in ``recompute``.
+    """
+
+    def __init__(
+        self,
+        cost: CostModel,
+        splits: Index,
+        ranks: Index,
+        clients: str,
+        recompute: Sequence[bool],
+        wire: tuple[str, str],
+    ) -> None:
+        self._cost, self._splits, self._ranks = cost, splits.tolist(), ranks.tolist()
+        self.floor, self.forward = np.zeros(cost.num_blocks), np.zeros(cost.num_blocks)
+        for split in self._splits:
+            self.floor[split] = least_bytes(cost, split, self._ranks[1], clients, recompute)
+            self.forward[split] = cost.client_flops(split, {})
+        self.frames = float(cost.held_bytes(cost.num_blocks - 1, {}))
+        self.wire = {resting: cost.wire_bytes(*wire, forward_only=resting) for resting in (False, True)}
+        inputs = {(layer.block, layer.input_id): layer.input_bytes for layer in cost.layers}
+        self._inputs = np.array(list(inputs.values()), float)
+        self.parameters = np.array([[layer.adapter_parameters(rank) for rank in self._ranks] for layer in cost.layers])
+        self.costs = tuple(map(self._costs, recompute))
+
+    def _costs(self, recompute: bool) -> Costs:
+        cost, first, in_flight = self._cost, self._cost.layers[0], self._cost.workload.in_flight
+        # A client's peak is either `floor`, with the accumulated update, or `base` and what training adds to it. At a
+        # rank that outweighs every update it is the latter.
+        base, passing, served = np.zeros((3, cost.num_blocks))
+        huge = {first.name: 2**40}
+        for split in self._splits:
+            trained = cost.adapter_bytes(huge, 0, split) + cost.kept_bytes(huge, 0, split, recompute=recompute)
+            base[split] = cost.client_bytes(split, huge, recompute=recompute) - trained
+            passing[split] = cost.pass_bytes(split, {}, recompute=recompute)
+            served[split] = cost.server_flops(split, {}, recompute=recompute)
+        one = {first.name: self._ranks[1]}
+        # On a server, with all blocks, the backward pass runs anyway: what an adapter adds is its own.
+        alone = cost.server_flops(0, {}, recompute=recompute)
+        work = (cost.server_flops(0, one, recompute=recompute) - alone) / cost.adapter_parameters(one)
+        split = max(self._splits[0], first.block + 1)
+        added = cost.client_flops(split, one, recompute=recompute) - cost.client_flops(split, {})
+        backward = (added - work * cost.adapter_parameters(one)) / (split - first.block)
+        on_server = cost.server_micro_batches
+
+        def items(micro_batches: int) -> Array:
+            kept = 0 if recompute else micro_batches
+            taken = [[cost.adapter_price(layer, rank, kept) for rank in self._ranks] for layer in cost.layers]
+            return np.stack([np.array(taken, float), self.parameters, work * self.parameters], axis=2)
+
+        inputs = np.zeros_like(self._inputs) if recompute else self._inputs
+        return Costs(
+            recompute,
+            items(in_flight),
+            items(on_server),
+            inputs,
+            inputs * on_server / in_flight,
+            base,
+            np.array([cost.block_bytes(recompute), 0.0, backward]),
+            work,
+            passing,
+            served,
+        )
+
+
+class Problem:
+    """Budgets, shares, importance and costs as arrays. Values are in units of the importance of all layers together.
+
+    Parameters are those of :func:`hsplitlora_flwr.planning.planner.make_plan`; ``budgets`` are of the clients that can
+    take part, and ``recompute`` says whether activations may be kept (False), computed again, or either, the faster
+    first.
+
+    Attributes
+    ----------
+    prices : Prices
+        By the cost model that the server counts with.
+    groups : list of (Index, Prices)
+        The clients by the cost model of their own side.
     may_train, may_rest : bool
         Whether a client can be given adapters, and whether it can be given none.
     """
@@ -129,75 +189,26 @@ class Problem:
         max_split: int,
         steps: int,
         wire: tuple[str, str],
-        recompute: Sequence[bool] = (False,),
-        clients: str = "plan",
-        own: Mapping[str, CostModel] | None = None,
+        recompute: Sequence[bool],
+        clients: str,
+        own: Mapping[str, CostModel] | None,
     ) -> None:
-        self.cost, self.server, self.steps = cost, server, steps
+        self.cost, self.steps, self.names = cost, steps, list(budgets)
         self.may_train, self.may_rest = clients != "none", clients != "all"
         self.ranks = np.array([0, *sorted({rank for rank in ranks if rank > 0})])
         self.splits = np.arange(min_split, max_split + 1)
-        self.names = list(budgets)
-        self._read_clients(list(budgets.values()), shares, wire)
         self._read_layers(importance)
-        self.floor, self.forward = np.zeros(cost.num_blocks), np.zeros(cost.num_blocks)
-        for split in self.splits.tolist():  # the least that there is; without adapters nothing is kept
-            self.floor[split] = least_bytes(cost, split, int(self.ranks[1]), clients, recompute)
-            self.forward[split] = cost.client_flops(split, {})
-        self.costs = tuple(map(self._costs, recompute))
-        self.frames = cost.held_bytes(cost.num_blocks - 1, {})
-        self.resting = cost.server_bytes({}, server.process_bytes if server else 0)
+        models = [(own or {}).get(name, cost) for name in self.names]
+        prices = {
+            id(model): Prices(model, self.splits, self.ranks, clients, recompute, wire)
+            for model in {id(model): model for model in (cost, *models)}.values()
+        }
+        self.prices = prices[id(cost)]
+        of = np.array([list(prices).index(id(model)) for model in models])
+        self.groups = [(np.flatnonzero(of == g), each) for g, each in enumerate(prices.values()) if (of == g).any()]
+        self._read_clients(list(budgets.values()), server, shares)
         self.memory_of_server = float(server.memory_bytes) if server else math.inf
-        of_clients = {name: (own or {}).get(name, cost) for name in self.names}
-        models = list({id(model): model for model in of_clients.values()}.values())
-        self.groups: list[tuple[Index, Problem]] = [(np.arange(len(self.names)), self)]
-        if models == [cost]:
-            return
-        self.groups = []
-        for model in models:
-            index = np.flatnonzero([each is model for each in of_clients.values()])
-            members = {self.names[i]: budgets[self.names[i]] for i in index.tolist()}
-            group = Problem(
-                members,
-                server,
-                importance,
-                None,
-                model,
-                ranks=ranks,
-                min_split=min_split,
-                max_split=max_split,
-                steps=steps,
-                wire=wire,
-                recompute=recompute,
-                clients=clients,
-            )
-            self.wire[index], self.wire_of_resting[index] = group.wire, group.wire_of_resting
-            self.groups.append((index, group))
-
-    def _read_clients(
-        self, budgets: Sequence[Budget], shares: Mapping[str, float] | None, wire: tuple[str, str]
-    ) -> None:
-        def seconds(*, forward_only: bool) -> Array:
-            up, down = self.cost.wire_bytes(*wire, forward_only=forward_only)
-            return np.array([(up / b.up if b.up else 0.0) + (down / b.down if b.down else 0.0) for b in budgets])
-
-        stated = [machine.flops for machine in (*budgets, self.server) if machine and machine.flops]
-        mean, server = fmean(stated or [NOMINAL_FLOPS]), self.server.flops if self.server else None
-        self.memory = np.array([budget.memory_bytes - budget.process_bytes for budget in budgets], float)
-        limits = (math.inf if b.adapter_bytes is None else b.adapter_bytes for b in budgets)
-        self.adapters = np.floor(np.array(list(limits), float) / self.cost.workload.adapter_item)
-        self.speed = np.array([budget.flops or mean for budget in budgets])
-        self.wire, self.wire_of_resting = seconds(forward_only=False), seconds(forward_only=True)
-        self.server_speed = server or mean
-        # Alone with the server, what is not stated is as for the other of the two.
-        self.speed_alone = np.array([budget.flops or server or NOMINAL_FLOPS for budget in budgets])
-        self.server_speed_alone = np.full(len(budgets), server) if server else self.speed_alone
-        share = np.array([1.0 if shares is None else shares[name] for name in self.names])
-        if not (np.isfinite(share) & (share >= 0)).all() or not share.any():
-            raise PlanError(
-                f"shares={dict(zip(self.names, share.tolist(), strict=True))} must be 0 or more, and one above"
-            )
-        self.share = share / share.sum()
+        self.resting = cost.server_bytes({}, server.process_bytes if server else 0)
 
     def _read_layers(self, importance: Mapping[str, float]) -> None:
         layers = self.cost.layers
@@ -209,72 +220,46 @@ class Problem:
         self.total_importance = float(scores.sum())
         self.importance = scores / self.total_importance
         self.values: Array = self.importance[:, None] * np.log2(1 + self.ranks)
-        self.parameters = np.array(
-            [[layer.adapter_parameters(rank) for rank in self.ranks.tolist()] for layer in layers]
-        )
         self.block = np.array([layer.block for layer in layers])
-        inputs = {(layer.block, layer.input_id): layer.input_bytes for layer in layers}
-        number = {key: g for g, key in enumerate(inputs)}
+        number = {key: g for g, key in enumerate(dict.fromkeys((layer.block, layer.input_id) for layer in layers))}
         self.input = np.array([number[layer.block, layer.input_id] for layer in layers])
-        self.input_bytes: Array = np.array(list(inputs.values()), float)
-        self.input_block = np.array([block for block, _ in inputs])
-        self._reads = np.eye(len(inputs))[self.input]  # (layers, inputs)
+        self._reads = np.eye(len(number))[self.input]  # (layers, inputs)
         self._lies_in = np.eye(self.cost.num_blocks)[self.block]  # (layers, L)
+        self._input_lies_in = np.eye(self.cost.num_blocks)[[block for block, _ in number]]  # (inputs, L)
         self.by_block: list[dict[int, list[int]]] = [{} for _ in range(self.cost.num_blocks)]
         for m, (block, g) in enumerate(zip(self.block.tolist(), self.input.tolist(), strict=True)):
             self.by_block[block].setdefault(g, []).append(m)  # layers by block and input
 
-    def _costs(self, recompute: bool) -> Costs:
-        cost, first, flight = self.cost, self.cost.layers[0], self.cost.workload.in_flight
-        # A client's peak is either `floor`, the accumulated update, or `base` and what training adds to it. At a rank
-        # that outweighs every update it is the latter.
-        base, passing, served = np.zeros((3, cost.num_blocks))
-        huge = {first.name: 2**40}
-        for split in self.splits.tolist():
-            trained = cost.adapter_bytes(huge, 0, split) + cost.kept_bytes(huge, 0, split, recompute=recompute)
-            base[split] = cost.client_bytes(split, huge, recompute=recompute) - trained
-            passing[split] = cost.pass_bytes(split, {}, recompute=recompute)
-            served[split] = cost.server_flops(split, {}, recompute=recompute)
-        one = {first.name: int(self.ranks[1])}
-        # On a server, with all blocks, the backward pass runs anyway: what an adapter adds is its own.
-        alone = cost.server_flops(0, {}, recompute=recompute)
-        work = (cost.server_flops(0, one, recompute=recompute) - alone) / cost.adapter_parameters(one)
-        split = max(int(self.splits[0]), first.block + 1)
-        added = cost.client_flops(split, one, recompute=recompute) - cost.client_flops(split, {})
-        backward = (added - work * cost.adapter_parameters(one)) / (split - first.block)
-
-        def prices(micro_batches: int) -> Array:
-            kept = 0 if recompute else micro_batches
-            return np.array(
-                [[cost.adapter_price(layer, rank, kept) for rank in self.ranks.tolist()] for layer in cost.layers],
-                float,
+    def _read_clients(
+        self, budgets: Sequence[Budget], server: Budget | None, shares: Mapping[str, float] | None
+    ) -> None:
+        stated = [machine.flops for machine in (*budgets, server) if machine and machine.flops]
+        mean, of_server = fmean(stated or [NOMINAL_FLOPS]), server.flops if server else None
+        self.memory = np.array([budget.memory_bytes - budget.process_bytes for budget in budgets], float)
+        limits = (math.inf if b.adapter_bytes is None else b.adapter_bytes for b in budgets)
+        self.adapters = np.floor(np.array(list(limits), float) / self.cost.workload.adapter_item)
+        self.speed, self.server_speed = np.array([budget.flops or mean for budget in budgets]), of_server or mean
+        # Alone with the server, what is not stated is as for the other of the two.
+        self.speed_alone = np.array([budget.flops or of_server or NOMINAL_FLOPS for budget in budgets])
+        self.server_speed_alone = np.full(len(budgets), of_server) if of_server else self.speed_alone
+        slowness = np.array([[1 / link if link else 0.0 for link in (b.up, b.down)] for b in budgets])
+        self.wire, self.wire_of_resting = np.empty((2, len(budgets)))  # seconds of a step
+        for index, prices in self.groups:
+            self.wire[index], self.wire_of_resting[index] = (
+                slowness[index] @ prices.wire[rest] for rest in (False, True)
             )
+        share = np.array([1.0 if shares is None else shares[name] for name in self.names])
+        if not (np.isfinite(share) & (share >= 0)).all() or not share.any():
+            raise PlanError(
+                f"shares={dict(zip(self.names, share.tolist(), strict=True))} must be 0 or more, and one above"
+            )
+        self.share = share / share.sum()
 
-        on_server = cost.server_micro_batches
-        return Costs(
-            recompute,
-            prices(flight),
-            prices(on_server),
-            np.zeros_like(self.input_bytes) if recompute else self.input_bytes,
-            np.zeros_like(self.input_bytes) if recompute else self.input_bytes * on_server / flight,
-            base,
-            cost.block_bytes(recompute),
-            backward,
-            work,
-            passing,
-            served,
-        )
-
-    def own_seconds(self, flops: Array, resting: NDArray[np.bool_], speed: Array) -> Array:
-        """Time of a round of clients whose step takes ``flops`` operations, ``(clients, splits)``; those that are
-        ``resting`` have no adapters, and no gradient comes down to them."""
-        wire = np.where(resting, self.wire_of_resting[:, None], self.wire[:, None])
-        seconds: Array = self.steps * (flops / speed[:, None] + wire)
-        return seconds
+    # ------------------------------------------------------------------ sums over layers
 
     def total(self, table: Array, ranks: Ranks) -> Array:
-        """``(...,)``; the sum over layers of what ``table`` has for their rank."""
-        totals: Array = table[np.arange(len(self.block)), ranks].sum(axis=-1)
+        """``(...,)`` or ``(..., 3)``; the sum over layers of what ``table`` has for their rank."""
+        totals: Array = table[np.arange(len(self.block)), ranks].sum(axis=ranks.ndim - 1)
         return totals
 
     def kept(self, inputs: Array, ranks: Ranks) -> Array:
@@ -284,69 +269,76 @@ class Problem:
 
     def from_split_up(self, table: Array, ranks: Ranks) -> Array:
         """``(..., splits)``; the sum over layers from each split up of what ``table`` has for their rank."""
-        blocks = table[np.arange(len(self.block)), ranks] @ self._lies_in
+        return self._from_split_up(table[np.arange(len(self.block)), ranks] @ self._lies_in)
+
+    def bytes_from_split_up(self, way: Way, ranks: Ranks) -> Array:
+        """``(..., splits)``; what the server's ranks take from each split up."""
+        inputs = self._from_split_up((((ranks > 0) @ self._reads > 0) * way.inputs) @ self._input_lies_in)
+        return self.from_split_up(way.prices[..., BYTES], ranks) + inputs
+
+    def _from_split_up(self, blocks: Array) -> Array:
         sums: Array = np.cumsum(blocks[..., ::-1], axis=-1)[..., ::-1][..., self.splits]
         return sums
+
+    # ------------------------------------------------------------------ what a plan takes
+
+    def own_seconds(self, flops: Array, resting: NDArray[np.bool_], speed: Array) -> Array:
+        """Time of a round of clients whose step takes ``flops`` operations, ``(clients, splits)``; those that are
+        ``resting`` have no adapters, and no gradient comes down to them."""
+        wire = np.where(resting, self.wire_of_resting[:, None], self.wire[:, None])
+        seconds: Array = self.steps * (flops / speed[:, None] + wire)
+        return seconds
 
     def of_clients(self, plan: Assignment) -> tuple[Array, Array, NDArray[np.bool_], NDArray[np.bool_]]:
         """``(clients,)``; bytes beside the process, operations of a step, whether activations are computed again: only
         where they could not be kept; and whether there are no adapters."""
-        taken, flops, again, resting = np.zeros((4, len(self.names)))
-        for index, group in self.groups:
-            found = group._of_group(Assignment(plan.splits[index], plan.ranks[index]))
-            taken[index], flops[index], again[index], resting[index] = found
-        return taken, flops, again > 0, resting > 0
-
-    def _of_group(self, plan: Assignment) -> tuple[Array, Array, NDArray[np.bool_], NDArray[np.bool_]]:
-        """The same of clients that this problem's own cost model is for."""
-        splits = plan.splits
-        below = np.where(self.block < splits[:, None], plan.ranks, 0)
-        blocks = np.maximum(splits - np.where(below > 0, self.block, self.cost.num_blocks).min(axis=1), 0)
-        parameters = self.total(self.parameters, below)
-        taken, flops, again = np.full(len(splits), np.inf), np.zeros(len(splits)), np.zeros(len(splits), bool)
-        for costs in self.costs:
-            training = costs.base[splits] + blocks * costs.block_bytes + self.total(costs.below, below)
-            training += self.kept(costs.inputs_below, below)
-            needed = np.where(blocks > 0, np.maximum(self.floor[splits], training), self.floor[splits])
-            fewer = (taken > self.memory) & (needed < taken)
-            work = self.forward[splits] + blocks * costs.backward + costs.work * parameters
-            taken, flops = np.where(fewer, needed, taken), np.where(fewer, work, flops)
-            again = np.where(fewer, costs.recompute, again)
+        below = np.where(self.block < plan.splits[:, None], plan.ranks, 0)
+        blocks = np.maximum(plan.splits - np.where(below > 0, self.block, self.cost.num_blocks).min(axis=1), 0)
+        taken, flops, again = np.full(len(below), np.inf), np.zeros(len(below)), np.zeros(len(below), bool)
+        for index, prices in self.groups:
+            split, floor = plan.splits[index], prices.floor[plan.splits[index]]
+            for costs in prices.costs:
+                cost = blocks[index, None] * costs.block + self.total(costs.below, below[index])
+                training = cost[:, BYTES] + costs.base[split] + self.kept(costs.inputs_below, below[index])
+                needed = np.where(blocks[index] > 0, np.maximum(floor, training), floor)
+                fewer = (taken[index] > self.memory[index]) & (needed < taken[index])
+                some = index[fewer]
+                taken[some], again[some] = needed[fewer], costs.recompute
+                flops[some] = (prices.forward[split] + cost[:, OPERATIONS])[fewer]
         return taken, flops, again, blocks == 0
 
     def of_server(self, costs: Costs, plan: Assignment) -> tuple[float, float]:
         """Bytes, and operations of a step of every client."""
         above = np.where(self.block >= plan.splits[:, None], plan.ranks, 0)
-        parameters, clients = self.total(self.parameters, above), len(plan.splits)
-        adapters = parameters * self.cost.workload.adapter_parameter_bytes
-        passes = costs.passing[plan.splits] + self.total(costs.above, above) - adapters
-        passes += self.kept(costs.inputs_above, above)
-        if self.cost.workload.half == "shared":
+        cost, clients, workload = self.total(costs.above, above), len(plan.splits), self.cost.workload
+        adapters = self.total(self.prices.parameters, above) * workload.adapter_parameter_bytes
+        passes = costs.passing[plan.splits] + cost[:, BYTES] - adapters + self.kept(costs.inputs_above, above)
+        if workload.half == "shared":
             lowest = [int(plan.splits.argmin())]
             adapters, passes = adapters[lowest], passes[lowest]
-        together = np.sort(passes)[-(self.cost.workload.passes or clients) :]
-        flops = costs.served[plan.splits].sum() + costs.work * parameters.sum()
-        return self.resting + clients * self.frames + adapters.sum() + together.sum(), float(flops)
+        together = np.sort(passes)[-(workload.passes or clients) :]
+        flops = costs.served[plan.splits].sum() + cost[:, OPERATIONS].sum()
+        return self.resting + clients * self.prices.frames + adapters.sum() + together.sum(), float(flops)
 
     def ways(self, costs: Costs, lowest: int) -> list[Way]:
-        """How the server may serve clients none of whom has a lower split than ``lowest``.
+        """How the server may serve clients of whom none has a split below ``lowest``.
 
         With a half for each client it needs room for as many passes as can meet, each of them as large as the largest
         from there; or for one of every client, where that is less.
         """
-        clients, workload = len(self.names), self.cost.workload
-        frames, room = np.full(self.cost.num_blocks, float(self.frames)), self.memory_of_server - self.resting
+        workload, passes = self.cost.workload, self.cost.workload.passes
+        frames, room = np.full(self.cost.num_blocks, self.prices.frames), self.memory_of_server - self.resting
         if workload.half == "shared":
-            return [Way(costs, costs.above, costs.inputs_above, frames, room - costs.passing[lowest])]
-        ways = [Way(costs, costs.above, costs.inputs_above, frames + costs.passing, room)]
-        if workload.passes is not None and workload.passes < clients:
+            return [Way(costs, lowest, False, costs.above, costs.inputs_above, frames, room - costs.passing[lowest])]
+        ways = [Way(costs, lowest, True, costs.above, costs.inputs_above, frames + costs.passing, room)]
+        if passes is not None and passes < len(self.names):
             every = np.where(self.block >= lowest, len(self.ranks) - 1, 0)
-            adapters = self.parameters * float(workload.adapter_parameter_bytes)
-            largest = costs.passing[lowest] + self.total(costs.above - adapters, every)
+            adapters = costs.above.copy()
+            adapters[..., BYTES] = self.prices.parameters * workload.adapter_parameter_bytes
+            largest = costs.passing[lowest] + self.total(costs.above - adapters, every)[BYTES]
             largest += self.kept(costs.inputs_above, every)
-            ways.append(
-                Way(costs, adapters, np.zeros_like(self.input_bytes), frames, room - workload.passes * float(largest))
-            )
+            nothing = np.zeros_like(costs.inputs_above)
+            ways.append(Way(costs, lowest, False, adapters, nothing, frames, room - passes * float(largest)))
         return ways
 
     def objective(self, plan: Assignment) -> float:
