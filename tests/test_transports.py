@@ -320,8 +320,10 @@ def test_a_node_may_keep_the_model_elsewhere(tiny_folder: Path, tmp_path: Path) 
     grid.node_configs[12]["model-path"] = str(tmp_path / "nowhere")
     summary = run(settings(tiny_folder, tmp_path, **{"train.rounds": 1}), tmp_path, grid)
     assert [client["client"] for client in summary["rounds"][0]["clients"]] == ["0", "1"]
-    [failure] = [e for e in map(json.loads, (tmp_path / "events.jsonl").open()) if e["kind"] == "client_failed"]
-    assert failure["client"] == "12" and f"model.path={tmp_path / 'nowhere'}" in failure["error"]
+    failures = [e for e in map(json.loads, (tmp_path / "events.jsonl").open()) if e["kind"] == "client_failed"]
+    assert [failure["round"] for failure in failures] == [0, 1], "before training, and for the first round"
+    for failure in failures:
+        assert failure["client"] == "12" and f"model.path={tmp_path / 'nowhere'}" in failure["error"]
 
 
 @pytest.mark.parametrize("labels", ["server", "client"])
