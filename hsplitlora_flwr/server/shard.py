@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 from flwr.app import RecordDict
 from torch import Tensor
@@ -38,6 +39,16 @@ Worker = ServerTrainer | ServerEvaluator
 """The server's half of a client's task."""
 
 
+@dataclass(frozen=True)
+class _Served:
+    """A client's task on the server: what answers its frames, how many a message may hold, and how long each may be."""
+
+    worker: Worker
+    handler: Handler
+    frames: int
+    frame_bytes: int
+
+
 class Shard:
     """One base model and one port, for all clients of a run.
 
@@ -55,9 +66,7 @@ class Shard:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._stream = None if config.transport.kind == "messages" else open_stream(config.transport)
-        self._workers: dict[str, Worker] = {}
-        self._handlers: dict[str, Handler] = {}
-        self._limits: dict[str, tuple[int, int]] = {}  # frames of a message, and bytes of a frame
+        self._served: dict[str, _Served] = {}
         devices = pick_devices(config.model.device)
         self.base = SharedBase(config.model.path, config.model.dtype, devices, config.model.quantise)
         self._takes_all, self._passes = takes_all(config), passes_at_once(config)
@@ -115,31 +124,34 @@ class Shard:
         Task
             The same task, with the stream's address and a fresh token where there is a stream.
         """
-        model = self._part(task.split)
-        allowance, down = allowance_of(task, longest), self._config.transport.down
-        worker: Worker
-        if task.kind == EVALUATE:
-            worker = ServerEvaluator(model, down, allowance)
-        else:
-            if task.server_checkpointing:
-                checkpoint_blocks(model)
-            seat, through = self._seat(task, model, start), differentiate
-            if self._joins(task):
-                assert isinstance(model, ServerModel)
-                self._together.enter(model, checkpointing=task.server_checkpointing)
-                through = self._together
-            threads = all_cores if self._waits_by_itself(task) else self._threads
-            worker = ServerTrainer(model.train(), seat, report, threads, down, through, allowance)
-        self._workers[task.client] = worker
-        self._handlers[task.client] = handler = watched(task.client, worker)
-        limit = allowance.frame_bytes(int(model.decoder.config.hidden_size))
-        self._limits[task.client] = allowance.in_flight, limit
+        allowance = allowance_of(task, longest)
+        worker = self._worker(task, start, report, allowance)
+        handler = watched(task.client, worker)
+        limit = allowance.frame_bytes(int(worker.model.decoder.config.hidden_size))
+        self._served[task.client] = _Served(worker, handler, allowance.in_flight, limit)
         if self._stream is None:
             return task
         if not self._waits_by_itself(task):
             handler = self._cores.share(handler)
         ticket = self._stream.serve(handler, limit, worker.close, f"client {task.client}")
         return task.over_stream(ticket.endpoint, ticket.token)
+
+    def _worker(
+        self, task: Task, start: Mapping[str, Factors], report: Callable[[StepReport], None], allowance: Allowance
+    ) -> Worker:
+        """What answers a client's frames."""
+        model, down = self._part(task.split), self._config.transport.down
+        if task.kind == EVALUATE:
+            return ServerEvaluator(model, down, allowance)
+        if task.server_checkpointing:
+            checkpoint_blocks(model)
+        seat, through = self._seat(task, model, start), differentiate
+        if self._joins(task):
+            assert isinstance(model, ServerModel)
+            self._together.enter(model, checkpointing=task.server_checkpointing)
+            through = self._together
+        threads = all_cores if self._waits_by_itself(task) else self._threads
+        return ServerTrainer(model.train(), seat, report, threads, down, through, allowance)
 
     def _seat(self, task: Task, model: ServerModel | BodyModel, start: Mapping[str, Factors]) -> Seat:
         """The client's place at the half of all, or at one of its own."""
@@ -159,7 +171,7 @@ class Shard:
 
     def trainer(self, client: str) -> ServerTrainer:
         """The server's half of a client's training."""
-        worker = self._workers[client]
+        worker = self._served[client].worker
         assert isinstance(worker, ServerTrainer)
         return worker
 
@@ -173,7 +185,7 @@ class Shard:
 
     def adapters_of(self, client: str) -> dict[str, Factors]:
         """The same of a client's own half; empty where it has none."""
-        return {} if self._half or client not in self._workers else extract(self.trainer(client).model)
+        return {} if self._half or client not in self._served else extract(self.trainer(client).model)
 
     def steps_of_others(self, clients: Collection[str]) -> dict[str, int]:
         """Steps by which others than these have moved the half that all train."""
@@ -188,21 +200,22 @@ class Shard:
         FrameError
             If they are damaged, or more or longer than its task allows; none are where the method does not split.
         """
-        return read_frames(records, *self._limits.get(client, (0, 0)))
+        served = self._served.get(client)
+        return read_frames(records, served.frames, served.frame_bytes) if served else read_frames(records, 0, 0)
 
     def may_answer(self, client: str, frames: Sequence[Frame]) -> bool:
         """Whether frames that came in a message can be answered now, without waiting for another client's step."""
-        return self._workers[client].may_answer(frames)
+        return self._served[client].worker.may_answer(frames)
 
     def leave(self, client: str) -> None:
         """A client failed: nobody is to wait for it."""
-        if client in self._workers:
-            self._workers[client].close()
+        if client in self._served:
+            self._served[client].worker.close()
 
     def answer(self, client: str, frames: list[Frame]) -> list[Frame]:
         """The answers to frames that came in a message; a failure instead when they cannot be answered."""
         try:
-            return [self._handlers[client](frame) for frame in frames]
+            return [self._served[client].handler(frame) for frame in frames]
         except Exception as error:  # the client must learn why, whatever it is
             self.leave(client)
             failure = Failure.of(error)
@@ -211,11 +224,9 @@ class Shard:
 
     def dismiss_all(self) -> None:
         """End the round: forget adapters and optimizers, and the tokens with the streams that they opened."""
-        for client in self._workers:  # who waits for its turn waits in vain
+        for client in self._served:  # who waits for its turn waits in vain
             self.leave(client)
-        self._workers.clear()
-        self._handlers.clear()
-        self._limits.clear()
+        self._served.clear()
         self._half = None
         self._together = MultiAdapterPass(self.base)
         trim_heap()  # every client's thread has left freed activations behind
@@ -237,7 +248,7 @@ class Shard:
         They are the same at every frame, however many clients compute at that moment: a sum over other threads is
         rounded otherwise, and the same run would end in other bits.
         """
-        at_once = max(min(len(self._workers), self._passes), 1) if self._stream else 1
+        at_once = max(min(len(self._served), self._passes), 1) if self._stream else 1
         return max(all_cores() // at_once, 1)
 
 
