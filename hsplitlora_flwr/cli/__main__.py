@@ -42,6 +42,7 @@ class Command:
 COMMANDS = {
     "run": Command("run", "one federated run on this machine; settings are KEY=VALUE", ("hydra",)),
     "plan": Command("plan", "who would hold what, without running it: will my devices do?", ("hydra",)),
+    "preview": Command("preview", "what a run would train on: rows as tokens, lengths, what clients get", ("hydra",)),
     "compare": Command("compare", "methods x client settings x seeds: tables and plots", ("hydra",)),
     "sweep": Command("sweep", "the runs of a sweep side by side: sweep.html, a table and a CSV file"),
     "report": Command("report", "report.html of a run made anew; several runs side by side"),

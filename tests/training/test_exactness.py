@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from hsplitlora_flwr.config import TrainConfig
+from hsplitlora_flwr.data.collate import Batch, Tokens, collate
 from hsplitlora_flwr.lora import AdapterSpec, extract, inject
 from hsplitlora_flwr.lora.aggregation import Factors
 from hsplitlora_flwr.models import load_causal_lm, split_model
@@ -232,6 +233,32 @@ def test_split_training_equals_unsplit_training_at_every_split(name: str) -> Non
         got, split_losses = train_split(tiny_model(name), specs, split)
         assert split_losses == pytest.approx(losses, rel=1e-9)
         assert_same(got, expected)
+
+
+def batches_of_chats() -> Iterator[Batch]:
+    """Rows with labels on several stretches, each of other places and numbers."""
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        rows = []
+        for turns in ((2, 3, 1, 2), (1, 1, 4, 1, 2, 1), (3, 2), (0, 2, 1, 1, 1, 3)):  # read, learnt, read, learnt ...
+            learnt = [bool(place % 2) for place, length in enumerate(turns) for _ in range(length)]
+            rows.append(Tokens.of(torch.randint(3, 97, (len(learnt),), generator=generator).tolist(), learnt))
+        yield collate(rows)
+
+
+@pytest.mark.parametrize("labels", ["server", "client"])
+@pytest.mark.parametrize("micro_batch_size", [0, 3])
+def test_labels_on_several_turns_of_a_chat_are_exact(
+    micro_batch_size: int, labels: Labels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [len(set(row)) > 2 for row in next(batches_of_chats()).labels.tolist()] == [True] * 4
+    monkeypatch.setitem(globals(), "random_batches", batches_of_chats)
+    specs = specs_of(tiny_model("llama"))
+    expected = train_unsplit(tiny_model("llama"), specs)
+    for split in (1, 3):
+        got = train_split(tiny_model("llama"), specs, split, micro_batch_size, labels)
+        assert_same(got[0], expected[0])
+        assert got[1] == pytest.approx(expected[1], rel=1e-9)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
