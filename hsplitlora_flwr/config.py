@@ -42,6 +42,7 @@ DTYPES: tuple[str, ...] = get_args(Dtype)
 QUANTISATIONS: tuple[str, ...] = get_args(Quantisation)
 WIRES = ("float32", "bfloat16", "float16", "int8", "float64")
 OPTIMIZERS = ("adamw", "sgd")
+TRACKERS = ("tensorboard", "mlflow", "wandb", "trackio")
 SOURCES = ("dialogues", "chitchat", "e2e", "own", "jsonl")
 OWN = ("own", "jsonl")
 """Sources of one's own data; the second is what they were called when there were JSON lines alone."""
@@ -346,9 +347,12 @@ class EvaluationConfig:
         ge=0,
     )
     batch_size: int = setting(16, "size of a forward pass", unit="examples", ge=1)
+    texts: int = setting(
+        0, "held-out prompts that the model answers before training and after it, for report.html", ge=0, le=20
+    )
     generate: bool = setting(False, "after the last round, write a text for every held-out prompt and score them")
-    beams: int = setting(1, "generate: beams of the search; 1 = greedy", ge=1)
-    max_new_tokens: int = setting(64, "generate: longest text", unit="tokens", ge=1)
+    beams: int = setting(1, "generate, texts: beams of the search; 1 = greedy", ge=1)
+    max_new_tokens: int = setting(64, "generate, texts: longest text", unit="tokens", ge=1)
 
 
 @dataclass(frozen=True)
@@ -392,9 +396,16 @@ class RunConfig:
     resume_changed: bool = setting(
         False, "go on from it with other settings of the training than it has, as a lower train.lr; else refused"
     )
+    adapter_rank: int = setting(
+        0, "also save the adapter at this rank at most, and measure what that costs; 0 = the exact one alone", ge=0
+    )
     merged: bool = setting(False, "also save the whole model with the update merged in, under merged/")
     plugins: Names = setting((), "modules of one's own that server and clients import: see docs/extending.md")
     listeners: Names = setting((), "names of registered listeners to the run's events")
+    trackers: Names = setting(
+        (),
+        f"trackers that are told losses, perplexity, time and memory, of {', '.join(TRACKERS)}; each needs its package",
+    )
     seed: int = setting(0, "seed of data, adapters and batches", ge=0, le=2**32 - 1)  # what NumPy takes
     timeout: int = setting(3600, "how long to wait for the clients of one exchange", unit="s", ge=1)
 
@@ -553,6 +564,13 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield (
             f"run.listeners names {', '.join(unknown)}, which is not registered; "
             f"registered are {', '.join(KNOWN_LISTENERS) or 'none'}"
+        )
+    if unknown := [name for name in config.run.trackers if name not in TRACKERS]:
+        yield f"run.trackers names {', '.join(unknown)}; choose of {', '.join(TRACKERS)}"
+    if config.run.adapter_rank and KNOWN_METHODS[config.method.name].central:
+        yield (
+            f"run.adapter_rank={config.run.adapter_rank} is for methods with clients, and {config.method.name} trains "
+            f"in one place; use `hsplitlora export RUN --rank {config.run.adapter_rank}` after the run"
         )
     if config.split.max and config.split.max < config.split.min:
         yield f"split.max={config.split.max} is below split.min={config.split.min}"

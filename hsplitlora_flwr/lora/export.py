@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,13 @@ from transformers.pytorch_utils import Conv1D
 
 from hsplitlora_flwr.lora.layers import shape_of
 from hsplitlora_flwr.lora.update import Change, Delta, DeltaError, Patch, digest, thin
+from hsplitlora_flwr.models.checkpoint import local_path
 from hsplitlora_flwr.models.multimodal import name_in_whole
 from hsplitlora_flwr.models.quantisation import QuantisedLinear
 from hsplitlora_flwr.models.split import is_linear
 
 DELTA_FILE = "delta.safetensors"
+ADAPTER_FILE, MANIFEST_FILE = "adapter_model.safetensors", "manifest.json"
 _ADVICE = "restore the file from a copy, or start without it"
 TOLERANCE = 1e-6
 """Relative error, in the Frobenius norm, with which an exported adapter equals the accumulated update."""
@@ -52,7 +55,8 @@ def save_peft_adapter(
     model : PreTrainedModel
         The base model (its weights are not read): it tells which layers are GPT-2's Conv1D.
     base_name : str
-        What the adapter names as its base model: the hub name or the folder.
+        What the adapter names as its base model: as of ``model.path``. A folder is named with its whole path, the
+        demonstration model by where it lies, so that ``AutoPeftModelForCausalLM`` finds it from anywhere.
     inside : Mapping[str, str], optional
         For an adapter over a multimodal model whose text decoder ``model`` is: how parts of it are called there, as
         :class:`~hsplitlora_flwr.models.loading.StoredModel` knows.
@@ -73,7 +77,7 @@ def save_peft_adapter(
     pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != default}
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        base_model_name_or_path=base_name,
+        base_model_name_or_path=_findable(base_name),
         r=default,
         lora_alpha=default,
         target_modules=sorted(factors),
@@ -90,7 +94,7 @@ def save_peft_adapter(
     for name, (b, a) in factors.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
     config.save_pretrained(str(folder))
 
 
@@ -115,7 +119,7 @@ def load_peft_adapter(
     DeltaError
         If the file is damaged, or is of another model.
     """
-    file = folder / "adapter_model.safetensors"
+    file = folder / ADAPTER_FILE
     own = {name_in_whole(name, inside or {}): name for name, part in model.named_modules() if is_linear(part)}
     with _reading(file):
         tensors = load_file(file)
@@ -130,6 +134,57 @@ def load_peft_adapter(
         if (b.shape[0], a.shape[1]) != shape_of(model.get_submodule(name)) or b.shape[1] != a.shape[0]:
             raise DeltaError(f"{file}: the shapes of layer '{name}' are not the model's; name the base it was made for")
     return {name: (b, a) for name, (b, a) in sorted(pairs.items())}
+
+
+def write_manifest(folder: Path, rounds: Iterable[Mapping[str, Any]] = ()) -> None:
+    """Write ``manifest.json`` beside an adapter: what each layer's update is, and what came of each round.
+
+    Of every layer: rank, shape ``(out, in)``, Frobenius norm of the update, and SHA-256 of its two tensors as they
+    stand in the file, ``B`` first. Of every file: its SHA-256.
+
+    Parameters
+    ----------
+    folder : Path
+        What :func:`save_peft_adapter` wrote.
+    rounds : Iterable[Mapping]
+        As ``summary.json`` has them; number, norm of the update and perplexity are taken over.
+    """
+    layers = {}
+    with safe_open(folder / ADAPTER_FILE, framework="pt") as stored:
+        keys = sorted(stored.keys())
+        for key in (key for key in keys if key.endswith(".lora_A.weight")):
+            name = key.removesuffix(".lora_A.weight")
+            b, a = stored.get_tensor(f"{name}.lora_B.weight"), stored.get_tensor(key)
+            square = ((b.double().T @ b.double()) * (a.double() @ a.double().T)).sum().clamp(min=0)
+            layers[name.removeprefix("base_model.model.")] = {
+                "rank": a.shape[0],
+                "shape": [b.shape[0], a.shape[1]],
+                "norm": float(square.sqrt()),
+                "sha256": sha256(b.contiguous().numpy().tobytes() + a.contiguous().numpy().tobytes()).hexdigest(),
+            }
+    files = {name: sha256((folder / name).read_bytes()).hexdigest() for name in (ADAPTER_FILE, "adapter_config.json")}
+    told = [{key: row.get(key) for key in ("round", "update_norm", "perplexity")} for row in rounds]
+    content = {"files": files, "rounds": told, "layers": layers}
+    (folder / MANIFEST_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def at_rank(changes: Mapping[str, Change], rank: int) -> tuple[Mapping[str, Change], float]:
+    """The best approximation of every layer's change of at most this rank.
+
+    Returns
+    -------
+    tuple[Mapping[str, Change], float]
+        The changes, and what they lost: a share of the sum of squared Frobenius norms.
+    """
+    smaller = Delta(rank)
+    smaller.add({name: _factors(change) for name, change in changes.items()})
+    return smaller.changes(), smaller.dropped
+
+
+def _findable(base: str) -> str:
+    """The name of a base by which stock PEFT finds it from any folder."""
+    path = local_path(base)
+    return str(Path(path).expanduser().resolve()) if Path(path).expanduser().is_dir() else path
 
 
 def _is_conv1d(linear: torch.nn.Module) -> bool:

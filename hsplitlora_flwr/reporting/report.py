@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hsplitlora_flwr.config import KNOWN_LISTENERS, Config
+from hsplitlora_flwr.data.example import Example
 from hsplitlora_flwr.data.fit import Cut
 from hsplitlora_flwr.registry import Registry
 from hsplitlora_flwr.reporting.events import EVENTS_FILE, EventLog, Listener, read_events
 from hsplitlora_flwr.reporting.page import PAGE_FILE, write_page
 from hsplitlora_flwr.reporting.summary import STOPPED, SUMMARY_FILE, Summary, end_as_failed, write_rows
+from hsplitlora_flwr.reporting.trackers import TrackerListener
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +54,15 @@ def register_listener(name: str) -> Callable[[M], M]:
 
 
 def make_listeners(config: Config, folder: Path) -> list[Listener]:
-    """The listeners that ``run.listeners`` names."""
-    return [LISTENERS[name](config, folder) for name in config.run.listeners]
+    """The listeners that ``run.listeners`` and ``run.trackers`` name.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        If a tracker's package is not installed.
+    """
+    trackers = [TrackerListener(name, config, folder) for name in config.run.trackers]
+    return [*trackers, *(LISTENERS[name](config, folder) for name in config.run.listeners)]
 
 
 class RunReport:
@@ -171,7 +180,8 @@ class RunReport:
         self._events.emit("evaluated", round=server_round, perplexity=perplexity, tokens=tokens, seconds=seconds)
         changes: dict[str, Any] = {}
         if server_round:
-            self._summary.content["rounds"][-1] |= {"perplexity": perplexity, "perplexity_interval": interval}
+            row = {"perplexity": perplexity, "perplexity_interval": interval, "evaluation_seconds": seconds}
+            self._summary.content["rounds"][-1] |= row
         else:
             changes["perplexity_before"] = perplexity
         self._summary.save(**changes, perplexity_after=perplexity, held_out_tokens=tokens)
@@ -207,6 +217,31 @@ class RunReport:
         self._summary.save(generation=dict(scores))
         told = (f"{name} {'not computed' if score is None else f'{score:.4g}'}" for name, score in scores.items())
         self._events.emit("status", text=f"generated texts: {', '.join(told)}")
+
+    def answered(self, when: str, asked: Sequence[Example], texts: Sequence[str]) -> None:
+        """What the model writes for some held-out prompts, ``before`` training or ``after`` it."""
+        rows = self._summary.content.get("texts") or [
+            {"prompt": example.prompt, "reference": example.completion} for example in asked
+        ]
+        self._summary.save(texts=[{**row, when: text} for row, text in zip(rows, texts, strict=False)])
+
+    def shrunk(self, rank: int, folder: str, perplexity: float, dropped: float) -> None:
+        """An adapter of a rank at most was saved beside the exact one."""
+        told = {"rank": rank, "folder": folder, "perplexity": perplexity, "dropped_energy": dropped}
+        self._summary.save(smaller_adapter=told)
+        exact = self._summary.content["perplexity_after"]
+        self._events.emit("status", text=f"perplexity {perplexity:.3f} at rank {rank} at most, exact {exact:.3f}")
+
+    @property
+    def content(self) -> Mapping[str, Any]:
+        """What ``summary.json`` says now."""
+        return self._summary.content
+
+    @property
+    def rounds(self) -> Sequence[Mapping[str, Any]]:
+        """The finished rounds, as ``summary.json`` has them."""
+        rounds: Sequence[Mapping[str, Any]] = self._summary.content["rounds"]
+        return rounds
 
     def finished(self, results: Sequence[str], **more: Any) -> None:
         """The run did what it was to do; ``results`` are the files that it leaves, relative to the run folder."""

@@ -52,7 +52,7 @@ class Summary:
         for name in ("rounds", "plans", "importance_drift"):
             if name in earlier:
                 self.content[name] = [row for row in earlier[name] if row["round"] <= server_round]
-        kept = {name: earlier[name] for name in ("perplexity_before", "importance") if name in earlier}
+        kept = {name: earlier[name] for name in ("perplexity_before", "importance", "texts") if name in earlier}
         if 0 < (earlier.get("best") or {}).get("round", 0) <= server_round:
             kept["best"] = earlier["best"]
         self.save(**kept, resumed={"run": str(run_folder), "after_round": server_round})

@@ -6,7 +6,7 @@ STYLE = """\
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e4e6e9; --soft: #9aa1ab; --line: #363b42; --back: #17191c; }
 }
-body { margin: 2rem auto; max-width: 62rem; padding: 0 1rem; color: var(--ink); background: var(--back);
+body { margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: var(--ink); background: var(--back);
   font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.5rem; margin-bottom: 0; }
 h2 { font-size: 1.1rem; margin-top: 2.2rem; border-bottom: 1px solid var(--line); }
@@ -20,6 +20,8 @@ th, td { padding: .2rem .7rem .2rem 0; text-align: right; border-bottom: 1px sol
 th { font-weight: 600; color: var(--soft); }
 th:first-child, td:first-child, td.text { text-align: left; }
 svg { max-width: 100%; height: auto; }
+svg circle:hover, svg rect:hover { stroke: currentColor; fill-opacity: 1; }
+.texts td { white-space: pre-wrap; vertical-align: top; min-width: 9rem; }
 .legend span { margin-right: 1rem; }
 .legend i { display: inline-block; width: .8rem; height: .8rem; margin-right: .3rem; }
 code, pre { font: 13px/1.45 ui-monospace, monospace; }
@@ -65,9 +67,28 @@ TEMPLATE = (
 {% if files %}
 <p>Files: {% for file in files %}<a href="{{ file }}"><code>{{ file }}</code></a>{{ " " }}{% endfor %}</p>
 {% endif %}
+{% for name, places in links.items() %}
+<p class="soft">{{ name }}: {% for place in places %}<a href="{{ place }}"><code>{{ place }}</code></a>{{ " " }}
+{%- endfor %}</p>
+{% endfor %}
 {% if summary.adapter %}
-<pre>model = AutoModelForCausalLM.from_pretrained({{ config["model.path"] | tojson }})
-model = PeftModel.from_pretrained(model, "{{ summary.adapter.folder }}")  # in this folder</pre>
+<pre>model = AutoPeftModelForCausalLM.from_pretrained("{{ summary.adapter.folder }}")  # in this folder</pre>
+{% endif %}
+{% if summary.smaller_adapter %}
+<p class="soft">At rank {{ summary.smaller_adapter.rank }} at most (<code>{{ summary.smaller_adapter.folder }}</code>):
+perplexity {{ summary.smaller_adapter.perplexity | number(3) }}</p>
+{% endif %}
+{% if texts %}
+<h2>What it writes</h2>
+<div class="wide"><table class="texts">
+<tr><th>held-out prompt</th><th class="text">before</th><th class="text">after</th>
+<th class="text">the row's own</th></tr>
+{% for text in texts %}
+<tr><td>{{ text.prompt | truncate(400) }}</td><td class="text">{{ text.before | default("-") | truncate(400) }}</td>
+<td class="text">{{ text.after | default("-") | truncate(400) }}</td>
+<td class="text">{{ text.reference | truncate(400) }}</td></tr>
+{% endfor %}
+</table></div>
 {% endif %}
 
 {% if clients %}
@@ -90,6 +111,7 @@ model = PeftModel.from_pretrained(model, "{{ summary.adapter.folder }}")  # in t
 {% endfor %}
 </table></div>
 {% if more_clients %}<p class="soft">and {{ more_clients }} more, in summary.json</p>{% endif %}
+{{ memory }}
 <p class="soft">The peak is the highest of all rounds; plan and peak are of the whole process.</p>
 {% endif %}
 
@@ -97,6 +119,10 @@ model = PeftModel.from_pretrained(model, "{{ summary.adapter.folder }}")  # in t
 <h2>Where ranks went</h2>
 <p class="soft">A column for every block, a row for every kind of weight; the stronger the colour, the more; a gap has
 no adapter. Left of the line is the client, right of it the server.</p>
+{% if highest %}
+<p class="legend">rank 0 {% for colour, shade in shades %}<i style="background:{{ colour }};opacity:{{ shade }}"></i>
+{%- endfor %} {{ highest }}, the highest; in each picture the strongest colour is its own highest</p>
+{% endif %}
 {% for name, map in maps %}
 <h3>{{ name }}</h3>
 <div class="wide">{{ map }}</div>
@@ -111,6 +137,17 @@ no adapter. Left of the line is the client, right of it the server.</p>
 {% if rounds %}
 <h2>What it took</h2>
 {{ losses }}
+{% if times %}
+<h3>Seconds of all rounds, by client</h3>
+{{ times }}
+<p class="soft">Steps are those of both sides, with what travels between them and the wait for a turn.
+{% if measuring %}The server measured the held-out text for {{ measuring | number(1) }} s.{% endif %}</p>
+{% endif %}
+{% if traffic %}
+<h3>Sent in all rounds, by client</h3>
+{{ traffic }}
+{% endif %}
+<h3>Rounds</h3>
 <div class="wide"><table>
 <tr><th>round</th><th>perplexity</th><th>update norm</th><th>clients</th><th>time</th><th>up</th><th>down</th>
 <th>server</th><th>plan</th></tr>

@@ -41,7 +41,10 @@ from hsplitlora_flwr.reporting.summary import SUMMARY_FILE
 CHECKPOINTS = "checkpoints"
 _STATE, _START, _OPTIMIZER = "state.json", "start.safetensors", "optimizer.safetensors"
 _TENSORS = (DELTA_FILE, _START, _OPTIMIZER)
-_UNPLANNED = ("run.dir", "run.resume", "run.resume_changed", "run.timeout", "run.merged")
+_UNPLANNED = (
+    *("run.dir", "run.resume", "run.resume_changed", "run.timeout", "run.merged"),
+    *("run.trackers", "run.adapter_rank", "evaluation.texts"),
+)
 """Settings that no plan depends on."""
 
 _MAY_CHANGE = (

@@ -12,16 +12,27 @@ from torch import Tensor
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.lora.aggregation import Factors, SharedUpdate, Update, aggregate, directions, residual, truncate
 from hsplitlora_flwr.lora.base import SharedBase
-from hsplitlora_flwr.lora.export import TOLERANCE, save_merged_model, save_peft_adapter
+from hsplitlora_flwr.lora.export import (
+    ADAPTER_FILE,
+    MANIFEST_FILE,
+    TOLERANCE,
+    at_rank,
+    save_merged_model,
+    save_peft_adapter,
+)
 from hsplitlora_flwr.lora.kept import KeptHalf
 from hsplitlora_flwr.lora.layers import AdapterSpec, start_along
 from hsplitlora_flwr.lora.update import Change, Delta, with_adapter
 from hsplitlora_flwr.methods import METHODS, keeps_half, starts_along_update
 from hsplitlora_flwr.models.loading import load_tokenizer
 from hsplitlora_flwr.models.split import WholeModel
+from hsplitlora_flwr.reporting.card import CARD_FILE
 from hsplitlora_flwr.server.checkpoint import RunState
 
-ADAPTER_FILES = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json")
+
+def files_of(folder: str) -> list[str]:
+    """What lies in the folder of an adapter, relative to the run folder."""
+    return [f"{folder}/{name}" for name in (ADAPTER_FILE, "adapter_config.json", MANIFEST_FILE, CARD_FILE)]
 
 
 class TunedModel:
@@ -58,7 +69,23 @@ class TunedModel:
 
     def save_adapter(self, folder: Path) -> None:
         """Write the update as a PEFT adapter."""
-        save_peft_adapter(self.changes(), folder, self.base.model, self._config.model.path, self.base.inside)
+        self._save(self.changes(), folder)
+
+    def save_at_rank(self, rank: int, folder: Path) -> tuple[WholeModel, float]:
+        """Write the best approximation of the update of at most a rank, and compute with that from here on.
+
+        Returns
+        -------
+        tuple[WholeModel, float]
+            The model with it, to be measured, and what it lost, as of :func:`~hsplitlora_flwr.lora.export.at_rank`.
+        """
+        changes, dropped = at_rank(self.changes(), rank)
+        self._save(changes, folder)
+        self.base.update(changes)
+        return self.base.whole(), dropped
+
+    def _save(self, changes: Mapping[str, Change], folder: Path) -> None:
+        save_peft_adapter(changes, folder, self.base.model, self._config.model.path, self.base.inside)
 
     def dropped(self) -> dict[str, float]:
         """What the last round lost to ``lora.rank_cap``, for the summary; nothing without one."""
@@ -77,7 +104,7 @@ class TunedModel:
         self.save_adapter(folder / "adapter")
         if merged:
             save_merged_model(self.base.merged(), load_tokenizer(self._config.model.path), folder / "merged")
-        return ADAPTER_FILES, {"adapter": {"folder": "adapter", "relative_error": TOLERANCE}}
+        return files_of("adapter"), {"adapter": {"folder": "adapter", "relative_error": TOLERANCE}}
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from hsplitlora_flwr.models.loading import check_model, read_config
 from hsplitlora_flwr.models.quantisation import check_quantiser
 from hsplitlora_flwr.planning.budget import PlanError
 from hsplitlora_flwr.planning.round import cost_model, split_bounds
+from hsplitlora_flwr.reporting.trackers import check_trackers
 from hsplitlora_flwr.schema import scalar
 
 
@@ -68,9 +69,10 @@ def check_model_settings(config: Config) -> None:
         ``ConfigError``, ``ModelFilesError``, ``SplitError``, ``UnsupportedModelError`` or ``PlanError``, each with the
         value that is wrong and what to do.
     ModuleNotFoundError
-        If what quantises the base is not installed.
+        If what quantises the base, or a tracker, is not installed.
     """
     check_quantiser(config.model.quantise)
+    check_trackers(config.run.trackers)
     check_model(config.model.path, config.split.min, config.split.max)
     check_positions(config)
     cost, method = cost_model(config, rows=1, length=2), METHODS[config.method.name]

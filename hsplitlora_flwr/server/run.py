@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
@@ -27,16 +27,18 @@ from hsplitlora_flwr.data.collate import Tokens, evaluation_batches, prompts_ins
 from hsplitlora_flwr.data.fit import Cut, beyond_training, fit_text
 from hsplitlora_flwr.data.shapes import kind_of
 from hsplitlora_flwr.data.sources import Example
-from hsplitlora_flwr.evaluation.generation import generate_and_score
+from hsplitlora_flwr.evaluation.generation import answer, generate_and_score
 from hsplitlora_flwr.evaluation.perplexity import MAX_NLL, evaluate
+from hsplitlora_flwr.lora.export import write_manifest
 from hsplitlora_flwr.methods import METHODS
 from hsplitlora_flwr.models.loading import load_tokenizer
+from hsplitlora_flwr.reporting.card import shrunk_facts, write_card
 from hsplitlora_flwr.reporting.events import Listener
 from hsplitlora_flwr.reporting.report import RunReport
 from hsplitlora_flwr.schema import scalar
 from hsplitlora_flwr.server.best import replace_best, take_best
 from hsplitlora_flwr.server.checkpoint import RunState, check_resume, last_round, load_state
-from hsplitlora_flwr.server.model import TunedModel
+from hsplitlora_flwr.server.model import TunedModel, files_of
 
 
 class Loaded(Protocol):
@@ -134,6 +136,8 @@ class Run(ABC, Generic[L]):
         done = state.server_round if state else 0
         result.evaluate_metrics_serverapp[done] = self.evaluate(done)
         self.keep_best(done)
+        if not done:
+            self.answer("before")
         for server_round in range(done + 1, self.config.train.rounds + 1):
             result.train_metrics_clientapp[server_round] = self.train_round(grid, server_round)
             result.evaluate_metrics_serverapp[server_round] = self.evaluate(server_round)
@@ -141,6 +145,7 @@ class Run(ABC, Generic[L]):
             self.keep_best(server_round)
             if measured := self.evaluate_clients(grid, server_round):
                 result.evaluate_metrics_clientapp[server_round] = measured
+        self.answer("after")
         self.generate()
         self.export()
         return result
@@ -215,8 +220,26 @@ class Run(ABC, Generic[L]):
         """Write the adapter of a round that measured better than all before it; before the first there is none."""
         model = self.loaded.model
         if server_round and model.has_adapter and self.report.improved(server_round):
-            replace_best(self.folder, lambda folder: model.save_adapter(folder / "adapter"))
             self.report.best(server_round)
+            replace_best(self.folder, lambda folder: self._save_adapter(folder / "adapter"))
+
+    def answer(self, when: str) -> None:
+        """On request, let the model answer a few held-out prompts, ``before`` training and ``after`` it."""
+        options = self.config.evaluation
+        prompted = [example for example in self._held_out if example.prompt or example.turns]
+        if not (options.texts and prompted):
+            return
+        count = min(options.texts, len(prompted))
+        asked = [prompted[place * len(prompted) // count] for place in range(count)]
+        written = answer(
+            self.loaded.model.whole().causal_lm,
+            load_tokenizer(self.config.model.path),
+            asked,
+            batch_size=count,
+            max_new_tokens=options.max_new_tokens,
+            beams=options.beams,
+        )
+        self.report.answered(when, asked, written)
 
     def generate(self) -> None:
         """On request, let the model write a text for every held-out prompt, and score the texts."""
@@ -237,10 +260,33 @@ class Run(ABC, Generic[L]):
 
     def export(self) -> None:
         """Write what the run leaves; then it is finished."""
-        model = self.loaded.model
+        model, smaller = self.loaded.model, self._at_rank()
         self.report.status(f"writing the {'adapter' if model.has_adapter else 'model'}")
         files, facts = model.export(self.folder, merged=self.config.run.merged)
-        self.report.finished(files, **facts)
+        if model.has_adapter:
+            self._describe(self.folder / "adapter")
+        self.report.finished([*files, *smaller], **facts)
+
+    def _save_adapter(self, folder: Path) -> None:
+        self.loaded.model.save_adapter(folder)
+        self._describe(folder)
+
+    def _describe(self, folder: Path, facts: Mapping[str, str] | None = None) -> None:
+        """Put manifest and card beside an adapter."""
+        write_manifest(folder, self.report.rounds)
+        write_card(self.report.content, folder, facts)
+
+    def _at_rank(self) -> list[str]:
+        """On request, the adapter at a rank beside the exact one, measured; returns its files."""
+        if not (rank := self.config.run.adapter_rank):
+            return []
+        self.report.status(f"measuring the adapter at rank {rank}")
+        name = f"adapter-rank-{rank}"
+        whole, dropped = self.loaded.model.save_at_rank(rank, self.folder / name)
+        found = evaluate(whole, evaluation_batches(self.held_out, self.config.evaluation.batch_size))
+        self.report.shrunk(rank, name, found.perplexity, dropped)
+        self._describe(self.folder / name, shrunk_facts(rank, found.perplexity, dropped))
+        return files_of(name)
 
     def _report_text(self, training: Cut, held_out: Cut) -> None:
         """Say what of the text does not fit, or is not written after as it is trained, while the run can be stopped."""

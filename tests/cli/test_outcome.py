@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import RepoUrl
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -174,3 +178,64 @@ def test_a_mistake_ends_with_status_2_and_one_line(tmp_path: Path, capsys: pytes
         ends(lambda: report([str(tmp_path)]))
     assert end.value.code == 2
     assert capsys.readouterr().err == f"error: {tmp_path} is no folder of a run: no summary.json can be read there\n"
+
+
+def test_a_smaller_adapter_says_what_it_costs_and_has_a_card(
+    run: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = run / "held_out.txt"
+    rows.write_text("one text\nand another\n")
+    summary = json.loads((run / "summary.json").read_text())
+    summary["config"] |= {"data.source": "own", "data.eval_path": str(rows)}
+    (run / "summary.json").write_text(json.dumps(summary))
+    export([str(run), "--rank", "2"])
+    folder = run / "adapter-rank-2"
+    model, tokenizer = with_peft(tiny_folder, folder), AutoTokenizer.from_pretrained(tiny_folder)
+    nats = tokens = 0.0
+    for line in rows.read_text().splitlines():
+        ids = torch.tensor([[*tokenizer(line)["input_ids"], tokenizer.eos_token_id]])
+        with torch.no_grad():
+            nats += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
+        tokens += ids.shape[1] - 1
+    said = re.search(r"perplexity ([\d.]+); the exact adapter 4\.500, the base 9\.000", capsys.readouterr().out)
+    assert said and float(said[1]) == pytest.approx(math.exp(nats / tokens), rel=1e-3)
+    assert f"| perplexity at rank 2 at most | {said[1]} |" in (folder / "README.md").read_text()
+
+    summary["config"]["data.eval_path"] = str(run / "gone.txt")
+    (run / "summary.json").write_text(json.dumps(summary))
+    export([str(run), "--rank", "3"])
+    assert "was not measured: cannot read" in capsys.readouterr().out
+    assert json.loads((run / "adapter-rank-3" / "manifest.json").read_text())["rounds"][0]["perplexity"] == 4.5
+
+
+def test_an_adapter_is_pushed_to_the_hub_as_it_is(
+    run: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[tuple[str, dict[str, Any]]] = []
+
+    class Hub:
+        def create_repo(self, name: str, **options: Any) -> RepoUrl:
+            calls.append((name, options))
+            return RepoUrl(f"https://huggingface.co/{name}")
+
+        def upload_folder(self, **options: Any) -> None:
+            calls.append(("", options))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    export([str(run), "--push-to-hub", "ann/adapter"])
+    export([str(run), "--rank", "2", "--push-to-hub", "ann/small", "--public"])
+    assert [(name, options.get("private")) for name, options in calls if name] == [
+        ("ann/adapter", True),
+        ("ann/small", False),
+    ]
+    assert [options["folder_path"] for name, options in calls if not name] == [run / "adapter", run / "adapter-rank-2"]
+    assert f"folder of this machine, {tiny_folder}" in capsys.readouterr().out
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(Hub, "create_repo", refuse)
+    with pytest.raises(ConfigError, match=r"ann/adapter cannot be pushed \(no route to host\); log in"):
+        export([str(run), "--push-to-hub", "ann/adapter"])
+    with pytest.raises(ConfigError, match="say what to export"):
+        export([str(run)])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -19,7 +21,7 @@ from transformers import (
 )
 
 from hsplitlora_flwr.lora import Delta, save_peft_adapter
-from hsplitlora_flwr.lora.export import load_delta, save_delta, save_merged_model
+from hsplitlora_flwr.lora.export import load_delta, save_delta, save_merged_model, write_manifest
 from hsplitlora_flwr.lora.layers import shape_of
 from hsplitlora_flwr.lora.update import DeltaError
 from hsplitlora_flwr.models import load_causal_lm, split_model
@@ -174,3 +176,68 @@ def test_a_damaged_checkpoint_is_recognised(damage: str, tmp_path: Path) -> None
 def test_a_missing_checkpoint_is_not_a_damaged_one(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"delta\.safetensors"):
         load_delta(tmp_path)
+
+
+def test_an_adapter_finds_its_base_by_itself_from_any_folder(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    changes = random_delta_of(base, (2, 0, 5)).changes()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "base").symlink_to(tiny_folder)
+    monkeypatch.setenv("HSPLITLORA_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "smollm2-135m").symlink_to(tiny_folder)  # where the demonstration model would lie
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(("base", str(tiny_folder), "smollm2-135m")):
+        save_peft_adapter(changes, tmp_path / str(number), base, name)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    expected = PeftModel.from_pretrained(base, str(tmp_path / "1")).eval()(input_ids=ids).logits
+    for number in range(3):
+        loaded = AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / str(number))).eval()
+        torch.testing.assert_close(loaded(input_ids=ids).logits, expected)
+
+
+@pytest.mark.parametrize("way", ["cat", "svd"])
+def test_adapters_are_merged_with_others_by_peft(way: str, tmp_path: Path) -> None:
+    ours, base = random_delta("llama", (2, 0, 5, 3, 1)), tiny_model("llama", dtype=torch.float32)
+    save_peft_adapter(ours.changes(), tmp_path / "ours", base)
+    theirs = get_peft_model(tiny_model("llama", dtype=torch.float32), LoraConfig(r=3, target_modules=["q_proj"]))
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+
+    model = PeftModel.from_pretrained(base, str(tmp_path / "ours"), adapter_name="ours")
+    model.load_adapter(str(tmp_path / "theirs"), adapter_name="theirs")
+    model.add_weighted_adapter(["ours", "theirs"], [1.0, 0.5], "both", combination_type=way, svd_rank=8)
+    model.set_adapter("both")
+
+    expected = tiny_model("llama", dtype=torch.float32)
+    for name, change in ours.changes().items():
+        expected.get_parameter(f"{name}.weight").data += change.dense()
+    for name, module in theirs.base_model.model.named_modules():
+        if name.endswith("q_proj"):
+            pair = module.lora_B["default"].weight @ module.lora_A["default"].weight
+            expected.get_parameter(f"{name}.weight").data += 0.5 * module.scaling["default"] * pair.detach()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    torch.testing.assert_close(model(input_ids=ids).logits, expected(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_manifest_says_what_each_layer_is(tmp_path: Path) -> None:
+    delta, base = random_delta("llama", (2, 0, 5)), tiny_model("llama", dtype=torch.float32)
+    save_peft_adapter(delta.changes(), tmp_path, base)
+    write_manifest(tmp_path, [{"round": 1, "update_norm": 0.5, "perplexity": 9.0, "clients": []}, {"round": 2}])
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["rounds"][0] == {"round": 1, "update_norm": 0.5, "perplexity": 9.0}
+    assert manifest["layers"].keys() == delta.changes().keys()
+    for name, change in delta.changes().items():
+        layer = manifest["layers"][name]
+        assert (layer["rank"], layer["shape"]) == (change.tensors[1].shape[0], list(change.shape))
+        assert layer["norm"] == pytest.approx(float(torch.linalg.matrix_norm(change.dense().double())), rel=1e-5)
+        b, a = change.tensors
+        assert layer["sha256"] == hashlib.sha256(b.numpy().tobytes() + a.numpy().tobytes()).hexdigest()
+    file = (tmp_path / "adapter_model.safetensors").read_bytes()
+    assert manifest["files"]["adapter_model.safetensors"] == hashlib.sha256(file).hexdigest()

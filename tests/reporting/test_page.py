@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 
 from hsplitlora_flwr.config import Config
+from hsplitlora_flwr.data.example import Example
 from hsplitlora_flwr.reporting.page import (
     COLOURS,
     MAX_CLIENTS,
     MAX_MAPS,
+    bar_chart,
     importance_map,
     line_chart,
+    links,
     page,
     rank_map,
     ticks,
@@ -86,6 +89,35 @@ def test_a_run_stands_on_its_page(report: RunReport, tmp_path: Path) -> None:
     assert not re.search(r"https?://|<script|src=", html), "it needs no network and runs nothing"
 
 
+def test_texts_before_and_after_and_a_smaller_adapter_stand_on_the_page(report: RunReport, tmp_path: Path) -> None:
+    report.evaluated(0, 12.5, 700, 1.0)
+    report.answered("before", [Example("Who?", "Ann.")], ["<b>?"])
+    report.round_finished(1, 2.5, 0.75, [round_row("0", [4.0, 3.0], 900_000_000)])
+    report.evaluated(1, 9.0, 700, 1.5)
+    report.answered("after", [Example("Who?", "Ann.")], ["Ann"])
+    report.shrunk(4, "adapter-rank-4", 9.25, 0.125)
+    report.finished(["adapter/adapter_config.json"])
+    html = text_of(tmp_path)
+    assert ["Who?", "&lt;b&gt;?", "Ann", "Ann."] in cells(html)
+    assert "At rank 4 at most (<code>adapter-rank-4</code>):\nperplexity 9.250" in html
+    assert "measured the held-out text for 1.5 s" in html
+    for title in ("client 0, up: 3 MB", "client 0, steps: 2 s", "client 0, measured peak: 0.9 GB"):
+        assert f"<title>{title}</title>" in html, title
+
+
+def test_what_lies_beside_a_page_is_linked(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.html").write_text("")
+    for name in ("flwr.log", "events.jsonl"):
+        (tmp_path / "b" / name).write_text("")
+    (tmp_path / "b" / "checkpoints").mkdir()
+    assert links(tmp_path / "b") == {
+        "logs and checkpoints": ["events.jsonl", "flwr.log", "checkpoints"],
+        "runs beside this one": ["../a/report.html"],
+    }
+
+
 def test_a_run_that_failed_says_so_and_shows_what_it_had(report: RunReport, tmp_path: Path) -> None:
     report.failed(MemoryError("no plan for 3 GB"))
     assert "MemoryError: no plan for 3 GB" in text_of(tmp_path)
@@ -118,7 +150,7 @@ def test_a_page_is_replaced_in_one_piece(tmp_path: Path) -> None:
     summary = {"status": "failed", "started": 0.0, "seconds": 1.0, "config": Config().to_run_config()}
     summary |= {"versions": {}, "rounds": [], "perplexity_before": None, "perplexity_after": None}
     write_page(summary, tmp_path)
-    assert text_of(tmp_path) == page(summary)
+    assert text_of(tmp_path) == page(summary, links(tmp_path))
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
 
 
@@ -137,6 +169,26 @@ def test_points_stand_where_their_values_are() -> None:
     assert marks["10"][1] - 4 == 112 and marks["20"][1] - 4 == 12
     assert (marks["0"][0], marks["1"][0], marks["2"][0]) == (48, 98, 148)
     assert line.get("stroke") == COLOURS[0]
+
+
+def test_axes_have_names_and_every_value_is_under_the_mouse() -> None:
+    many = [(float(step), float(step * step)) for step in range(100)]
+    svg = drawn(line_chart({"a": many}, "step", "loss, nats a token"))
+    assert {"step", "loss, nats a token"} <= {text.text for text in svg.findall("text")}
+    values = {str(dot[0].text): dot.get("fill-opacity") for dot in svg.findall("circle")}
+    assert len(values) == 100 and values["a, step 7: 49"] == "0"  # found by the mouse, and not seen
+
+
+def test_bars_are_as_long_as_their_values() -> None:
+    rows = {"0": [1.0, 3.0], "1": [2.0, 0.0]}
+    below = drawn(bar_chart(rows, ("up", "down"), "MB", width=380))
+    assert [float(bar.get("width", 0)) for bar in below.findall("rect")] == [66.7, 200.0, 133.3, 0.0]
+    after = drawn(bar_chart(rows, ("up", "down"), "MB", stacked=True, width=380))
+    assert [(float(bar.get("x", 0)), float(bar.get("width", 0))) for bar in after.findall("rect")] == [
+        *((90.0, 50.0), (140.0, 150.0), (90.0, 100.0), (190.0, 0.0))
+    ]
+    assert [bar[0].text for bar in after.findall("rect")][1] == "client 0, down: 3 MB"
+    assert bar_chart({"0": [0.0]}, ("up",), "MB") == bar_chart({}, ("up",), "MB") == ""
 
 
 def test_points_that_are_not_finite_are_left_out() -> None:
