@@ -88,7 +88,8 @@ class Solver:
             If no plan fits the server's memory or meets the deadline; the text says what is missing.
         """
         half = self._best_half()
-        rounds = (self._round(half, share, self.tolerance) for share in np.linspace(1 - self.tolerance, 1, _SHARES))
+        shares = np.unique(np.linspace(1 - self.tolerance, 1, _SHARES))
+        rounds = (self._round(half, share, self.tolerance) for share in shares)
         timed = min(filter(None, rounds), key=lambda each: each.seconds)
         if self.deadline is None or timed.seconds <= self.deadline:
             return self._fill(timed, timed.slowest)
