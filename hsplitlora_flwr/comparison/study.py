@@ -486,8 +486,8 @@ def describe(config: Config) -> str:
     alpha = f" (alpha {data.alpha:g})" if data.partition == "dirichlet" else ""
     plan = config.plan
     devices = (
-        f" Simulated devices: clients of {clients.gflops} GFLOP/s, a server of {plan.server_gflops:g}, links of "
-        f"{clients.mbit_up or 'unlimited'} Mbit/s up and {clients.mbit_down or 'unlimited'} down."
+        f" Simulated devices: clients of {scalar(clients.gflops)} GFLOP/s, a server of {plan.server_gflops:g}, links "
+        f"of {scalar(clients.mbit_up) or 'unlimited'} Mbit/s up and {scalar(clients.mbit_down) or 'unlimited'} down."
         if clients.gflops
         else ""
     )
