@@ -15,7 +15,14 @@ from hypothesis import Phase, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-LONGEST = ("tests/system", "tests/test_transports", "tests/server/test_strategy", "tests/cli", "tests/simulations")
+LONGEST = (
+    "tests/system",
+    "tests/cli/test_run",
+    "tests/test_transports",
+    "tests/server",
+    "tests/test_hostile",
+    "tests/cli",
+)
 
 # The same examples in every run, and the first that fails as it is: to find a smaller one can take minutes.
 settings.register_profile("fixed", derandomize=True, phases=set(Phase) - {Phase.shrink, Phase.explain})

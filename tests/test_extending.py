@@ -31,6 +31,7 @@ from hsplitlora_flwr.registry import Registry
 from hsplitlora_flwr.reporting import EVENTS_FILE, event_text, read_events
 from hsplitlora_flwr.reporting.report import RunReport, make_listeners
 from hsplitlora_flwr.training.schedule import AdapterOptimizer, farthest
+from hsplitlora_flwr.transport import stream
 from hsplitlora_flwr.transport.frames import Activation, Finish, Finished, Frame
 from hsplitlora_flwr.transport.link import Handler
 from hsplitlora_flwr.transport.stream import StreamServer
@@ -184,7 +185,7 @@ def test_a_transport_of_ones_own_lets_one_client_in_and_tells_failures(load: Loa
     ticket = port.serve(handler, 1000, ended.set, "client 0")
     with pytest.raises(AuthenticationError), transport.connect(ticket._replace(token="guess"), TransportConfig()):
         pass
-    assert ended.wait(10)
+    assert ended.wait(300)
     ended.clear()
     with transport.connect(port.serve(handler, 1000, ended.set, "client 0"), TransportConfig()) as link:
         link.send(Finish(0.0))
@@ -192,7 +193,7 @@ def test_a_transport_of_ones_own_lets_one_client_in_and_tells_failures(load: Loa
         link.send(Finish(1.0))
         with pytest.raises(RuntimeError, match="no such square"):
             link.receive()
-    assert ended.wait(10)
+    assert ended.wait(300)
     port.stop()
 
 
@@ -305,7 +306,7 @@ def test_a_cut_transform_of_ones_own(
     module = load("noisy_app")
     monkeypatch.setattr(module, "LONGEST", 1e-3)
     monkeypatch.setattr(module, "NOISE", 0.0)
-    monkeypatch.setattr("hsplitlora_flwr.transport.stream.StreamServer", Seen)
+    monkeypatch.setattr(stream, "StreamServer", Seen)
     Seen.norms.clear()
     summary = changed_run(module.app, tmp_path, tiny_folder)
     assert len(Seen.norms) > 2 * 3 and max(Seen.norms) <= 1.001e-3, "of the probe, the steps and the evaluation"

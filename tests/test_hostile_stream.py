@@ -48,7 +48,7 @@ from tests.attacks import (
 )
 from tests.tiny import random_batches
 
-SECONDS = 20.0
+SECONDS = 300.0
 
 
 def settings(folder: Path, labels: str, joint: str = "off", half: str = "per_client") -> Config:

@@ -81,7 +81,7 @@ print(Config.from_run_config({{"method.name": "theirs"}}).method.name, "theirs" 
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
 
 
 def test_an_installed_package_is_imported_when_a_name_is_not_known(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from hsplitlora_flwr.cli import compare
 from hsplitlora_flwr.cli.compare import compose_setting, main, parse, runs_at_once
 from hsplitlora_flwr.cli.run import Launcher
 from hsplitlora_flwr.comparison.plots import plot
@@ -104,7 +105,7 @@ def test_runs_go_on_side_by_side_and_one_that_fails_stops_no_other(tmp_path):
     together = threading.Barrier(2)
 
     def side_by_side(config: Config) -> float:
-        together.wait(20)
+        together.wait(300)
         if config.method.name == "splitlora":
             raise ValueError("no more memory")
         return 4.0
@@ -120,10 +121,10 @@ def test_whoever_ends_a_comparison_ends_the_runs_that_go_on(tmp_path):
     stopped, begun = threading.Event(), threading.Barrier(2)
 
     def endless(config: Config) -> float:
-        begun.wait(20)
+        begun.wait(300)
         if config.method.name == "hsplitlora":
             raise KeyboardInterrupt
-        assert stopped.wait(20)
+        assert stopped.wait(300)
         raise SystemExit
 
     runs = FakeRuns(endless)
@@ -151,7 +152,7 @@ def test_leaders_have_more_seeds(tmp_path):
 
 def test_a_machine_runs_as_many_as_its_cores_and_memory_hold(tiny_folder, monkeypatch):
     config, launcher = vary(UNEVEN, {"model.path": str(tiny_folder)}), Launcher(engine="process", cpus=2)
-    monkeypatch.setattr("hsplitlora_flwr.cli.compare.all_cores", lambda: 9)
+    monkeypatch.setattr(compare, "all_cores", lambda: 9)
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=100e9))
     assert runs_at_once(launcher, config) == 4
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2.6e9))  # 1 GB each, of 80 %

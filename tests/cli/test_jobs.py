@@ -16,6 +16,7 @@ from hsplitlora_flwr.cli.jobs import EARLIER, Job, Place, SweepCallback, do, fai
 from hsplitlora_flwr.comparison.points import JOB_FILE
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.reporting import Listener
+from hsplitlora_flwr.server import checkpoint
 from tests.comparison.test_points import run_folder
 
 
@@ -98,7 +99,7 @@ def test_a_job_with_a_finished_round_goes_on_if_it_can(
         if not possible:
             raise ValueError("a file is damaged")
 
-    monkeypatch.setattr("hsplitlora_flwr.server.checkpoint.check_resume", check)
+    monkeypatch.setattr(checkpoint, "check_resume", check)
     do(place(tmp_path, 0, 1.0), config(1.0), "", fails)
     seen = []
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from hsplitlora_flwr.cli.__main__ import main
 from hsplitlora_flwr.cli.overrides import PATHS, check_keys, keys_of, literal, renamed
 from hsplitlora_flwr.cli.run import PROJECT, Launcher
 from hsplitlora_flwr.cli.settings import CONF, register
@@ -97,13 +98,11 @@ def test_an_unknown_key_is_named_with_the_one_that_is_meant(argument: str, says:
 @pytest.mark.parametrize(
     ("program", "argument", "says"),
     [
-        ("plan", "train.round=4", "error: unknown key 'train.round'; did you mean train.rounds?"),
-        ("compare", "data=nothing", "error: In 'config': Could not find 'data/nothing' Available options"),
         ("run", "train.round=4", "error: unknown key 'train.round'; did you mean train.rounds?"),
         (
             "run",
             "data=nothing",
-            "error: In 'config': Could not find 'data/nothing' Available options in 'data': dialogues",
+            "error: In 'config': Could not find 'data/nothing' Available options in 'data': chitchat",
         ),
         ("run", "train.rounds", "error: 'train.rounds' cannot be read; write KEY=VALUE, such as train.rounds=4"),
     ],
@@ -113,3 +112,19 @@ def test_a_wrong_command_line_has_status_2_and_one_line(program: str, argument: 
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith(says) and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("program", "argument", "says"),
+    [
+        ("plan", "train.round=4", "error: unknown key 'train.round'; did you mean train.rounds?"),
+        ("compare", "data=nothing", "error: In 'config': Could not find 'data/nothing' Available options"),
+    ],
+)
+def test_so_it_is_for_commands_that_take_longer_to_import(
+    program: str, argument: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        sys.exit(main([program, argument], "python -m simulations.{}"))
+    errors = capsys.readouterr().err
+    assert ended.value.code == 2 and errors.startswith(says) and len(errors.splitlines()) == 1

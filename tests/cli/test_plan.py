@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from transformers import LlamaConfig
 
+from hsplitlora_flwr.cli import plan
 from hsplitlora_flwr.cli.plan import PARTS, Forecast, forecast, run
 from hsplitlora_flwr.cli.run import Launcher
 from hsplitlora_flwr.cli.settings import CONF, register
@@ -33,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The planner takes a client's process to be as large as its own, and this one is as large as its tests made it."""
-    monkeypatch.setattr("hsplitlora_flwr.cli.plan.process_bytes", lambda config: PROCESS_BYTES)
+    monkeypatch.setattr(plan, "process_bytes", lambda config: PROCESS_BYTES)
 
 
 def composed(folder: Path, *overrides: str) -> DictConfig:

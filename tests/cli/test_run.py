@@ -22,7 +22,7 @@ import psutil
 import pytest
 from rich.console import Console
 
-from hsplitlora_flwr.cli import superlink
+from hsplitlora_flwr.cli import run, superlink
 from hsplitlora_flwr.cli.interrupts import ENDING
 from hsplitlora_flwr.cli.run import PROJECT, Launcher, _Watch, failure_cause, launch, run_config_toml
 from hsplitlora_flwr.cli.superlink import RunStatus, SuperLinkError, open_superlink
@@ -165,7 +165,7 @@ def ray(folder: Path, machine: str, *arguments: str) -> None:
     env = {**os.environ, "RAY_TMPDIR": str(folder), "RAY_USAGE_STATS_ENABLED": "0"}
     env.pop("RAY_ADDRESS", None)
     command = [str(Path(sys.executable).parent / "ray"), *arguments]
-    subprocess.run(command, cwd=folder / machine, env=env, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, cwd=folder / machine, env=env, check=True, capture_output=True, timeout=600)
 
 
 @pytest.fixture
@@ -348,7 +348,7 @@ class Flower:
 def watched(monkeypatch) -> tuple[Flower, _Watch, Callable[[float], None]]:
     """A run on a Flower of ours, and a function that lets seconds pass."""
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr("hsplitlora_flwr.cli.run.time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: clock.now))
     flower = Flower()
     watch = _Watch(flower)
 
@@ -523,7 +523,7 @@ def test_a_launcher_that_is_killed_leaves_no_process(app, tmp_path):
 
 
 def test_a_superlink_that_cannot_start_says_why(tmp_path, monkeypatch):
-    monkeypatch.setattr("hsplitlora_flwr.cli.superlink._free_port", lambda: 70000)  # no such port
+    monkeypatch.setattr(superlink, "_free_port", lambda: 70000)  # no such port
     opening = open_superlink("", tmp_path, tmp_path / "superlink.log")
     with pytest.raises(SuperLinkError, match=r"did not start \(ended with status"), opening:
         pass

@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hsplitlora_flwr.config import DataConfig
+from hsplitlora_flwr.data import partition as partition_module
 from hsplitlora_flwr.data.partition import cached_partition, partition
 from hsplitlora_flwr.data.sources import DataError, Example, load_text
 
@@ -141,7 +142,7 @@ def test_what_was_dealt_before_is_not_dealt_again(tmp_path: Path, monkeypatch: p
     [damaged, *_] = tmp_path.iterdir()
     damaged.write_text("[[0, 1")
     assert [cached_partition(examples, config, 3, 1, tmp_path) for config in configs] == expected
-    monkeypatch.setattr("hsplitlora_flwr.data.partition.partition", None)  # nobody may call it any more
+    monkeypatch.setattr(partition_module, "partition", None)  # nobody may call it any more
     assert [cached_partition(examples, config, 3, 1, tmp_path) for config in configs] == expected
     assert len(list(tmp_path.iterdir())) == len(configs)
     other = [Example("", str(i), str(i % 2)) for i in range(30)]

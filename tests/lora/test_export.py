@@ -20,7 +20,7 @@ from transformers import (
     Qwen3_5Config,
 )
 
-from hsplitlora_flwr.lora import Delta, save_peft_adapter
+from hsplitlora_flwr.lora import Delta, export, save_peft_adapter
 from hsplitlora_flwr.lora.export import load_delta, save_delta, save_merged_model, write_manifest
 from hsplitlora_flwr.lora.layers import shape_of
 from hsplitlora_flwr.lora.update import DeltaError
@@ -148,7 +148,7 @@ def test_a_checkpoint_replaces_the_last_one_in_one_piece(tmp_path: Path, monkeyp
         path.write_bytes(b"half a file")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("hsplitlora_flwr.lora.export.save_file", full_disk)
+    monkeypatch.setattr(export, "save_file", full_disk)
     with pytest.raises(OSError, match="no space"):
         save_delta(delta, tmp_path)
     assert load_delta(tmp_path).held() == delta.held()

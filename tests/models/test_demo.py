@@ -95,6 +95,6 @@ assert (demo.demo_model() / "config.json").read_text() == "{}"
 """
     log = own_cache.parent / "log"
     running = [subprocess.Popen([sys.executable, "-c", code, str(log), str(turn)]) for turn in range(2)]
-    assert [process.wait(timeout=60) for process in running] == [0, 0]
+    assert [process.wait(timeout=600) for process in running] == [0, 0]
     assert log.read_text() == "fetched\n"
     assert left_in(own_cache) == {"smollm2-135m"}

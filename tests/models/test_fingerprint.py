@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from hsplitlora_flwr.models import checkpoint
 from hsplitlora_flwr.models.fingerprint import BaseMismatchError, check_part, fingerprint, part_digests
 from hsplitlora_flwr.models.loading import PartTensors, load_client_parts
 
@@ -138,7 +139,7 @@ def test_digests_are_computed_once_and_anew_when_a_file_changes(
     first = part_digests(str(other), 2, "float32", head=False)
     assert len(list(cache.iterdir())) == 1
     with monkeypatch.context() as patch:
-        patch.setattr("hsplitlora_flwr.models.checkpoint.safe_open", lambda *_, **__: pytest.fail("a file was read"))
+        patch.setattr(checkpoint, "safe_open", lambda *_, **__: pytest.fail("a file was read"))
         assert part_digests(str(other), 2, "float32", head=False) == first
     one_weight(other)
     assert part_digests(str(other), 2, "float32", head=False).keys() == first.keys()

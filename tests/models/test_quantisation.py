@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from hsplitlora_flwr.models import load_causal_lm, load_client_parts
+from hsplitlora_flwr.models import quantisation as quantisation_module
 from hsplitlora_flwr.models.quantisation import QuantisedLinear, check_quantiser, weight_bytes
 from hsplitlora_flwr.models.split import is_linear
 from tests.tiny import CONFIGS, random_batches, tiny_model
@@ -57,7 +58,7 @@ def random_layer(rows: int = 48, columns: int = 38, dtype: torch.dtype = torch.f
 @pytest.mark.parametrize("quantise", ["8bit", "4bit"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_weights_are_those_of_the_papers(quantise: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hsplitlora_flwr.models.quantisation._PIECE", 128)  # several pieces, and a broken block
+    monkeypatch.setattr(quantisation_module, "_PIECE", 128)  # several pieces, and a broken block
     layer = random_layer(dtype=dtype)
     weight = layer.weight.detach()
     found = quantised(layer, quantise)

@@ -23,6 +23,7 @@ from hsplitlora_flwr.lora.layers import AdaptedLinear, attach_changes, merge_cha
 from hsplitlora_flwr.lora.update import Change
 from hsplitlora_flwr.models import split_model
 from hsplitlora_flwr.models.split import ClientModel, ServerModel
+from hsplitlora_flwr.planning import importance as importance_module
 from hsplitlora_flwr.planning.importance import (
     ROWS,
     combine,
@@ -178,7 +179,7 @@ def test_micro_batches_score_the_sum_of_their_parts() -> None:
 @pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_rows_of_the_gradient_add_up(kind: type, wrapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hsplitlora_flwr.planning.importance.ROWS", 7)
+    monkeypatch.setattr(importance_module, "ROWS", 7)
     linear = (Conv1D(20, 12) if kind is Conv1D else nn.Linear(12, 20)).requires_grad_(False)
     weight = linear.weight.T if kind is Conv1D else linear.weight
     x, g = torch.randn(3, 5, 12), torch.randn(3, 5, 20)

@@ -22,6 +22,7 @@ from hsplitlora_flwr.lora.base import SharedBase
 from hsplitlora_flwr.lora.layers import draw_masks, shape_of
 from hsplitlora_flwr.lora.update import Change
 from hsplitlora_flwr.models.split import ModelPart, ServerModel
+from hsplitlora_flwr.training import multi_adapter
 from hsplitlora_flwr.training.activation_checkpointing import checkpoint_blocks
 from hsplitlora_flwr.training.half import OwnHalf
 from hsplitlora_flwr.training.multi_adapter import MultiAdapterPass
@@ -128,7 +129,7 @@ def test_activations_computed_again_change_no_gradient(
         again.append(part)
         checkpoint_blocks(part)
 
-    monkeypatch.setattr("hsplitlora_flwr.training.multi_adapter.checkpoint_blocks", watched)
+    monkeypatch.setattr(multi_adapter, "checkpoint_blocks", watched)
     base = base_of("llama")
     check(base, works_of(client_parts(base, [3, 1, 2], dropout=0.2), [11, 7, 9], [2, 3, 1]), checkpointing=True)
     assert len(again) == 3, "a part from each split point to the next"
@@ -192,7 +193,7 @@ class Arrivals:
         def watched(batch: Sequence[object]) -> None:
             self.sizes.append(len(batch))
             self.first.set()
-            self.go.wait(10)
+            self.go.wait(300)
             serve(batch)  # type: ignore[arg-type]
 
         monkeypatch.setattr(together, "_serve", watched)
@@ -206,12 +207,12 @@ def test_whatever_waits_is_the_next_pass(base_of: Callable[..., SharedBase], mon
     arrivals = Arrivals(together, monkeypatch)
     with ThreadPoolExecutor(4) as threads:
         results = [threads.submit(together, works[0])]
-        arrivals.first.wait(10)
+        arrivals.first.wait(300)
         results += [threads.submit(together, work) for work in works[1:]]
         while len(together._waiting) < 3:
             pass
         arrivals.go.set()
-        assert [float(result.result(10)) for result in results] == pytest.approx(expected, rel=1e-9)
+        assert [float(result.result(300)) for result in results] == pytest.approx(expected, rel=1e-9)
     assert arrivals.sizes == [1, 3]
 
 
@@ -226,15 +227,15 @@ def test_the_guilty_one_alone_learns_of_it(
     arrivals = Arrivals(together, monkeypatch)
     with ThreadPoolExecutor(3) as threads:
         first = threads.submit(together, works[0])
-        arrivals.first.wait(10)
+        arrivals.first.wait(300)
         bad, good = (threads.submit(together, work) for work in works[1:])
         while len(together._waiting) < 2:
             pass
         arrivals.go.set()
-        assert float(good.result(10)) == pytest.approx(expected, rel=1e-9)
-        first.result(10)
+        assert float(good.result(300)) == pytest.approx(expected, rel=1e-9)
+        first.result(300)
         with pytest.raises(IndexError):
-            bad.result(10)
+            bad.result(300)
     assert "a pass for 2 clients failed; they come one by one" in caplog.text
 
 

@@ -124,12 +124,12 @@ class Split:
         def one(client: str) -> None:
             torch.set_num_threads(1)
             if client == slow:
-                assert all(event.wait(60) for other, event in sent.items() if other != slow)
+                assert all(event.wait(300) for other, event in sent.items() if other != slow)
             train_client(self.clients[client], Telling(self.servers[client], sent[client]), STEPS)
 
         with ThreadPoolExecutor(len(self.splits)) as threads:
             for future in [threads.submit(one, client) for client in self.splits]:
-                future.result(60)
+                future.result(300)
 
     def train_in_messages(self) -> None:
         """One thread takes whatever message can be answered now, as the exchange of a round does."""
@@ -307,7 +307,7 @@ def test_a_client_that_fails_in_the_middle_of_a_step_leaves_no_part_of_it() -> N
 
     with ThreadPoolExecutor(3) as threads:
         for future in [threads.submit(one, client, STEPS) for client in SPLITS]:
-            future.result(60)
+            future.result(300)
     assert split.half.steps == {"a": STEPS, "b": 2, "c": STEPS}
     assert expected  # the same round in which b ends after two steps
     link = {client: Loopback(expected.servers[client]) for client in SPLITS}

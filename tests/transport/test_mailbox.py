@@ -16,7 +16,7 @@ def test_everything_arrives_in_order_through_a_narrow_mailbox() -> None:
         for number in range(500):
             mailbox.put(number)
         mailbox.close()
-        assert received.result(timeout=20) == list(range(500))
+        assert received.result(timeout=300) == list(range(500))
 
 
 def test_put_blocks_while_full() -> None:
@@ -28,7 +28,7 @@ def test_put_blocks_while_full() -> None:
         with pytest.raises(TimeoutError):
             third.result(timeout=0.1)
         assert next(mailbox) == 1
-        third.result(timeout=20)
+        third.result(timeout=300)
         mailbox.close()
         assert list(mailbox) == [2, 3]
 
@@ -44,8 +44,8 @@ def test_closing_wakes_all_who_wait() -> None:
         empty.close()
         for waiting in putting:
             with pytest.raises(Closed):
-                waiting.result(timeout=20)
-        assert [waiting.result(timeout=20) for waiting in taking] == [None, None]
+                waiting.result(timeout=300)
+        assert [waiting.result(timeout=300) for waiting in taking] == [None, None]
 
 
 @pytest.mark.parametrize("discard", [False, True])

@@ -134,6 +134,6 @@ def test_flower_on_this_machine_is_reached_without_a_proxy(
     flower.start()
     for host in ("127.0.0.1", "localhost"):
         with grpc.insecure_channel(f"{host}:{port}") as channel:  # as Flower makes one
-            grpc.channel_ready_future(channel).result(timeout=20)
+            grpc.channel_ready_future(channel).result(timeout=300)
     flower.stop(None).wait()
     assert proxy.asked == []

@@ -42,7 +42,7 @@ from tests.transport.pki import certificate, p256, pem
 
 IDENTITY = make_identity("shard")
 NONE = torch.empty(0)
-SECONDS = 20.0  # after which a wait has failed
+SECONDS = 300.0  # after which a wait has failed
 
 
 def until(true: Callable[[], bool]) -> bool:

@@ -8,6 +8,7 @@ import pytest
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from hsplitlora_flwr.transport import messages as messages_module
 from hsplitlora_flwr.transport.messages import converse
 from hsplitlora_flwr.transport.workers import WAKE, DeadWorkers, reason_of
 from tests.grid import LocalGrid
@@ -92,7 +93,7 @@ def exchange(grid: Workers, dead: DeadWorkers, nodes: Iterable[int]) -> dict[int
 
 @pytest.mark.parametrize("quick", [False, True])
 def test_after_a_death_all_clients_but_one_train_and_then_all(quick: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hsplitlora_flwr.transport.messages.time.sleep", lambda seconds: None)
+    monkeypatch.setattr(messages_module.time, "sleep", lambda seconds: None)
     trained: list[int] = []
     grid, dead = Workers(app_of(trained), 5, ["a", "b"]), DeadWorkers()
     grid.killers, grid.quick = {2}, quick
@@ -103,7 +104,7 @@ def test_after_a_death_all_clients_but_one_train_and_then_all(quick: bool, monke
 
 @pytest.mark.parametrize("idle", [["a", "dead"], ["dead", "a"], ["b", "a", "dead"]])
 def test_a_living_worker_is_found_for_a_single_message(idle: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hsplitlora_flwr.transport.messages.time.sleep", lambda seconds: None)
+    monkeypatch.setattr(messages_module.time, "sleep", lambda seconds: None)
     trained: list[int] = []
     grid, dead = Workers(app_of(trained), 3, idle, dead=["dead"]), DeadWorkers()
     exchange(Workers(app_of([]), 1, ["dead"], dead=["dead"]), dead, [1])  # it is known
@@ -112,7 +113,7 @@ def test_a_living_worker_is_found_for_a_single_message(idle: list[str], monkeypa
 
 
 def test_where_all_are_dead_the_failure_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hsplitlora_flwr.transport.messages.time.sleep", lambda seconds: None)
+    monkeypatch.setattr(messages_module.time, "sleep", lambda seconds: None)
     grid, dead = Workers(app_of([]), 2, ["a", "b"], dead=["a", "b"]), DeadWorkers()
     assert exchange(grid, dead, [1, 2]) == {1: True, 2: True}
     assert exchange(grid, dead, [1, 2]) == {1: True, 2: True}
