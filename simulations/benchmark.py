@@ -19,8 +19,11 @@ compared with what:
 - ``plan``: time to plan for 1000 clients of a model of 70 billion parameters.
 - ``start``: what a client process does before its first step, part by part.
 - ``deployment``: time of a step on SuperNodes against that of a simulation.
+- ``gpu``: all that a GPU does: what is exact there, speed, memory; on a machine without one, or with ``--small``, tiny
+  models take the same way.
 
 ``--model`` is for the first six, ``narrow``, ``start`` and ``deployment``; the others bring shapes of their own.
+Figures are written after every row, so that those of a run that is ended are there.
 """
 
 from __future__ import annotations
@@ -30,9 +33,10 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -42,35 +46,37 @@ from rich.console import Console
 from rich.table import Table
 
 from hsplitlora_flwr.models.cores import all_cores
-from simulations.benchmarks.aggregate import aggregate
-from simulations.benchmarks.clients import clients
 from simulations.benchmarks.common import Benchmark, Row, Setup
-from simulations.benchmarks.deployment import deployment, start
-from simulations.benchmarks.frozen import frozen
-from simulations.benchmarks.memory import memory
-from simulations.benchmarks.narrow import narrow
-from simulations.benchmarks.overlap import overlap
-from simulations.benchmarks.plan import plan
-from simulations.benchmarks.probe import probe
-from simulations.benchmarks.scale import scale
-from simulations.benchmarks.step import step
-from simulations.benchmarks.wire import wire
 
-BENCHMARKS: dict[str, Benchmark] = {
-    "memory": memory,
-    "frozen": frozen,
-    "step": step,
-    "clients": clients,
-    "overlap": overlap,
-    "probe": probe,
-    "aggregate": aggregate,
-    "wire": wire,
-    "narrow": narrow,
-    "scale": scale,
-    "plan": plan,
-    "start": start,
-    "deployment": deployment,
+
+def _later(module: str, name: str) -> Benchmark:
+    """A benchmark whose module is imported when it runs: not every machine has what another one needs."""
+
+    def run(setup: Setup) -> Iterator[Row]:
+        benchmark: Benchmark = getattr(import_module(f"simulations.benchmarks.{module}"), name)
+        return benchmark(setup)
+
+    return run
+
+
+_MODULES = {
+    "memory": "memory",
+    "frozen": "frozen",
+    "step": "step",
+    "clients": "clients",
+    "overlap": "overlap",
+    "probe": "probe",
+    "aggregate": "aggregate",
+    "wire": "wire",
+    "narrow": "narrow",
+    "scale": "scale",
+    "plan": "plan",
+    "start": "deployment",
+    "deployment": "deployment",
+    "gpu": "gpu",
 }
+BENCHMARKS = {name: _later(module, name) for name, module in _MODULES.items()}
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "grpcio", "safetensors", "bitsandbytes")
 
 
 def environment() -> dict[str, Any]:
@@ -79,7 +85,7 @@ def environment() -> dict[str, Any]:
     if (cpuinfo := Path("/proc/cpuinfo")).is_file():
         names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = next(iter(names), model)
-    packages = ("torch", "transformers", "peft", "grpcio", "safetensors")
+    gpus = map(torch.cuda.get_device_properties, range(torch.cuda.device_count() if torch.cuda.is_available() else 0))
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": model,
@@ -91,8 +97,17 @@ def environment() -> dict[str, Any]:
         "memory_gb": psutil.virtual_memory().total / 1e9,
         "system": platform.platform(),
         "python": platform.python_version(),
-        **{name: version(name) for name in packages},
+        "gpus": ", ".join(f"{gpu.name} of {gpu.total_memory / 1e9:.0f} GB" for gpu in gpus) or "none",
+        "cuda": torch.version.cuda or "none",
+        **{name: _version(name) for name in _PACKAGES},
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,27 +116,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)} (default: all)")
     parser.add_argument("--model", default=Setup.model, help="model.path (default: %(default)s)")
     parser.add_argument("--data", default=Setup.data, metavar="FOLDER", help="of the data set e2e (default: dialogues)")
+    parser.add_argument("--small", action="store_true", help="tiny models for gpu, as on a machine without one")
     parser.add_argument("--out", type=Path, help="write the figures there, as JSON")
     options = parser.parse_args(arguments)
     if unknown := [name for name in options.names if name not in BENCHMARKS]:
         parser.error(f"no benchmark is called {', '.join(unknown)}; choose from {', '.join(BENCHMARKS)}")
-    setup, console = Setup(options.model, options.data), Console(highlight=False)
+    setup, console = Setup(options.model, options.data, options.small), Console(highlight=False)
     if not console.is_terminal:
         console.width = 200  # a file has no width to keep to
+    machine = environment()
     results: dict[str, list[Row]] = {}
+    written = {"model": setup.model, "data": setup.data or "dialogues", "environment": machine, "benchmarks": results}
     for name in options.names or BENCHMARKS:
         results[name] = []
         for row in BENCHMARKS[name](setup):
             results[name].append(row)
             console.print(", ".join(f"{key} {shown(value)}" for key, value in row.items()), style="dim", soft_wrap=True)
+            if options.out:
+                options.out.parent.mkdir(parents=True, exist_ok=True)
+                options.out.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
         console.print(table(name, results[name]))
-    content = {"model": setup.model, "data": setup.data or "dialogues"}
-    machine = environment()
     console.print(", ".join(f"{key} {shown(value)}" for key, value in machine.items()), soft_wrap=True)
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        written = {**content, "environment": machine, "benchmarks": results}
-        options.out.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
         console.print(f"figures in {options.out}", soft_wrap=True)
     return 0
 

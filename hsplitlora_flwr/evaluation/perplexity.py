@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from hsplitlora_flwr.copies import to_device, to_host
 from hsplitlora_flwr.data.collate import Batch
 from hsplitlora_flwr.models.cores import all_cores
 from hsplitlora_flwr.models.split import ClientModel, HeadModel, WholeModel
@@ -64,10 +65,11 @@ def evaluate(model: WholeModel, batches: Iterable[Batch]) -> Evaluation:
     torch.set_num_threads(all_cores())  # no client trains now
     found: list[tuple[float, int]] = []
     for batch in batches:
-        ids, mask, labels = (part.to(device) for part in (batch.input_ids, batch.attention_mask, batch.labels))
-        losses, rows = model.token_losses(ids, mask, labels)
-        sums = torch.zeros(len(ids), dtype=torch.float64, device=losses.device).index_add_(0, rows, losses.double())
-        found += zip(map(float, sums), map(int, rows.bincount(minlength=len(ids))), strict=True)
+        ids, mask = (to_device(each, device) for each in (batch.input_ids, batch.attention_mask))
+        losses, rows = model.token_losses(ids, mask, batch.labels)
+        sums = torch.zeros(len(ids), dtype=torch.float64, device=losses.device)
+        sums.index_add_(0, to_device(rows, losses.device), losses.double())
+        found += zip(to_host(sums).tolist(), rows.bincount(minlength=len(ids)).tolist(), strict=True)
     torch.set_num_threads(threads)
     return Evaluation(math.fsum(nll for nll, _ in found), sum(tokens for _, tokens in found), found)
 
@@ -111,7 +113,7 @@ class ClientEvaluator:
     def ask(self, index: int) -> Activation:
         """A batch at the cut."""
         batch = self._batches[index]
-        cut = self._model(batch.input_ids.to(self._device), batch.attention_mask.to(self._device))
+        cut = self._model(*(to_device(each, self._device) for each in (batch.input_ids, batch.attention_mask)))
         if self._transform:
             cut = self._transform(cut, 0, index)
         labels = batch.labels if self._head is None else torch.empty(0, dtype=torch.int64)
@@ -124,7 +126,7 @@ class ClientEvaluator:
             assert self._head is not None
             shape = (*self._batches[index].input_ids.shape, int(self._model.decoder.config.hidden_size))
             state = unpack(answer.hidden, answer.scale, self._model.dtype, self._device, self._down, shape)
-            self._nll += float(self._head(state, self._batches[index].labels.to(self._device), 1).loss)
+            self._nll += float(self._head(state, self._batches[index].labels, 1).loss)
         else:
             assert isinstance(answer, Loss)
             self._nll += answer.total

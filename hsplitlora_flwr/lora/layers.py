@@ -124,10 +124,11 @@ class AdaptedLinear(nn.Module):
 
 
 class SeededDropout(nn.Module):
-    """Dropout whose masks follow from a seed and the micro-batch, on whatever machine or thread they are drawn.
+    """Dropout whose masks follow from a seed and the micro-batch, on whatever thread they are drawn.
 
     A layer then drops the same inputs whether its model is cut or not, whichever clients train beside it, and when a
-    forward pass is computed again (:func:`draw_masks`).
+    forward pass is computed again (:func:`draw_masks`). Masks are drawn where the layer lies: all CPUs draw the same,
+    and all GPUs of one kind.
 
     Attributes
     ----------
@@ -139,7 +140,6 @@ class SeededDropout(nn.Module):
         super().__init__()
         self._keep = 1 - probability
         self._seed = seed
-        self._generator = torch.Generator()
         self.draw(0, 0)
 
     def draw(self, step: int, index: int) -> None:
@@ -149,10 +149,10 @@ class SeededDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        self._generator.manual_seed(self.drawn)
+        generator = torch.Generator(x.device).manual_seed(self.drawn)
         self.drawn += 1
-        mask = torch.empty(x.shape, dtype=x.dtype).bernoulli_(self._keep, generator=self._generator)
-        return x * mask.div_(self._keep).to(x.device)
+        mask = torch.empty(x.shape, dtype=x.dtype, device=x.device).bernoulli_(self._keep, generator=generator)
+        return x * mask.div_(self._keep)
 
 
 def dropouts(module: nn.Module) -> Iterator[SeededDropout]:

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hsplitlora_flwr.copies import to_device
 from hsplitlora_flwr.models.families import Family, shorten
 from hsplitlora_flwr.models.placement import device_of
 from hsplitlora_flwr.models.quantisation import QuantisedLinear
@@ -175,25 +176,31 @@ class Entrance:
 
 
 class Shortcut:
-    """Where a forward pass leaves a decoder: hands on a hidden state in place of what came out of it."""
+    """Where a forward pass leaves a decoder: hands on a hidden state in place of what came out of it.
+
+    The decoder runs the first time alone, to say what its output is like besides.
+    """
 
     def __init__(self, decoder: nn.Module) -> None:
-        self._hidden: Tensor | None = None
-        decoder.register_forward_hook(self._leave)
+        self._decoder = decoder
+        self._output: Any = None
 
     @contextmanager
     def at(self, hidden: Tensor) -> Iterator[None]:
         """Forward passes inside go on from ``hidden`` behind the decoder."""
-        self._hidden = hidden
+        forward = self._decoder.forward
+
+        def leave(*args: Any, **kwargs: Any) -> Any:
+            if self._output is None:
+                with torch.no_grad():
+                    self._output = forward(*args, **kwargs)
+            return type(self._output)(**{**self._output, "last_hidden_state": hidden})
+
+        self._decoder.forward = leave
         try:
             yield
         finally:
-            self._hidden = None
-
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if self._hidden is not None:
-            output.last_hidden_state = self._hidden
-        return output
+            self._decoder.forward = forward
 
 
 class BodyModel(ModelPart):
@@ -280,7 +287,7 @@ class PredictingPart(ModelPart):
 
     def _losses_at_once(self, hidden: Tensor, targets: Tensor) -> Tensor:
         logits = self._logits(hidden)
-        return token_losses(logits, targets.to(logits.device)).to(hidden.device)
+        return token_losses(logits, to_device(targets, logits.device)).to(hidden.device)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """``(positions, vocab)`` as the model computes them, whatever it does before and behind the head."""
@@ -303,10 +310,10 @@ class PredictingPart(ModelPart):
 
     def _token_losses(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """From ``(batch, seq, hidden)``: the loss of every labelled token, and the row of the batch that it is in."""
-        labels = labels.to(hidden.device)
-        targets = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
-        labelled = targets != IGNORED
-        return self.losses(hidden[labelled], targets[labelled]), labelled.nonzero()[:, 0]
+        targets = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1).flatten()
+        places = (targets != IGNORED).nonzero()[:, 0]  # of labels on the host no device is asked
+        labelled = hidden.flatten(0, 1).index_select(0, to_device(places, hidden.device))
+        return self.losses(labelled, targets[places]), places // labels.shape[1]
 
     def _decode(self, **inputs: Tensor) -> Tensor:
         """``(batch, seq, hidden)`` behind the final norm."""
@@ -359,7 +366,7 @@ class ServerModel(PredictingPart):
             1 for tokens and 0 for padding, int64, ``(batch, seq)``.
         labels : Tensor
             The token ids where they are to be predicted and -100 elsewhere, int64, ``(batch, seq)``. They are shifted
-            here: position ``t`` predicts ``labels[:, t + 1]``.
+            here: position ``t`` predicts ``labels[:, t + 1]``. Best on the host: elsewhere their device is waited for.
         normalizer : int, optional
             What the summed loss is divided by; the number of labelled tokens by default. The micro-batches of one batch
             pass the batch's number, so that their losses and gradients add up to the batch's.
@@ -374,7 +381,7 @@ class ServerModel(PredictingPart):
         losses : Tensor
             ``(tokens,)`` in fp32 or above, row by row.
         rows : Tensor
-            The row of the batch that each token is in, int64, ``(tokens,)``.
+            The row of the batch that each token is in, int64, ``(tokens,)``, where the labels are.
         """
         return self._token_losses(self._above(cut, attention_mask), labels)
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hsplitlora_flwr.copies import to_numbers
 from hsplitlora_flwr.lora.layers import AdaptedLinear, dense_weight
 from hsplitlora_flwr.models.split import ClientModel, ModelPart
 
@@ -48,10 +49,11 @@ def scoring(part: ModelPart) -> Iterator[dict[str, float]]:
     Yields
     ------
     dict[str, float]
-        The importance by absolute layer name; filled by the backward passes.
+        The importance by absolute layer name; filled at the end of the block.
     """
     scores: dict[str, float] = {}
-    hooks = [linear.register_forward_hook(partial(_watch, scores=scores, name=name)) for name, linear in part.linears()]
+    totals: dict[str, Tensor] = {}
+    hooks = [linear.register_forward_hook(partial(_watch, totals=totals, name=name)) for name, linear in part.linears()]
     if isinstance(part, ClientModel):
         # Adapters or not, gradients are to reach every weight: they flow because the embeddings ask for them.
         part.decoder.enable_input_require_grads()
@@ -62,6 +64,7 @@ def scoring(part: ModelPart) -> Iterator[dict[str, float]]:
             part.decoder.disable_input_require_grads()
         for hook in hooks:
             hook.remove()
+        scores.update(zip(totals, to_numbers(*totals.values()), strict=True))
 
 
 def combine(measured: Iterable[tuple[float, Mapping[str, float]]]) -> dict[str, float]:
@@ -152,8 +155,8 @@ def drift(a: Mapping[str, float], b: Mapping[str, float]) -> float:
 
 
 @torch.no_grad()
-def gradient_weight_product(linear: nn.Module, inputs: Tensor, gradient: Tensor) -> float:
-    """The sum over entries of ``|W * dLoss/dW|`` of one layer.
+def gradient_weight_product(linear: nn.Module, inputs: Tensor, gradient: Tensor) -> Tensor:
+    """The sum over entries of ``|W * dLoss/dW|`` of one layer: a scalar on its device, for which nothing waits.
 
     Parameters
     ----------
@@ -169,16 +172,17 @@ def gradient_weight_product(linear: nn.Module, inputs: Tensor, gradient: Tensor)
         product = g[:, rows].T @ x  # these rows of dLoss/dW
         total += product.mul_(_effective(linear, weight, rows)).abs_().sum(dtype=total.dtype)
         del product  # before the next one is formed
-    return float(total)
+    return total
 
 
-def _watch(linear: nn.Module, args: tuple[Any, ...], output: Tensor, *, scores: dict[str, float], name: str) -> Tensor:
-    def score(inputs: Tensor, gradient: Tensor) -> None:
-        scores[name] = scores.get(name, 0.0) + gradient_weight_product(linear, inputs, gradient)
+def _watch(linear: nn.Module, args: tuple[Any, ...], output: Tensor, *, totals: dict[str, Tensor], name: str) -> Tensor:
+    def note(inputs: Tensor, gradient: Tensor) -> None:
+        score = gradient_weight_product(linear, inputs, gradient).double()
+        totals[name] = totals[name] + score if name in totals else score
 
     if not output.requires_grad:
         return output
-    watched: Tensor = _Watched.apply(output, args[0].detach(), score)  # type: ignore[no-untyped-call]
+    watched: Tensor = _Watched.apply(output, args[0].detach(), note)  # type: ignore[no-untyped-call]
     return watched
 
 

@@ -11,7 +11,6 @@ Where the labels stay with it, the loss of a step needs what the server makes of
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
+from hsplitlora_flwr.copies import to_device
 from hsplitlora_flwr.data.collate import Batch
 from hsplitlora_flwr.lora.layers import attach_changes, draw_masks, merge_changes, takes_changes
 from hsplitlora_flwr.lora.update import Change
@@ -143,8 +143,6 @@ class ClientTrainer:
         The step that comes next.
     record : TrainingRecord
         Of the steps so far.
-    square : float
-        Squared norm of this side's gradient in the last step.
     """
 
     def __init__(
@@ -164,13 +162,22 @@ class ClientTrainer:
         self.model, self.optimizer, self.head, self.forward_only = model, optimizer, head, forward_only
         self.global_step = first_step
         self.record = TrainingRecord()
-        self.square = 0.0
+        self._square: Tensor | float = 0.0
         self.batches, self._micro_batch_size, self._up = batches, micro_batch_size, up
         self._down, self._transform = down, transform
         self._device = model.device
         self._room = RoomForPeaks()
         self._step = _Step()
         self._loss = 0.0
+
+    @property
+    def square(self) -> float:
+        """Squared norm of this side's gradient in the last step; its device is waited for when somebody asks."""
+        return float(self._square)
+
+    @square.setter
+    def square(self, value: float) -> None:
+        self._square = value
 
     @property
     def runs_ahead(self) -> bool:
@@ -189,7 +196,7 @@ class ClientTrainer:
         step, micro = self._step, self._step.micro_batches[index]
         draw_masks(self.model, self.global_step, index)
         with torch.no_grad() if self.forward_only else nullcontext():
-            cut = self.model(micro.input_ids.to(self._device), micro.attention_mask.to(self._device))
+            cut = self.model(*(to_device(each, self._device) for each in (micro.input_ids, micro.attention_mask)))
             if self._transform:
                 cut = self._transform(cut, self.global_step, index)
         if not self.forward_only:
@@ -213,7 +220,7 @@ class ClientTrainer:
         micro = self._step.micro_batches[index]
         shape = (*micro.input_ids.shape, int(self.model.decoder.config.hidden_size))
         state = unpack(hidden.hidden, hidden.scale, self.model.dtype, self._device, self._down, shape).requires_grad_()
-        output = self.head(state, micro.labels.to(self._device), self._step.label_tokens)
+        output = self.head(state, micro.labels, self._step.label_tokens)
         output.loss.backward()
         assert state.grad is not None
         return HiddenGradient(*pack(state.grad, self._up), float(output.loss.detach()))
@@ -245,9 +252,9 @@ class ClientTrainer:
 
     def step(self) -> None:
         """Move the adapters, once every micro-batch of the batch has been through."""
-        norm = float(self.optimizer.grad_norm())
-        self.square = norm * norm
-        self.optimizer.step(self.global_step, math.sqrt(self.square + self._step.server_square))
+        norm = self.optimizer.grad_norm().double()
+        self._square = norm * norm
+        self.optimizer.step(self.global_step, torch.sqrt(self._square + self._step.server_square))
         self.global_step += 1
         self.record.label_tokens += self._step.label_tokens
         self.record.tokens += self._step.tokens

@@ -210,5 +210,6 @@ def _status(field: str) -> int:
 def free_bytes(devices: Sequence[str]) -> int:
     """Memory that this process has or may have, in bytes: on these GPUs, or in the machine."""
     if devices[0].startswith("cuda"):
-        return sum(torch.cuda.mem_get_info(device)[0] for device in devices)
+        # what its allocator holds is not free for others
+        return sum(torch.cuda.mem_get_info(gpu)[0] + torch.cuda.memory_reserved(gpu) for gpu in devices)
     return int(psutil.virtual_memory().available) + resting_bytes()

@@ -20,12 +20,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from itertools import pairwise
 from threading import Condition
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hsplitlora_flwr.lora.base import SharedBase
+from hsplitlora_flwr.copies import to_device
 from hsplitlora_flwr.lora.layers import AdaptedLinear, same_masks
 from hsplitlora_flwr.lora.multi_adapter import AdapterBatch, Share, adapted_layers, batch_adapters
 from hsplitlora_flwr.models.split import IGNORED, BodyModel, ServerModel
@@ -35,16 +36,26 @@ from hsplitlora_flwr.training.server import MicroBatch, differentiate
 log = logging.getLogger(__name__)
 
 
+class Base(Protocol):
+    """What parts are cut from, such as a :class:`hsplitlora_flwr.lora.base.SharedBase`."""
+
+    def middle_part(self, first: int, last: int) -> BodyModel:
+        """Blocks ``first .. last - 1``."""
+
+    def server_part(self, split: int) -> ServerModel:
+        """Blocks from ``split`` up, norm and head."""
+
+
 class MultiAdapterPass:
     """Takes the micro-batches of several clients through the base together; used by the threads of all of them.
 
     Parameters
     ----------
-    base : SharedBase
+    base : Base
         Its update must not change while this is in use.
     """
 
-    def __init__(self, base: SharedBase) -> None:
+    def __init__(self, base: Base) -> None:
         self._base, self._checkpointing = base, False
         self._layers: dict[ServerModel, Mapping[str, AdaptedLinear]] = {}
         self._segments: list[tuple[BodyModel | ServerModel, AdapterBatch]] = []
@@ -116,9 +127,9 @@ class MultiAdapterPass:
         length = max(work.cut.shape[1] for work in works)
         # No token sees what is right of it, so padding to the longest may count as tokens. As padding it could leave a
         # position that is far to the right with nothing in its sliding window, and some models make that nan.
-        device = works[0].cut.device
-        masks = torch.cat([_padded(work.attention_mask.to(device), length, 1) for work in works])
-        labels = torch.cat([_padded(work.labels.to(device), length, IGNORED) for work in works])
+        device, home = works[0].cut.device, works[0].labels.device
+        masks = torch.cat([_padded(to_device(work.attention_mask, device), length, 1) for work in works])
+        labels = torch.cat([_padded(work.labels.to(home), length, IGNORED) for work in works])
         entering: dict[int, list[MicroBatch]] = defaultdict(list)
         for work in works:
             entering[work.model.split].append(work)
@@ -134,9 +145,8 @@ class MultiAdapterPass:
                 losses, rows = part.token_losses(hidden, masks.to(part.device), labels)
             else:
                 hidden = part(hidden, masks[: len(hidden)].to(part.device))
-        counts = torch.tensor([share.examples for share in shares])
-        owners = torch.arange(len(works)).repeat_interleave(counts).to(rows.device)
-        return [losses[owners[rows] == index].sum() for index in range(len(works))]
+        of_rows = rows.bincount(minlength=len(labels)).split([share.examples for share in shares])
+        return [own.sum() for own in losses.split([int(each.sum()) for each in of_rows])]
 
     def _parts_from(self, works: Sequence[MicroBatch]) -> Iterator[tuple[BodyModel | ServerModel, AdapterBatch]]:
         """The model from the lowest split point of ``works`` up, in parts that begin at split points."""

@@ -52,13 +52,6 @@ def farthest(train: TrainConfig, first_step: int, steps: int, entries: int) -> f
     return OPTIMIZERS[train.optimizer].farthest(train, rates, entries)
 
 
-def to_host(*scalars: Tensor) -> list[float]:
-    """Figures of a step as numbers: who asks for them waits for their device once."""
-    together = torch.stack([scalar.detach().to(scalars[0].device, torch.float64) for scalar in scalars])
-    numbers: list[float] = together.to("cpu").tolist()
-    return numbers
-
-
 class AdapterOptimizer:
     """The optimizer over the adapters of one side; what it keeps of them lives as long as they do.
 
@@ -102,9 +95,10 @@ class AdapterOptimizer:
         grad_norm : Tensor or float
             Norm of both sides' gradients together (:meth:`grad_norm` is that of this side), by which they are clipped.
         """
-        if self._train.clip:
-            norm = torch.as_tensor(grad_norm, dtype=torch.float64)
-            nn.utils.clip_grads_with_norm_(self._parameters, self._train.clip, norm)
+        if self._train.clip and self._parameters:
+            if not isinstance(grad_norm, Tensor):  # made where the gradients are, as a copy would be waited for
+                grad_norm = torch.full((), grad_norm, dtype=torch.float64, device=self._parameters[0].device)
+            nn.utils.clip_grads_with_norm_(self._parameters, self._train.clip, grad_norm.double())
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(self._train, step)
         self._optimizer.step()

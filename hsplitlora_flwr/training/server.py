@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from hsplitlora_flwr.copies import to_device, to_numbers
 from hsplitlora_flwr.lora.layers import draw_masks
 from hsplitlora_flwr.models.split import (
     BodyModel,
@@ -21,7 +22,6 @@ from hsplitlora_flwr.models.split import (
 )
 from hsplitlora_flwr.training.allowance import TRUSTED, Allowance, Refused, Step, check_activation
 from hsplitlora_flwr.training.half import Seat, check_finite
-from hsplitlora_flwr.training.schedule import to_host
 from hsplitlora_flwr.transport.frames import (
     Activation,
     Finish,
@@ -205,7 +205,7 @@ class ServerTrainer:
         draw_masks(self.model, step.number, step.micro_batches - 1)
         cut.requires_grad_()  # also where it does not go down: weights that are scored want gradients of what they read
         if isinstance(self.model, ServerModel):
-            work = MicroBatch(self.model, cut, mask, frame.labels.to(cut.device), step.label_tokens)
+            work = MicroBatch(self.model, cut, mask, frame.labels, step.label_tokens)
             return self._trained(cut, self._through(work))
         hidden = self.model(cut, mask)
         self._waiting.append((cut, hidden))
@@ -232,7 +232,7 @@ class ServerTrainer:
         # refuses what is not finite
         gradient = None if self._allowance.forward_only else pack(cut.grad, self._down)
         if self._step.closed and not self._waiting:
-            part, norm = to_host(loss, self._seat.grad_norm())
+            part, norm = to_numbers(loss, self._seat.grad_norm())
             self._take_step(self._loss + part, norm * norm)
             self._loss = 0.0
         else:
@@ -315,7 +315,7 @@ class ServerEvaluator:
         cut, mask = receive_cut(frame, self.model, self._allowance.up)
         self._examples = examples
         if isinstance(self.model, ServerModel):
-            loss = float(self.model(cut, mask, frame.labels.to(cut.device), 1).loss)
+            loss = float(self.model(cut, mask, frame.labels, 1).loss)
             check_finite("the loss of example", examples, loss)
             return Loss(loss)
         return Hidden(*pack(self.model(cut, mask), self._down))
@@ -332,4 +332,4 @@ def receive_cut(frame: Activation, model: ServerModel | BodyModel, codec: str | 
     """
     shape = (*frame.attention_mask.shape, int(model.decoder.config.hidden_size))
     cut = unpack(frame.cut, frame.scale, model.dtype, model.device, codec, shape)
-    return cut, frame.attention_mask.to(model.device)
+    return cut, to_device(frame.attention_mask, model.device)

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
+from hsplitlora_flwr.copies import to_device, to_numbers
 from hsplitlora_flwr.data.collate import Batch
 from hsplitlora_flwr.lora.layers import draw_masks
 from hsplitlora_flwr.models.split import WholeModel
 from hsplitlora_flwr.training.client import TrainingRecord
 from hsplitlora_flwr.training.memory import RoomForPeaks
-from hsplitlora_flwr.training.schedule import AdapterOptimizer, to_host
+from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.training.server import StepReport
 
 
@@ -52,12 +53,12 @@ def train_whole(
         losses: list[Tensor] = []
         for index, micro in enumerate(batch.micro_batches(micro_batch_size) if micro_batch_size else [batch]):
             draw_masks(model, step, index)
-            ids, mask, labels = (t.to(device) for t in (micro.input_ids, micro.attention_mask, micro.labels))
-            output = model(ids, mask, labels, batch.label_tokens)
+            ids, mask = (to_device(each, device) for each in (micro.input_ids, micro.attention_mask))
+            output = model(ids, mask, micro.labels, batch.label_tokens)
             output.loss.backward()
             losses.append(output.loss.detach())
         optimizer.step(step, optimizer.grad_norm())
-        loss, tokens = sum(to_host(*losses)), int(batch.attention_mask.sum())
+        loss, tokens = sum(to_numbers(*losses)), int(batch.attention_mask.sum())
         record.losses.append(loss)
         record.label_tokens += batch.label_tokens
         record.tokens += tokens

@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hsplitlora_flwr.copies import to_host
+
 MAGIC = b"HSPL"
 VERSION = 2
 HEADER_BYTES = 2**16
@@ -214,8 +216,9 @@ def buffers(frame: Frame) -> list[Buffer]:
             if dtype not in _DTYPES:
                 raise FrameError(f"field '{spec.name}' has dtype {dtype}; frames carry {', '.join(_DTYPES)}")
             values[spec.name] = {"dtype": dtype, "shape": list(value.shape)}
-            bits = value.detach().view(torch.int16) if dtype == "bfloat16" else value
-            body = np.ascontiguousarray(bits.numpy(force=True)).reshape(-1).view(np.uint8).data
+            host = to_host(value)
+            bits = host.view(torch.int16) if dtype == "bfloat16" else host
+            body = np.ascontiguousarray(bits.numpy()).reshape(-1).view(np.uint8).data
             bodies += [body, bytes(-len(body) % 8)]
         else:
             values[spec.name] = _checked(spec.name, value)

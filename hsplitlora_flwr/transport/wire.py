@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from hsplitlora_flwr.config import KNOWN_CODECS
+from hsplitlora_flwr.copies import to_device
 from hsplitlora_flwr.registry import Registry
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -173,7 +174,8 @@ def unpack(
     tensor = CODECS[codec].decode(values, scale, shape, dtype, device)
     if tuple(tensor.shape) != shape or tensor.dtype != dtype:
         raise WireError(f"codec {codec} made {tensor.dtype} {tuple(tensor.shape)} where {dtype} {shape} was asked for")
-    if not bool(tensor.isfinite().all()):
+    # ours refuse such numbers where they arrive; of the tensor itself its device has to be asked
+    if codec not in _OURS and not bool(tensor.isfinite().all()):
         raise WireError(f"what arrived as {codec} is not finite in {dtype}; lower train.lr or set train.clip")
     return tensor
 
@@ -215,6 +217,7 @@ class _Int8:
 for _name in ("float32", "bfloat16", "float16", "float64"):
     register_codec(_name, _Cast(_name))
 register_codec("int8", _Int8())
+_OURS = frozenset(CODECS)
 
 
 def _check_layout(values: Tensor, scale: Tensor, shape: Sequence[int], codec: str) -> None:
@@ -230,7 +233,7 @@ def _decode(values: Tensor, scale: Tensor, dtype: torch.dtype, device: torch.dev
     """What one of our codecs encoded."""
     if values.dtype in _FLOATS and scale.numel() == 0:
         _check_arrived(_magnitude(values.reshape(-1)), dtype)
-        return values.to(device, dtype)
+        return to_device(values, device, dtype)
     tokens = values.shape[:-1] if values.ndim else None
     if values.dtype != torch.int8 or scale.dtype != torch.float32 or scale.shape != tokens:
         raise WireError(
@@ -241,7 +244,9 @@ def _decode(values: Tensor, scale: Tensor, dtype: torch.dtype, device: torch.dev
     bound = _magnitude(scale.reshape(-1)).double() * (_STEPS * math.sqrt(max(values.shape[-1], 1)))
     _check_arrived(bound, dtype)
     exact = torch.promote_types(dtype, torch.float32)
-    return _rotated(values.to(device, exact) * scale.to(device, exact).unsqueeze(-1), back=True).to(dtype)
+    return _rotated(to_device(values, device, exact) * to_device(scale, device, exact).unsqueeze(-1), back=True).to(
+        dtype
+    )
 
 
 def check_codec(values: Tensor, codec: str) -> None:

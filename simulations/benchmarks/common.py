@@ -38,10 +38,13 @@ class Setup:
         ``model.path``.
     data : str
         Folder of the data set ``e2e``; empty for ``dialogues``.
+    small : bool
+        Tiny models for ``gpu``, whatever is there.
     """
 
     model: str = "smollm2-135m"
     data: str = ""
+    small: bool = False
 
 
 Benchmark = Callable[[Setup], Iterator[Row]]

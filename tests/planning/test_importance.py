@@ -185,7 +185,7 @@ def test_rows_of_the_gradient_add_up(kind: type, wrapped: bool, monkeypatch: pyt
     x, g = torch.randn(3, 5, 12), torch.randn(3, 5, 20)
     expected = (weight.double() * torch.einsum("bti,btj->ij", g.double(), x.double())).abs().sum()
     got = gradient_weight_product(AdaptedLinear(linear) if wrapped else linear, x, g)
-    assert got == pytest.approx(float(expected), rel=1e-5)
+    assert float(got) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_memory_of_a_score_stays_below_one_weight_matrix() -> None:
