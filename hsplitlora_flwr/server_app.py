@@ -13,6 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.data.sources import load_text
 from hsplitlora_flwr.methods import METHODS
+from hsplitlora_flwr.models.loading import with_model_dtype
 from hsplitlora_flwr.registry import import_plugins
 from hsplitlora_flwr.reporting.report import RunReport, cause_of, failed_outside, make_listeners
 from hsplitlora_flwr.server.central import CentralTraining
@@ -60,6 +61,7 @@ def make_strategy(config: Config, folder: Path, process: OwnProcess | None = Non
     process : OwnProcess, optional
         The process that it runs in; one of its own by default.
     """
+    config = with_model_dtype(config)
     check_resume(config, folder)
     check_server(config)
     text = load_text(config.data, config.run.seed)

@@ -121,6 +121,28 @@ def test_sections_of_an_app_of_ones_own_are_left_alone() -> None:
         Config.from_run_config({"train.ward": 1})
 
 
+@pytest.mark.parametrize(
+    ("lists", "count"),
+    [
+        ({}, 3),
+        ({"clients.memory_gb": "2.0"}, 3),
+        ({"clients.memory_gb": "6,8,12,20"}, 4),
+        ({"clients.memory_gb": [6, 8], "clients.gflops": "1,2,3,4,5"}, 5),
+        ({"clients.memory_gb": "6,8", "clients.count": 5}, 5),
+    ],
+)
+def test_the_longest_list_says_how_many_clients_there_are_unless_a_number_does(lists: Any, count: int) -> None:
+    config = Config.from_run_config(lists)
+    assert config.clients.count == count
+    assert Config.from_run_config(config.to_run_config()) == config
+
+
+@pytest.mark.parametrize("key", ["clients.memory_gb", "clients.gflops", "clients.mbit_up", "clients.adapter_mb"])
+def test_no_client_of_a_list_is_lost_without_a_word(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"clients\.count=3 leaves out 1 of the 4 clients in {key}='6\.0,8\.0,"):
+        Config.from_run_config({key: "6,8,12,20", "clients.count": 3})
+
+
 def test_lists_are_tuples_inside_and_text_outside() -> None:
     values = {"clients.memory_gb": "1, 2.5", "clients.gflops": 7, "lora.ranks": [8, 2], "run.plugins": "a.b,c"}
     config = Config.from_run_config(values)

@@ -32,7 +32,7 @@ from hsplitlora_flwr.data.fit import fit_text
 from hsplitlora_flwr.data.sources import Example, load_text
 from hsplitlora_flwr.lora.base import SharedBase
 from hsplitlora_flwr.lora.export import load_delta
-from hsplitlora_flwr.models.loading import read_settled_config
+from hsplitlora_flwr.models.loading import read_settled_config, with_model_dtype
 from hsplitlora_flwr.models.split import check_split
 from hsplitlora_flwr.privacy.attacks import ATTACKS
 from hsplitlora_flwr.privacy.leakage import measure
@@ -118,6 +118,7 @@ def _measured(
     config: Config, splits: Sequence[int], seed: int, options: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     public, private = deal(load_text(config.data, config.run.seed).train, seed)
+    config = with_model_dtype(config)
     base = SharedBase(config.model.path, config.model.dtype, quantise=config.model.quantise)
     if options.run:
         last = options.run / CHECKPOINTS / f"round-{last_round(options.run)}"

@@ -35,6 +35,7 @@ from hsplitlora_flwr.comparison.points import FIGURES, JOB_FILE, QUALITY, Point,
 from hsplitlora_flwr.config import Config, Scalar
 from hsplitlora_flwr.paths import absolute, with_absolute_paths
 from hsplitlora_flwr.reporting import Listener, RunConsole
+from hsplitlora_flwr.reporting.events import Event
 
 EARLIER = "earlier"
 CONSOLE_FILE = "console.log"
@@ -290,11 +291,15 @@ def do(place: Place, config: Config | None, wrong: str, start: Callable[[Config,
         if config.run.resume:
             say("it goes on after the last round that it finished before", "")
         with _console(job.folder if place.beside else None) as console:
+            told = _Told(console)
             try:
-                start(config, console)
+                start(config, told)
             except WRONG as error:
                 wrong = str(error)
-    job.note(wrong)
+            finally:
+                job.note(wrong or told.cause)
+    else:
+        job.note(wrong)
     if job.finished:
         job.done()
         say(f"{place.headline}: {_outcome(job)}", "green")
@@ -302,6 +307,19 @@ def do(place: Place, config: Config | None, wrong: str, start: Callable[[Config,
         cause = job.point.cause.strip() or "it ended without a word"
         say(f"{place.headline}: failed: {cause.splitlines()[-1]}", "red")
     return job.point.figures.get(QUALITY, math.nan)
+
+
+class _Told:
+    """Passes events on, and remembers why a run failed, which may have had no folder to say it in."""
+
+    def __init__(self, console: Listener) -> None:
+        self._console = console
+        self.cause = ""
+
+    def handle(self, event: Event) -> None:
+        if event["kind"] == "failed":
+            self.cause = str(event["error"])
+        self._console.handle(event)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,14 +92,22 @@ class Outcome:
         from hsplitlora_flwr.models.placement import pick_devices
 
         model = self.config.model
+        where = str(self.folder / MERGED) if self.full else path or model.path
         if self.full:
             if without:
                 raise ConfigError(f"{self.folder} holds a run of method.name=full, which has no adapter to {without}")
-            return SharedBase(str(self.folder / MERGED), model.dtype, pick_devices("auto")), {}
+            return SharedBase(where, self._dtype(where), pick_devices("auto")), {}
         if not (self.folder / ADAPTER).is_dir():
             raise ConfigError(f"{self.folder} has no {ADAPTER}/: the run is {self.summary['status']}, not finished")
-        base = SharedBase(path or model.path, model.dtype, pick_devices("auto"), model.quantise)
+        base = SharedBase(where, self._dtype(where), pick_devices("auto"), model.quantise)
         return base, load_peft_adapter(self.folder / ADAPTER, base.model, base.inside)
+
+    def _dtype(self, where: str) -> str:
+        """In which the base is held; a run writes down what ``auto`` came to."""
+        from hsplitlora_flwr.models.loading import with_model_dtype
+
+        config = replace(self.config, model=replace(self.config.model, path=where))
+        return with_model_dtype(config).model.dtype
 
 
 def ends(work: Callable[[], None]) -> None:

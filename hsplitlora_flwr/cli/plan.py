@@ -1,20 +1,23 @@
 """The plan of a run, without running it: ``hsplitlora plan [overrides]``.
 
 Reads only the configuration of the model, so it answers in seconds for models that this machine could never hold. What
-training would measure is not known yet: the importance of weights is taken as uniform, texts as long as
-``data.max_length``, and the process of a client as large as this one. The exit status is 0, or 2 if there is no plan or
-the settings are wrong.
+training would measure is not known yet: the importance of weights is taken as uniform, and texts as long as
+``data.max_length``. What a client's process takes by itself is that of the last run here, else measured once, in a
+process for it. The exit status is 0, or 2 if there is no plan or the settings are wrong.
 
 ::
 
     hsplitlora plan                                                       # three clients, SmolLM2-135M
     hsplitlora plan model.path=llama-70b/ model.dtype=bfloat16 clients.memory_gb=[24,40,80]
     hsplitlora plan clients.gflops=[500,2000,2000] plan.server_gflops=1e4 # with predicted seconds
+    hsplitlora plan --budgets 6,8,12 --page plan.html                     # what other budgets gain, in the picture
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,19 +30,21 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 
+from hsplitlora_flwr.cli import own_memory
 from hsplitlora_flwr.cli.overrides import start
+from hsplitlora_flwr.cli.own_memory import OwnMemory
 from hsplitlora_flwr.cli.run import Launcher
 from hsplitlora_flwr.cli.settings import CONF
+from hsplitlora_flwr.comparison.files import write
 from hsplitlora_flwr.config import Config, ConfigError
 from hsplitlora_flwr.methods import METHODS
-from hsplitlora_flwr.models.loading import read_config
 from hsplitlora_flwr.models.quantisation import check_quantiser
-from hsplitlora_flwr.planning import Budget, CostModel, Plan
+from hsplitlora_flwr.planning import Budget, CostModel, Plan, PlanError
 from hsplitlora_flwr.planning.leakage import LeakageTable
 from hsplitlora_flwr.planning.round import cost_model, make_round_plan
 from hsplitlora_flwr.reporting.events import format_bytes
-from hsplitlora_flwr.training.memory import process_bytes, resting_bytes
 
+_MOST_BUDGETS = 12
 PARTS = ("weights", "adapters", "activations", "update", "temporary", "process")
 """Of :meth:`hsplitlora_flwr.planning.CostModel.memory_parts`."""
 
@@ -56,8 +61,9 @@ class Forecast:
         Of its model, batch and length.
     budgets : Mapping[str, Budget]
         By client.
-    server : Budget or None
-        None when its memory is not stated.
+    server : Budget
+    process : OwnMemory
+        What a process takes by itself.
     plan : Plan
         For uniform importance.
     """
@@ -66,7 +72,37 @@ class Forecast:
     cost: CostModel
     budgets: Mapping[str, Budget]
     server: Budget
+    process: OwnMemory
     plan: Plan
+
+    @property
+    def about(self) -> str:
+        """The model and the work, in a line."""
+        cost, workload = self.cost, self.cost.workload
+        quantised = "" if workload.quantise == "none" else f", blocks in {workload.quantise}"
+        return (
+            f"{self.config.model.path}: {cost.num_blocks} blocks, {cost.total_parameters / 1e9:.2f} billion parameters "
+            f"in {workload.dtype}{quantised}; {workload.batch_size} x {workload.sequence_length} tokens at a time; "
+            f"{self.config.method.name}"
+        )
+
+    @property
+    def timed(self) -> bool:
+        """Whether predicted seconds mean something."""
+        config = self.config
+        return METHODS[config.method.name].ranks == "plan" and bool(config.clients.gflops or config.plan.server_gflops)
+
+    @property
+    def worth(self) -> str:
+        """How good the plan is, in a line; "" of a method that does not choose."""
+        plan = self.config.plan
+        if METHODS[self.config.method.name].ranks != "plan" or not self.plan.bound:
+            return ""
+        share = self.plan.objective / self.plan.bound
+        given_up = ""
+        if plan.planner == "exact" and plan.tolerance:
+            given_up = f"; each client may give up {plan.tolerance:.2%} for a shorter round (plan.tolerance)"
+        return f"worth: {share:.1%} of the most that any plan can be worth with these budgets{given_up}"
 
 
 def forecast(config: Config) -> Forecast:
@@ -89,14 +125,14 @@ def forecast(config: Config) -> Forecast:
         raise ConfigError("clients.memory_gb is empty; state the memory of the clients")
     rows = min(train.micro_batch_size or train.batch_size, train.batch_size)
     cost = cost_model(config, rows, config.data.max_length)
-    check_quantiser(config.model.quantise)  # and load the library, which is part of a client's process
-    own = int(config.clients.process_mb * 1e6) or process_bytes(read_config(config.model.path))
-    budgets = {str(client): _budget(config, client, own) for client in range(config.clients.count)}
+    check_quantiser(config.model.quantise)
+    process = own_memory.stated(config) or own_memory.remembered(config) or own_memory.measured(config)
+    budgets = {str(client): _budget(config, client, process.bytes) for client in range(config.clients.count)}
     # Memory that is not stated shall not be that of the machine on which somebody plans.
     memory = int(config.plan.server_memory_gb * 1e9) or sys.maxsize
-    server_process = int(config.plan.server_process_mb * 1e6) or resting_bytes()
+    server_process = int(config.plan.server_process_mb * 1e6) or process.bytes
     server = Budget(memory, server_process, flops=config.plan.server_gflops * 1e9 or None)
-    return Forecast(config, cost, budgets, server, make_round_plan(config, budgets, server, {}, cost))
+    return Forecast(config, cost, budgets, server, process, make_round_plan(config, budgets, server, {}, cost))
 
 
 def _budget(config: Config, client: int, own: int) -> Budget:
@@ -113,18 +149,13 @@ def _budget(config: Config, client: int, own: int) -> Budget:
 def show(result: Forecast, console: Console) -> None:
     """Print a forecast."""
     config, cost, plan, server = result.config, result.cost, result.plan, result.server
-    workload = cost.workload
-    quantised = "" if workload.quantise == "none" else f", blocks in {workload.quantise}"
 
     def say(text: str) -> None:
         console.print(text, soft_wrap=True, markup=False)
 
-    say(
-        f"{config.model.path}: {cost.num_blocks} blocks, {cost.total_parameters / 1e9:.2f} billion parameters in "
-        f"{workload.dtype}{quantised}; {workload.batch_size} x {workload.sequence_length} tokens at a time; "
-        f"{config.method.name}"
-    )
+    say(result.about)
     say("importance: uniform, as it is not known before training")
+    say(f"process: {format_bytes(result.process.bytes)} of a client's memory, {result.process.source}")
     console.print(_table(result))
     for client, missing in plan.left_out.items():
         say(f"client {client} is left out: it misses {missing:,} bytes of its {format_bytes(_memory(result, client))}")
@@ -141,16 +172,15 @@ def show(result: Forecast, console: Console) -> None:
             "memory not stated" if server.memory_bytes == sys.maxsize else f"of {format_bytes(server.memory_bytes)}"
         )
         say(f"server: {format_bytes(plan.server_bytes)} ({budget})")
-    if _timed(config):
+    if result.timed:
         say(f"round: {plan.seconds:.3g} s, the slowest client and the server for all of them")
-    if METHODS[config.method.name].ranks == "plan":
-        bound = f", no plan above {plan.bound:.4f}" if config.plan.planner == "exact" else ""
-        say(f"objective: {config.plan.planner} {plan.objective:.4f}, greedy {plan.greedy_objective:.4f}{bound}")
+    if result.worth:
+        say(result.worth)
 
 
 def _table(result: Forecast) -> Table:
-    config, cost, plan = result.config, result.cost, result.plan
-    timed = _timed(config)
+    cost, plan = result.cost, result.plan
+    timed = result.timed
     table = Table(header_style="bold", title="clients", title_justify="left")
     for name in (
         "client",
@@ -189,22 +219,81 @@ def _table(result: Forecast) -> Table:
     return table
 
 
-def _timed(config: Config) -> bool:
-    """Whether predicted seconds mean something."""
-    return METHODS[config.method.name].ranks == "plan" and bool(config.clients.gflops or config.plan.server_gflops)
-
-
 def _memory(result: Forecast, client: str) -> int:
     return result.budgets[client].memory_bytes
 
 
-def run(composed: DictConfig, console: Console) -> int:
-    """Read the composed settings, plan and show; returns the exit status."""
+def over_budgets(config: Config, budgets: Sequence[float]) -> dict[float, Forecast | str]:
+    """The forecast of a client alone, with each of these memories in GB, ascending; why there is none where there is no
+    plan. Whatever else is stated of clients is that of the first."""
+    first = {f"clients.{name}": values[:1] for name, values in config.clients.lists.items()}
+    alone = {"clients.count": 1, "clients.min": 1, "clients.per_round": 0, "clients.fraction": 1.0}
+    found: dict[float, Forecast | str] = {}
+    for gb in sorted(budgets):
+        changes = first | alone | {"clients.memory_gb": (gb,)}
+        try:
+            found[gb] = forecast(Config.from_run_config(config.to_run_config() | changes))
+        except PlanError as error:
+            found[gb] = str(error).partition(". ")[0]
+    return found
+
+
+def usual_budgets(config: Config) -> list[float]:
+    """The memories that are stated, and some below and above them, in GB."""
+    stated = sorted(set(config.clients.memory_gb))
+    around = (stated[0] / 2, stated[0] * 3 / 4, *stated, stated[-1] * 1.5, stated[-1] * 2)
+    return sorted({float(f"{gb:.2g}") if gb not in stated else gb for gb in around})[:_MOST_BUDGETS]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command takes besides settings.
+
+    Parameters
+    ----------
+    page : str
+        The file of the picture; "" for none.
+    budgets : Sequence[float]
+        Memories of a client in GB that are laid side by side in it; empty = :func:`usual_budgets`.
+    """
+
+    page: str = ""
+    budgets: Sequence[float] = ()
+
+    @classmethod
+    def take(cls, arguments: Sequence[str]) -> tuple[Options, list[str]]:
+        """From a command line, and what else stands there."""
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument("--page", default="plan.html")
+        parser.add_argument("--budgets", type=_gigabytes, default=())
+        known, rest = parser.parse_known_args(arguments)
+        return cls(known.page, known.budgets), rest
+
+
+def _gigabytes(text: str) -> tuple[float, ...]:
+    numbers = tuple(float(part) for part in text.strip("[]").split(","))
+    if not all(0 < number < math.inf for number in numbers):
+        raise ValueError
+    return numbers
+
+
+def run(composed: DictConfig, console: Console, options: Options | None = None) -> int:
+    """Read the composed settings, plan, show and draw; returns the exit status."""
+    from hsplitlora_flwr.cli.plan_page import gains, plan_page
+
+    options = options or Options()
     try:
         values: Any = OmegaConf.to_container(composed, resolve=True)
         del values["launcher"]
-        show(forecast(Config.from_mapping(values)), console)
-    except (ValueError, ModuleNotFoundError, OmegaConfBaseException) as error:  # what settings, models and plans raise
+        result = forecast(Config.from_mapping(values))
+        show(result, console)
+        if options.page:
+            others = over_budgets(result.config, options.budgets or usual_budgets(result.config))
+            for gain in gains({gb: each for gb, each in others.items() if isinstance(each, Forecast)}):
+                console.print(gain, soft_wrap=True, markup=False)
+            write(Path(options.page), plan_page(result, others))
+            console.print(f"as a picture: {options.page}", soft_wrap=True, markup=False)
+    except (ValueError, ModuleNotFoundError, OSError, OmegaConfBaseException) as error:  # of settings, models and plans
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -216,10 +305,15 @@ def main(composed: DictConfig) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 200  # a file has no width to keep to
-    if status := run(composed, console):
+    if status := run(composed, console, _typed[-1]):
         sys.exit(status)
+
+
+_typed: list[Options] = []
 
 
 def command() -> None:
     """The command line."""
+    options, sys.argv[1:] = Options.take(sys.argv[1:])
+    _typed.append(options)
     sys.exit(start(main, Launcher, __doc__ or ""))

@@ -36,6 +36,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from pydantic import AfterValidator
 
+from hsplitlora_flwr.cli import own_memory
 from hsplitlora_flwr.cli.interrupts import Interrupted, held, interruptible, obey
 from hsplitlora_flwr.cli.jobs import WRONG, Place, SweepCallback, do, failed_jobs, sweep_folder
 from hsplitlora_flwr.cli.overrides import keys_of, start
@@ -52,10 +53,11 @@ from hsplitlora_flwr.cli.superlink import (
 )
 from hsplitlora_flwr.comparison.points import JOB_FILE
 from hsplitlora_flwr.config import Config, ConfigError, unknown_key
+from hsplitlora_flwr.methods import METHODS
 from hsplitlora_flwr.models.cores import all_cores
 from hsplitlora_flwr.paths import with_absolute_paths
 from hsplitlora_flwr.reporting import EVENTS_FILE, RunConsole, read_events
-from hsplitlora_flwr.reporting.events import Listener
+from hsplitlora_flwr.reporting.events import Listener, format_bytes
 from hsplitlora_flwr.schema import checked, setting
 
 _LOG = "flwr.log"
@@ -535,7 +537,25 @@ def _start(config: Config, launcher: Launcher, console: Listener) -> int:
     if launcher.superlink:
         check_connection(launcher.superlink, PROJECT)
     prepare(config, console, simulated=not launcher.superlink)
-    return launch(config, PROJECT, launcher, console)
+    if launcher.superlink or config.clients.process_mb or METHODS[config.method.name].central:
+        return launch(config, PROJECT, launcher, console)
+    return _with_known_process(config, launcher, console)
+
+
+def _with_known_process(config: Config, launcher: Launcher, console: Listener) -> int:
+    """Launch with what is known of a client's process; what a run through Flower measures is known from then on."""
+    known = own_memory.remembered(config)
+    settled = config
+    if known and (known.in_run or launcher.engine == "process"):
+        _say(console, f"a client's process takes {format_bytes(known.bytes)} by itself ({known.source})")
+        clients = dataclasses.replace(config.clients, process_mb=known.bytes / 1e6)
+        settled = dataclasses.replace(config, clients=clients)
+    elif known:
+        _say(console, f"a client's process takes {format_bytes(known.bytes)} by the forecast; now clients measure it")
+    status = launch(settled, PROJECT, launcher, console)
+    if status == 0 and settled is config and launcher.engine == "flower":
+        own_memory.learn(config, Path(config.run.dir))
+    return status
 
 
 def _run(composed: DictConfig) -> int:
@@ -587,4 +607,6 @@ def command() -> None:
 
             show(SweepCallback.folder)
     failed = failed_jobs(SweepCallback.folder) if SweepCallback.folder else 0
+    if failed:
+        print(f"jobs that did not finish: {failed}; the same command does them again, from their last finished round")
     sys.exit(status or min(failed, _MOST_FAILED) or max(_statuses, default=0))

@@ -27,6 +27,7 @@ from hsplitlora_flwr.comparison.results import CENTRAL, Comparison, Result, meas
 from hsplitlora_flwr.comparison.table import Tuning, render
 from hsplitlora_flwr.config import Config, ConfigError
 from hsplitlora_flwr.methods import METHODS
+from hsplitlora_flwr.models.loading import with_model_dtype
 from hsplitlora_flwr.paths import with_absolute_paths
 from hsplitlora_flwr.reporting import event_text
 from hsplitlora_flwr.reporting.events import Event
@@ -183,6 +184,8 @@ class Store:
             # Through the schema, so that a setting that is younger than the result has its default; and a folder may be
             # written in another way.
             done, wanted = map(with_absolute_paths, map(Config.from_run_config, (result.config, job.identity)))
+            if done.model.dtype != wanted.model.dtype:
+                done, wanted = with_model_dtype(done), with_model_dtype(wanted)
         except (FileNotFoundError, ValueError, TypeError):
             return None
         return result if done == wanted else None

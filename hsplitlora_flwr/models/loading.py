@@ -10,17 +10,21 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub import get_hf_file_metadata, hf_hub_url
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers import __version__ as transformers_version
 from transformers.initialization import no_init_weights
 
+from hsplitlora_flwr.config import DTYPES, Config
 from hsplitlora_flwr.models.build import build_causal_lm
 from hsplitlora_flwr.models.checkpoint import ADAPTER_FILE, Checkpoint, ModelFilesError, local_path
 from hsplitlora_flwr.models.conversion import (
@@ -58,6 +62,7 @@ from hsplitlora_flwr.models.split import (
 
 log = logging.getLogger(__name__)
 
+_HUB_SECONDS = 5.0
 _NAMED = 4
 """Tensors that a message names before it only counts."""
 _UNPACKED = "name the checkpoint that it was made from; model.quantise=8bit or 4bit quantises that while it loads"
@@ -236,15 +241,36 @@ def _full_config(path: str) -> PretrainedConfig:
         raise ModelFilesError(
             f"model.path={path}: the folder holds no config.json{what}; name a folder in Hugging Face format"
         )
+    away = "" if Path(folder).is_dir() else _hub_is_away(folder)
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, local_files_only=bool(away))
     except (OSError, ValueError) as error:
         what = f"no folder of that name, and not readable as a hub name: {error}"
+        if away:
+            what = (
+                f"no folder of that name, not among the models fetched before, and the hub cannot be reached ({away}); "
+                "name a folder, or mend the connection (HF_ENDPOINT and https_proxy say where it goes)"
+            )
         if Path(folder).is_dir():
             what = _wrong_config(Path(folder) / "config.json", error)
         raise ModelFilesError(f"model.path={path}: {what}") from error
     assert isinstance(config, PretrainedConfig)
     return config
+
+
+@lru_cache(maxsize=8)
+def _hub_is_away(name: str) -> str:
+    """Why the hub cannot be asked for a model; "" if it answers, whatever it says.
+
+    One question with a short wait: what fetches files asks six times, which takes most of a minute.
+    """
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=_HUB_SECONDS)
+    except (HfHubHTTPError, HFValidationError):
+        pass  # an answer, or no name to ask for: what reads the configuration says it better
+    except Exception as error:  # of whatever library asks
+        return brief(error)
+    return ""
 
 
 def _wrong_config(file: Path, error: Exception) -> str:
@@ -261,6 +287,22 @@ def _wrong_config(file: Path, error: Exception) -> str:
             "install a newer one, or name another model (code that comes with a model is not run)"
         )
     return f"its config.json is not one of a '{kind}': {brief(error)}"
+
+
+def with_model_dtype(config: Config) -> Config:
+    """The same settings with the dtype in which the base is held, where ``model.dtype=auto`` leaves that to the model.
+
+    Raises
+    ------
+    ModelFilesError, UnsupportedModelError
+        As for :func:`read_config`.
+    """
+    if config.model.dtype != "auto":
+        return config
+    stored = str(read_config(config.model.path).dtype).removeprefix("torch.")
+    # float16 has too few exponents to train beside; float32 holds each of its numbers
+    dtype = stored if stored in DTYPES else "float32"
+    return replace(config, model=replace(config.model, dtype=dtype))  # type: ignore[arg-type]
 
 
 def read_settled_config(path: str) -> PretrainedConfig:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.methods import METHODS, shares_half
 from hsplitlora_flwr.models.cores import all_cores
-from hsplitlora_flwr.models.loading import read_config, read_settled_config
+from hsplitlora_flwr.models.loading import read_config, read_settled_config, with_model_dtype
 from hsplitlora_flwr.models.placement import pick_devices
 from hsplitlora_flwr.models.proof import find_family
 from hsplitlora_flwr.planning.budget import Budget, PlanError
@@ -33,6 +33,7 @@ def cost_model(config: Config, rows: int, length: int, clients: int = 0) -> Cost
     ValueError
         If the model cannot be read or cut, or has none of the layers that are to get adapters.
     """
+    config = with_model_dtype(config)
     method, family = METHODS[config.method.name], find_family(read_config(config.model.path))
     model = read_settled_config(config.model.path)
     train, micro_batches = config.train, math.ceil(config.train.batch_size / rows)

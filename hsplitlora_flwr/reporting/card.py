@@ -16,7 +16,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hsplitlora_flwr.data.files import is_hub_name
-from hsplitlora_flwr.methods import METHODS, Method
+from hsplitlora_flwr.methods import METHODS
 from hsplitlora_flwr.models.demo import DEMO_ORIGIN, is_demo_model
 from hsplitlora_flwr.schema import ConfigError
 
@@ -134,7 +134,6 @@ Perplexity is that of {summary.get("held_out_tokens", 0):,} tokens of held-out r
 ```
 
 {"" if merged else f"`manifest.json` has rank, shape, norm and SHA-256 of every layer. The base is {name}."}
-
 Made with {", ".join(f"{name} {version}" for name, version in summary["versions"].items())}.
 """
 
@@ -171,18 +170,8 @@ def _method(summary: Mapping[str, Any]) -> str:
     where = "in one place" if method and method.central else f"by {len(clients)} clients"
     return (
         f"`{config['method.name']}`{f': {said}' if said else ''}. {steps}, {where}; {config['train.optimizer']} at "
-        f"{config['train.lr']:g}, ranks from {config['lora.ranks']}.{_seen(config, method)}"
+        f"{config['train.lr']:g}, ranks from {config['lora.ranks']}. The text of a client stays with it."
     )
-
-
-def _seen(config: Mapping[str, Any], method: Method | None) -> str:
-    """What of the clients' text the server saw."""
-    if method is None or method.central:
-        return ""
-    if not method.split:
-        return " Clients kept their text, and sent adapters."
-    labels = " and the labels, which are the tokens that are learnt" if config["split.labels"] == "server" else ""
-    return f" Clients kept their text; the server saw activations at the cut{labels}."
 
 
 def _data(summary: Mapping[str, Any]) -> str:

@@ -200,7 +200,7 @@ def _losses(rounds: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, 
 # ---------------------------------------------------------------------- pictures
 
 
-def line_chart(series: Series, title: str, height_title: str = "", width: int = 1160, height: int = 280) -> Markup:
+def line_chart(series: Series, title: str, height_title: str = "", width: int = 960, height: int = 280) -> Markup:
     """Lines over a common axis as SVG; empty where there are not two points to join.
 
     Parameters
@@ -255,7 +255,7 @@ def line_chart(series: Series, title: str, height_title: str = "", width: int = 
 
 
 def bar_chart(
-    rows: Mapping[str, Sequence[float]], names: Sequence[str], unit: str, *, stacked: bool = False, width: int = 1160
+    rows: Mapping[str, Sequence[float]], names: Sequence[str], unit: str, *, stacked: bool = False, width: int = 960
 ) -> Markup:
     """Bars to the right as SVG, a row a client; empty where there is none above zero.
 

@@ -18,7 +18,7 @@ h3 { font-size: .95rem; margin: 1rem 0 .2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .7rem .2rem 0; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { font-weight: 600; color: var(--soft); }
-th:first-child, td:first-child, td.text, th.text { text-align: left; }
+th:first-child, td:first-child, td.text { text-align: left; }
 svg { max-width: 100%; height: auto; }
 svg circle:hover, svg rect:hover { stroke: currentColor; fill-opacity: 1; }
 .texts td { white-space: pre-wrap; vertical-align: top; min-width: 9rem; }

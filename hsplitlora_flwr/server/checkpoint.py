@@ -34,6 +34,7 @@ from hsplitlora_flwr.lora.aggregation import Factors
 from hsplitlora_flwr.lora.export import DELTA_FILE, load_delta, save_delta
 from hsplitlora_flwr.lora.update import Change, Delta, pack, unpack
 from hsplitlora_flwr.methods import METHODS, keeps_half
+from hsplitlora_flwr.models.loading import with_model_dtype
 from hsplitlora_flwr.planning.budget import Budget
 from hsplitlora_flwr.planning.planner import ClientPlan
 from hsplitlora_flwr.reporting.summary import SUMMARY_FILE
@@ -52,7 +53,7 @@ _MAY_CHANGE = (
     # who takes part, with what machines
     *("clients.count", "clients.wait", "clients.min", "clients.memory_gb", "clients.gflops", "clients.mbit_up"),
     *("clients.mbit_down", "clients.adapter_mb", "plan.deadline", "plan.over_budget", "plan.server_gflops"),
-    *("plan.server_memory_gb", "model.device"),
+    *("plan.server_memory_gb", "model.device", "clients.process_mb", "plan.server_process_mb"),
     # for how long, and how the same steps are computed, sent and measured
     *(
         "train.rounds",
@@ -309,7 +310,7 @@ def _check_digest(file: Path, text: Mapping[str, Any]) -> None:
 
 
 def _check_settings(config: Config, text: Mapping[str, Any]) -> None:
-    now, then = config.to_run_config(), _as_now(text["settings"])
+    now, then = with_model_dtype(config).to_run_config(), _as_now(text["settings"])
     fixed = _fixed(config)
     changed = [key for key in now if now[key] != then[key] and key not in (*_MAY_CHANGE, *_FOLDERS)]
     for key in (key for key in changed if key in fixed):

@@ -31,7 +31,7 @@ from hsplitlora_flwr.evaluation.generation import answer, generate_and_score
 from hsplitlora_flwr.evaluation.perplexity import MAX_NLL, evaluate
 from hsplitlora_flwr.lora.export import write_manifest
 from hsplitlora_flwr.methods import METHODS
-from hsplitlora_flwr.models.loading import load_tokenizer
+from hsplitlora_flwr.models.loading import load_tokenizer, with_model_dtype
 from hsplitlora_flwr.reporting.card import shrunk_facts, write_card
 from hsplitlora_flwr.reporting.events import Listener
 from hsplitlora_flwr.reporting.report import RunReport
@@ -75,7 +75,7 @@ class Run(ABC, Generic[L]):
     def __init__(
         self, config: Config, held_out: Sequence[Example], folder: Path, *, listeners: Sequence[Listener] = ()
     ) -> None:
-        self.config = config
+        self.config = config = with_model_dtype(config)
         self.method = METHODS[config.method.name]
         self.folder = Path(folder)
         check_resume(config, self.folder)

@@ -114,7 +114,7 @@ class HSplitLoRA(Run[Federation], Strategy):
         listeners: Sequence[Listener] = (),
     ) -> None:
         super().__init__(config, held_out, folder, listeners=listeners)
-        self.clients = Clients(config, self.report)
+        self.clients = Clients(self.config, self.report)
         self._size_limit = SizeLimit(config.clients.max_update)
         self._process = process or OwnProcess()
 

@@ -13,7 +13,7 @@ import pytest
 
 from hsplitlora_flwr.cli import run
 from hsplitlora_flwr.cli.jobs import EARLIER, Job, Place, SweepCallback, do, failed_jobs, sweep_folder, swept
-from hsplitlora_flwr.comparison.points import JOB_FILE
+from hsplitlora_flwr.comparison.points import JOB_FILE, read_points
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.reporting import Listener
 from hsplitlora_flwr.server import checkpoint
@@ -121,6 +121,17 @@ def test_a_job_with_a_finished_round_goes_on_if_it_can(
     assert checked == [str(earlier)] * (2 if possible else 1), "what was done before a second failure is still there"
     assert seen == ([str(earlier)] * 2 if possible else ["", ""])
     assert not earlier.exists()
+
+
+def test_why_a_run_failed_that_left_no_summary_is_known(tmp_path: Path) -> None:
+    def is_interrupted(settled: Config, console: Listener) -> int:
+        console.handle({"kind": "failed", "error": "interrupted by SIGINT"})
+        raise SystemExit(130)
+
+    with pytest.raises(SystemExit):
+        do(place(tmp_path, 0, 1.0), config(1.0), "", is_interrupted)
+    [point] = read_points(tmp_path)
+    assert (point.status, point.cause) == ("failed", "interrupted by SIGINT")
 
 
 def test_settings_that_are_wrong_are_a_failed_job_in_the_same_folder(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from transformers import LlamaConfig
 
-from hsplitlora_flwr.cli import plan
+from hsplitlora_flwr.cli import own_memory
+from hsplitlora_flwr.cli.own_memory import OwnMemory
 from hsplitlora_flwr.cli.plan import PARTS, Forecast, forecast, run
 from hsplitlora_flwr.cli.run import Launcher
 from hsplitlora_flwr.cli.settings import CONF, register
@@ -33,8 +34,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The planner takes a client's process to be as large as its own, and this one is as large as its tests made it."""
-    monkeypatch.setattr(plan, "process_bytes", lambda config: PROCESS_BYTES)
+    """What a client's process takes is remembered, so no other is measured."""
+    known = OwnMemory(PROCESS_BYTES, "the last run here", in_run=True)
+    monkeypatch.setattr(own_memory, "remembered", lambda config: known)
 
 
 def composed(folder: Path, *overrides: str) -> DictConfig:
@@ -90,7 +92,8 @@ def test_what_is_printed(folder: Path) -> None:
     assert "importance: uniform" in text
     assert all(part in text for part in PARTS)
     assert text.count("2.00 GB") == 2
-    assert f"exact {result.plan.objective:.4f}, greedy {result.plan.greedy_objective:.4f}" in text
+    assert f"worth: {result.plan.objective / result.plan.bound:.1%} of the most" in text
+    assert "process: 0.25 GB of a client's memory, the last run here" in text
     # 8 x 16 tokens of 32 float32 numbers, and up also mask and labels of 8 bytes each
     assert "wire: 0.0 MB up and 0.0 MB down" in text
     assert "round:" not in text, "without a speed seconds mean nothing"
@@ -107,7 +110,7 @@ def test_clients_that_are_left_out_are_named_with_what_they_miss(folder: Path) -
 def test_other_methods(folder: Path, method: str) -> None:
     text = shown(folder, f"method={method}", "clients.memory_gb=[2]")
     assert method in text
-    assert "objective" not in text
+    assert "worth" not in text
 
 
 def test_a_bare_configuration_file_will_do(folder: Path) -> None:

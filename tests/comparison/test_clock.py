@@ -75,7 +75,9 @@ def test_a_client_with_the_whole_model_loads_trains_and_sends(model: dict[str, A
 
 
 def test_a_split_client_alone_waits_for_every_gradient(model: dict[str, Any]) -> None:
-    config = settings(**model, **{"clients.count": 1, "plan.probe_every": 0, "plan.probe_batches": 1})
+    config = settings(
+        **model, **{"clients.gflops": "100.0", "clients.count": 1, "plan.probe_every": 0, "plan.probe_batches": 1}
+    )
     cost = cost_model(config, 4, 10)
     ranks = {layer.name: 4 for layer in cost.layers}
     up, down = cost.wire_bytes()

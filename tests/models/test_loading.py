@@ -23,6 +23,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.models import (
     Family,
     ModelFilesError,
@@ -32,11 +33,12 @@ from hsplitlora_flwr.models import (
     load_causal_lm,
     load_client_model,
     load_client_parts,
+    loading,
     split_model,
 )
 from hsplitlora_flwr.models.checkpoint import Checkpoint
 from hsplitlora_flwr.models.families import tiny_config
-from hsplitlora_flwr.models.loading import StoredModel, check_model, read_settled_config
+from hsplitlora_flwr.models.loading import StoredModel, check_model, read_config, read_settled_config, with_model_dtype
 from hsplitlora_flwr.planning.cost import CostModel, Workload
 from tests.tiny import BLOCKS, CONFIGS, random_batches, randomise, tiny_model
 
@@ -455,3 +457,34 @@ def test_pythia_s_name_for_its_head(tmp_path: Path) -> None:
     save_file({names.get(name, name): tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
     assert "embed_out.weight" in load_file(file)
     assert_parts_are_those_of_transformers(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype"),
+    [("bfloat16", "bfloat16"), ("float32", "float32"), ("float64", "float64"), ("float16", "float32")],
+)
+def test_the_dtype_of_the_base_is_that_of_its_configuration_unless_it_is_stated(
+    tmp_path: Path, stored: str, dtype: str
+) -> None:
+    config = tiny_model("llama").config
+    config.dtype = getattr(torch, stored)
+    config.save_pretrained(tmp_path)
+    unstated = Config.from_run_config({"model.path": str(tmp_path)})
+    assert with_model_dtype(unstated).model.dtype == dtype
+    stated = Config.from_run_config({"model.path": str(tmp_path), "model.dtype": "float64"})
+    assert with_model_dtype(stated) == stated
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def away(url: str, timeout: float) -> None:
+        asked.append((url, timeout))
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(loading, "get_hf_file_metadata", away)
+    for _ in range(2):
+        with pytest.raises(ModelFilesError, match=r"model\.path=nobody/nothing: no folder of that name, .* no route"):
+            read_config("nobody/nothing")
+    [(url, timeout)] = asked
+    assert "nobody/nothing" in url and timeout <= 5

@@ -51,7 +51,6 @@ def test_the_hub_reads_base_tags_and_perplexity(tmp_path: Path) -> None:
     for said in (
         "read from a 4-bit file",
         "2 rounds of 10 steps of 8 rows, by 2 clients",
-        "the server saw activations at the cut and the labels, which are the tokens that are learnt.",
         "English dialogues of the package chatterbot-corpus: 1,056 rows, 25,876 tokens, prompts, each on lines",
         "Rows were dealt to clients in whole groups.",
         "| perplexity of the base | 18.020 |",
@@ -90,15 +89,3 @@ def test_a_merged_model_is_loaded_without_peft(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     card = written(tmp_path, summary())
     assert card.data.library_name == "transformers" and "peft" not in card.content.partition("## How to load")[2]
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"split.labels": "client"}, "the server saw activations at the cut."),
-        ({"method.name": "fedit"}, "Clients kept their text, and sent adapters."),
-        ({"method.name": "cenlora"}, "in one place; adamw at 0.002, ranks from 0,2,4,8.\n"),
-    ],
-)
-def test_a_card_says_what_the_server_saw(settings: dict[str, str], said: str, tmp_path: Path) -> None:
-    assert said in written(tmp_path, summary(**settings)).content

@@ -32,6 +32,7 @@ from hsplitlora_flwr.lora.layers import AdapterSpec, extract, inject
 from hsplitlora_flwr.messages import FORGET, Description, take_tensors, to_arrays
 from hsplitlora_flwr.methods import METHODS, keeps_half, shares_half
 from hsplitlora_flwr.models import find_family, load_causal_lm
+from hsplitlora_flwr.models.loading import with_model_dtype
 from hsplitlora_flwr.models.quantisation import QuantisedLinear
 from hsplitlora_flwr.models.split import WholeModel, whole_model
 from hsplitlora_flwr.reporting import EVENTS_FILE, read_events
@@ -94,7 +95,7 @@ def run(config: Config, folder: Path, grid: LocalGrid | None = None) -> dict[str
 
 
 def fresh_model(config: Config, update: dict[str, Matrix]) -> PreTrainedModel:
-    dtype = getattr(torch, config.model.dtype)
+    dtype = getattr(torch, with_model_dtype(config).model.dtype)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=dtype)
     for name, change in update.items():
         model.get_submodule(name).weight.data += torch.from_numpy(change).to(dtype)

@@ -29,6 +29,7 @@ from hsplitlora_flwr.data.sources import load_text
 from hsplitlora_flwr.lora import AdapterSpec, extract, inject
 from hsplitlora_flwr.lora.export import DELTA_FILE, load_delta
 from hsplitlora_flwr.models import split_model
+from hsplitlora_flwr.models.loading import with_model_dtype
 from tests.plain import SERVER, PlainRound, block_of
 from tests.system.conftest import Run, start_in
 
@@ -57,7 +58,8 @@ def unsplit_round(config: Config, plan: list[dict[str, Any]]) -> dict[str, torch
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
 
     def unsplit() -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(config.model.path, dtype=getattr(torch, config.model.dtype))
+        dtype = getattr(torch, with_model_dtype(config).model.dtype)
+        return AutoModelForCausalLM.from_pretrained(config.model.path, dtype=dtype)
 
     def started(owner: str, ranks: dict[str, int]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         adapters: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
