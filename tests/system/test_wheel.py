@@ -65,7 +65,7 @@ def test_an_installed_command_plans_and_runs_in_an_empty_folder(
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["status"] == "finished"
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
-    assert {path.name for path in tmp_path.iterdir()} == {"text.jsonl", "out"}
+    assert {path.name for path in tmp_path.iterdir()} == {"text.jsonl", "out", "plan.html"}
 
 
 def test_what_is_missing_is_named_in_one_line(hsplitlora: Installed, tmp_path: Path) -> None:
