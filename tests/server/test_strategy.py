@@ -626,7 +626,7 @@ def test_what_is_cut_is_said_before_training_and_stays_in_the_summary(
         lengths = [len((example.prompt + example.completion).encode()) + 1 for example in examples]  # and EOS
         lost = [length - 24 for length in lengths if length > 24]
         found = {"rows": len(lengths), "tokens": sum(lengths), "cut_rows": len(lost), "cut_tokens": sum(lost)}
-        more = {"prompts_inside_tokens": 0} if name == "held_out" else {}  # a token is a byte
+        more = {"prompts_inside_tokens": 0, "prompts": "line"} if name == "held_out" else {}  # a token is a byte
         assert summary["text"][name] == found | {"cut_share": sum(lost) / sum(lengths)} | more
     events, _ = read_events(tmp_path / EVENTS_FILE, 0)
     told = [event.get("text", event["kind"]).partition(":")[0] for event in events]
