@@ -463,14 +463,14 @@ def test_pythia_s_name_for_its_head(tmp_path: Path) -> None:
     ("stored", "dtype"),
     [("bfloat16", "bfloat16"), ("float32", "float32"), ("float64", "float64"), ("float16", "float32")],
 )
-def test_the_dtype_of_the_base_is_that_of_its_configuration_unless_it_is_stated(
+def test_the_dtype_of_the_base_is_that_of_its_configuration_where_that_is_asked_for(
     tmp_path: Path, stored: str, dtype: str
 ) -> None:
     config = tiny_model("llama").config
     config.dtype = getattr(torch, stored)
     config.save_pretrained(tmp_path)
-    unstated = Config.from_run_config({"model.path": str(tmp_path)})
-    assert with_model_dtype(unstated).model.dtype == dtype
+    left_to_it = Config.from_run_config({"model.path": str(tmp_path), "model.dtype": "auto"})
+    assert with_model_dtype(left_to_it).model.dtype == dtype
     stated = Config.from_run_config({"model.path": str(tmp_path), "model.dtype": "float64"})
     assert with_model_dtype(stated) == stated
 
