@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from hsplitlora_flwr.reporting.report import register_listener
     from hsplitlora_flwr.server.strategy import HSplitLoRA
     from hsplitlora_flwr.training.cut import CutTransform
+    from hsplitlora_flwr.transport.codecs import Codec, Part, WireError, register_codec
     from hsplitlora_flwr.transport.link import Endpoint, Ticket, Transport, register_transport
-    from hsplitlora_flwr.transport.wire import Codec, Part, WireError, register_codec
 
 __all__ = [
     "METHODS",
@@ -53,7 +53,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Codec": "transport.wire",
+    "Codec": "transport.codecs",
     "Config": "config",
     "CutTransform": "training.cut",
     "Endpoint": "transport.link",
@@ -63,11 +63,11 @@ _HOMES = {
     "METHODS": "methods",
     "Method": "methods",
     "Optimizer": "lora.optimizers",
-    "Part": "transport.wire",
+    "Part": "transport.codecs",
     "Ticket": "transport.link",
     "Transport": "transport.link",
-    "WireError": "transport.wire",
-    "register_codec": "transport.wire",
+    "WireError": "transport.codecs",
+    "register_codec": "transport.codecs",
     "register_listener": "reporting.report",
     "register_method": "methods",
     "register_optimizer": "lora.optimizers",

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hsplitlora_flwr.transport.codecs import pack
 from hsplitlora_flwr.transport.frames import Activation, Finish, Frame, HiddenGradient, Loss, Ping, encode
-from hsplitlora_flwr.transport.wire import pack
 from tests.tiny import random_batches
 
 STEPS, ROWS, AT_ONCE, TOKENS, HIDDEN, SPLIT = 3, 4, 2, 11, 32, 2

@@ -32,10 +32,10 @@ from hsplitlora_flwr.reporting import EVENTS_FILE, event_text, read_events
 from hsplitlora_flwr.reporting.report import RunReport, make_listeners
 from hsplitlora_flwr.training.schedule import AdapterOptimizer, farthest
 from hsplitlora_flwr.transport import stream
+from hsplitlora_flwr.transport.codecs import WireError, pack, packed_bytes, unpack
 from hsplitlora_flwr.transport.frames import Activation, Finish, Finished, Frame
 from hsplitlora_flwr.transport.link import Handler
 from hsplitlora_flwr.transport.stream import StreamServer
-from hsplitlora_flwr.transport.wire import WireError, pack, packed_bytes, unpack
 from tests.grid import LocalGrid
 from tests.server.test_strategy import DOUBLE, grid_of, run, settings
 

@@ -28,10 +28,11 @@ from hsplitlora_flwr.messages import EVALUATE, TRAIN, Task
 from hsplitlora_flwr.server.shard import Shard
 from hsplitlora_flwr.training.client import ClientTrainer, load_client, train_client
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
-from hsplitlora_flwr.transport import stream
-from hsplitlora_flwr.transport.chunks import assemble, cut
 from hsplitlora_flwr.transport.frames import Failure, Finished, Frame, decode, encode
 from hsplitlora_flwr.transport.stream import StreamLink
+from hsplitlora_flwr.transport.stream import server as server_end
+from hsplitlora_flwr.transport.stream.chunks import assemble, cut
+from hsplitlora_flwr.transport.stream.client import open_channel
 from tests.attacks import (
     AT_ONCE,
     ON_EVALUATION,
@@ -78,7 +79,7 @@ def call(channel: Any, token: str, messages: Iterator[bytes]) -> Any:
 def answers_to(sent: Sent, task: Task) -> list[Frame]:
     """What the server answers until it ends the stream, or all has been sent."""
     messages = [m for each in sent for m in cut([each if isinstance(each, bytes) else encode(each)])]
-    with stream._channel(task.endpoint) as channel:
+    with open_channel(task.endpoint) as channel:
         return [decode(data) for data in assemble(call(channel, task.token, iter(messages)), 2**26)]
 
 
@@ -120,7 +121,7 @@ class Hostile:
             yield from messages
             closed.wait(SECONDS)
 
-        channel = self._stack.enter_context(stream._channel(self.task(TRAIN).endpoint))
+        channel = self._stack.enter_context(open_channel(self.task(TRAIN).endpoint))
         self._stack.callback(closed.set)
         self._held.append(call(channel, self._token, sent()))  # a call that nobody holds is cancelled
         self._held[-1].initial_metadata()
@@ -212,7 +213,7 @@ def test_an_honest_client_beside_a_hostile_one(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(stream, "END_SECONDS", 0.5)
+    monkeypatch.setattr(server_end, "END_SECONDS", 0.5)
     config = settings(tiny_folder, labels, joint)
     expected = alone(config)
     assert all(bool(b.any()) for b, _ in expected.values()), "every adapter has moved"

@@ -23,7 +23,7 @@ from hsplitlora_flwr.messages import (
     take_tensors,
     to_arrays,
 )
-from hsplitlora_flwr.transport.stream import Endpoint
+from hsplitlora_flwr.transport.link import Endpoint
 
 
 def test_description() -> None:

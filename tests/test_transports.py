@@ -31,8 +31,8 @@ from hsplitlora_flwr.server import plans, shard
 from hsplitlora_flwr.training.client import ClientTrainer, TrainingRecord, train_client
 from hsplitlora_flwr.training.multi_adapter import MultiAdapterPass
 from hsplitlora_flwr.training.server import MicroBatch
-from hsplitlora_flwr.transport import stream
 from hsplitlora_flwr.transport.frames import Activation
+from hsplitlora_flwr.transport.stream import client as client_end
 from tests.grid import LocalGrid
 from tests.server.test_strategy import DOUBLE, GB, grid_of, run, settings
 from tests.transport.relay import Relay
@@ -290,7 +290,7 @@ def test_auto_goes_on_over_messages_where_no_stream_opens(
     with socket.socket() as taken:  # bound and not listening: whoever connects is refused
         taken.bind(("127.0.0.1", 0))
         closed = taken.getsockname()[1]
-        monkeypatch.setattr(stream, "CONNECT_SECONDS", 0.5)
+        monkeypatch.setattr(client_end, "CONNECT_SECONDS", 0.5)
         unreachable = {"transport.kind": "auto", "transport.bind": "127.0.0.1", "transport.public_port": closed}
         _, grid = same_run(tiny_folder, tmp_path, **unreachable)
         assert turns(grid) == len(GB) * ROUNDS * (STEPS + 2)
@@ -303,7 +303,7 @@ def test_without_auto_a_client_that_cannot_connect_says_what_it_tried(
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         closed = taken.getsockname()[1]
-        monkeypatch.setattr(stream, "CONNECT_SECONDS", 0.5)
+        monkeypatch.setattr(client_end, "CONNECT_SECONDS", 0.5)
         changes = {"transport.address": "127.0.0.1", "transport.public_port": closed}
         with pytest.raises(Exception, match=f"no client is left: clients 0, 1, 2 failed: .*127.0.0.1:{closed}"):
             same_run(tiny_folder, tmp_path, **changes)

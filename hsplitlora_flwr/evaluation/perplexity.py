@@ -14,9 +14,9 @@ from hsplitlora_flwr.data.collate import Batch
 from hsplitlora_flwr.models.cores import all_cores
 from hsplitlora_flwr.models.split import ClientModel, HeadModel, WholeModel
 from hsplitlora_flwr.training.cut import SeededCut
+from hsplitlora_flwr.transport.codecs import pack, unpack
 from hsplitlora_flwr.transport.frames import Activation, Frame, Hidden, Loss
 from hsplitlora_flwr.transport.link import Link
-from hsplitlora_flwr.transport.wire import pack, unpack
 
 MAX_NLL = 700.0
 """Nats per token, beyond which a perplexity is beyond fp64."""
@@ -86,7 +86,7 @@ class ClientEvaluator:
     batches : Sequence[Batch]
         The text.
     up, down : str
-        Codecs, each way; see :func:`hsplitlora_flwr.transport.wire.pack`.
+        Codecs, each way; see :func:`hsplitlora_flwr.transport.codecs.pack`.
     transform : SeededCut, optional
         What is done to the cut activation before it leaves.
     """

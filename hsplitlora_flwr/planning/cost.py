@@ -37,7 +37,7 @@ from hsplitlora_flwr.models.families import Family, block_config
 from hsplitlora_flwr.models.quantisation import dequantised_bytes, weight_bytes
 from hsplitlora_flwr.planning.budget import PlanError
 from hsplitlora_flwr.planning.trace import trace_model
-from hsplitlora_flwr.transport.wire import CODECS, packed_bytes
+from hsplitlora_flwr.transport.codecs import CODECS, packed_bytes
 
 LABELS = ("server", "client")
 """Who may hold the labels, and with them the final norm and the head."""
@@ -439,7 +439,7 @@ class CostModel:
         Parameters
         ----------
         up, down : str
-            Numbers on the wire, each way: names in :data:`hsplitlora_flwr.transport.wire.CODECS`.
+            Numbers on the wire, each way: names in :data:`hsplitlora_flwr.transport.codecs.CODECS`.
 
         Raises
         ------

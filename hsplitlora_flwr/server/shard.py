@@ -28,10 +28,10 @@ from hsplitlora_flwr.training.multi_adapter import MultiAdapterPass
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.training.server import CorePool, ServerEvaluator, ServerTrainer, StepReport, differentiate
 from hsplitlora_flwr.training.turns import Turns
+from hsplitlora_flwr.transport.codecs import WireError
 from hsplitlora_flwr.transport.frames import Failure, Frame
 from hsplitlora_flwr.transport.link import TRANSPORTS, Handler, Port
 from hsplitlora_flwr.transport.messages import read_frames
-from hsplitlora_flwr.transport.wire import WireError
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from hsplitlora_flwr.models.split import IGNORED, BodyModel, ServerModel
+from hsplitlora_flwr.transport.codecs import check_codec, packed_bytes, packed_shape
 from hsplitlora_flwr.transport.frames import HEADER_BYTES, Activation, Finish
-from hsplitlora_flwr.transport.wire import check_codec, packed_bytes, packed_shape
 
 _ANY = sys.maxsize
 
@@ -45,7 +45,7 @@ class Allowance:
         Frames at most that a message holds, and hidden states that wait for their gradients where labels stay with the
         client.
     up : str or None
-        Codec; see :func:`hsplitlora_flwr.transport.wire.pack`. None takes any.
+        Codec; see :func:`hsplitlora_flwr.transport.codecs.pack`. None takes any.
     forward_only : bool
         The client trains nothing: no gradient goes down to it, and it has none of its own to clip by.
     """

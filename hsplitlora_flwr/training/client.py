@@ -31,9 +31,9 @@ from hsplitlora_flwr.models.split import ClientModel, HeadModel, ModelPart, Whol
 from hsplitlora_flwr.training.cut import SeededCut
 from hsplitlora_flwr.training.memory import RoomForPeaks
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
+from hsplitlora_flwr.transport.codecs import pack, unpack
 from hsplitlora_flwr.transport.frames import Activation, Finish, Frame, Gradient, Hidden, HiddenGradient, Loss
 from hsplitlora_flwr.transport.link import Link
-from hsplitlora_flwr.transport.wire import pack, unpack
 
 P = TypeVar("P", bound=ModelPart)
 
@@ -129,9 +129,9 @@ class ClientTrainer:
     micro_batch_size : int
         Rows that travel at once; gradients accumulate over the batch. 0 = the whole batch.
     up : str
-        Codec of what it sends; see :func:`hsplitlora_flwr.transport.wire.pack`.
+        Codec of what it sends; see :func:`hsplitlora_flwr.transport.codecs.pack`.
     down : str, optional
-        Codec of what the server sends; see :func:`hsplitlora_flwr.transport.wire.unpack`.
+        Codec of what the server sends; see :func:`hsplitlora_flwr.transport.codecs.unpack`.
     transform : SeededCut, optional
         What is done to the cut activation before it leaves.
     forward_only : bool

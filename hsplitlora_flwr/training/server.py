@@ -22,6 +22,7 @@ from hsplitlora_flwr.models.split import (
 )
 from hsplitlora_flwr.training.allowance import TRUSTED, Allowance, Refused, Step, check_activation
 from hsplitlora_flwr.training.half import Seat, check_finite
+from hsplitlora_flwr.transport.codecs import pack, packed_shape, unpack
 from hsplitlora_flwr.transport.frames import (
     Activation,
     Finish,
@@ -32,7 +33,6 @@ from hsplitlora_flwr.transport.frames import (
     HiddenGradient,
     Loss,
 )
-from hsplitlora_flwr.transport.wire import pack, packed_shape, unpack
 
 P = TypeVar("P", bound=ModelPart)
 
@@ -104,7 +104,7 @@ class ServerTrainer:
         CPU threads of one operation, asked for at every frame. Clients train at the same time; together they should not
         take more threads than there are cores, since oversubscribed cores are many times slower than busy ones.
     down : str
-        Codec of what it sends; see :func:`hsplitlora_flwr.transport.wire.pack`.
+        Codec of what it sends; see :func:`hsplitlora_flwr.transport.codecs.pack`.
     through : Callable[[MicroBatch], Tensor], optional
         Takes a micro-batch through a ``ServerModel`` and back: :func:`differentiate`, or the
         :class:`hsplitlora_flwr.training.multi_adapter.MultiAdapterPass` of several trainers.
@@ -323,7 +323,7 @@ class ServerEvaluator:
 
 def receive_cut(frame: Activation, model: ServerModel | BodyModel, codec: str | None = None) -> tuple[Tensor, Tensor]:
     """The cut activation in the base's dtype, and the attention mask, on the model's device; ``codec`` as for
-    :func:`hsplitlora_flwr.transport.wire.unpack`.
+    :func:`hsplitlora_flwr.transport.codecs.unpack`.
 
     Raises
     ------

@@ -64,7 +64,7 @@ class Activation:
     step : int
         Global step, from 0, by which both sides follow the learning-rate schedule.
     cut, scale : Tensor
-        The cut activation, ``(batch, seq, hidden)``, as :func:`hsplitlora_flwr.transport.wire.pack` gives it.
+        The cut activation, ``(batch, seq, hidden)``, as :func:`hsplitlora_flwr.transport.codecs.pack` gives it.
     attention_mask : Tensor
         int64, ``(batch, seq)``.
     labels : Tensor

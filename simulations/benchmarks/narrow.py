@@ -10,7 +10,7 @@ from torch import Tensor
 from hsplitlora_flwr.data.collate import Batch, training_batches
 from hsplitlora_flwr.models.loading import load_causal_lm, read_config, split_model
 from hsplitlora_flwr.models.split import ServerModel
-from hsplitlora_flwr.transport.wire import pack, unpack
+from hsplitlora_flwr.transport.codecs import pack, unpack
 from simulations.benchmarks.common import Row, Setup
 from simulations.benchmarks.step import real_rows
 

@@ -13,11 +13,11 @@ import torch
 
 from hsplitlora_flwr.config import WIRES
 from hsplitlora_flwr.transport.certificates import Identity, make_identity
-from hsplitlora_flwr.transport.chunks import CHUNK_BYTES
+from hsplitlora_flwr.transport.codecs import pack, unpack
 from hsplitlora_flwr.transport.frames import Activation, Gradient, buffers, decode, encode
 from hsplitlora_flwr.transport.link import Endpoint
 from hsplitlora_flwr.transport.stream import StreamLink, StreamServer
-from hsplitlora_flwr.transport.wire import pack, unpack
+from hsplitlora_flwr.transport.stream.chunks import CHUNK_BYTES
 from simulations.benchmarks.common import Apart, Row, Setup, take_turns, timed
 
 SHAPE = (8, 64)
@@ -37,7 +37,7 @@ def wire(setup: Setup) -> Iterator[Row]:
 
     A client in a process of its own sends the activations of a batch of 8 x 64 tokens, one after another, and each is
     answered by its gradient from this process before the next one leaves, as in training. What is not measured is what
-    the model computes, and the casts of :func:`hsplitlora_flwr.transport.wire.pack` and ``unpack``: these have their
+    the model computes, and the casts of :func:`hsplitlora_flwr.transport.codecs.pack` and ``unpack``: these have their
     own figure, ``pack_ms``, for one tensor there and back.
 
     - ``echo``: a bidirectional gRPC call that carries bytes of the same lengths in messages of the same size. As the

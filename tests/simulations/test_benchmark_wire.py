@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hsplitlora_flwr.transport.certificates import make_identity
-from hsplitlora_flwr.transport.chunks import CHUNK_BYTES
+from hsplitlora_flwr.transport.stream.chunks import CHUNK_BYTES
 from simulations.benchmarks import wire as module
 from simulations.benchmarks.common import Setup
 from simulations.benchmarks.wire import EchoCall, echo_server, wire

@@ -21,6 +21,7 @@ from hsplitlora_flwr.training.allowance import Allowance, Refused
 from hsplitlora_flwr.training.half import OwnHalf
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.training.server import MicroBatch, ServerEvaluator, ServerTrainer, StepReport
+from hsplitlora_flwr.transport.codecs import WireError, pack
 from hsplitlora_flwr.transport.frames import (
     Activation,
     Finish,
@@ -32,7 +33,6 @@ from hsplitlora_flwr.transport.frames import (
     Loss,
     Ping,
 )
-from hsplitlora_flwr.transport.wire import WireError, pack
 from tests.tiny import random_batches, tiny_model
 
 NONE = torch.empty(0)

@@ -1,4 +1,4 @@
-"""The backlog: bounded, in order, and taken again from wherever the other side lost it."""
+"""The backlog: bounded, in order, closed for good, and taken again from wherever the other side lost it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from itertools import islice
 
 import pytest
 
-from hsplitlora_flwr.transport.backlog import Backlog
-from hsplitlora_flwr.transport.mailbox import Closed
+from hsplitlora_flwr.transport.stream.backlog import Backlog, Closed
 
 
-def filled(*items: str, size: int = 4) -> Backlog[str]:
-    backlog: Backlog[str] = Backlog(size)
+def filled(*items: str, size: int = 4, keep: bool = True) -> Backlog[str]:
+    backlog: Backlog[str] = Backlog(size, keep=keep)
     for item in items:
         backlog.put(item)
     return backlog
@@ -80,13 +79,40 @@ def test_the_next_who_takes_ends_the_one_before() -> None:
         assert waiting.result(timeout=20) == []
 
 
+def test_everything_arrives_in_order_through_a_narrow_one() -> None:
+    backlog: Backlog[int] = Backlog(2, keep=False)
+    with ThreadPoolExecutor(1) as pool:
+        received = pool.submit(list, backlog.since(0))
+        for number in range(500):
+            backlog.put(number)
+        backlog.close()
+        assert received.result(timeout=300) == list(range(500))
+
+
+def test_what_is_not_kept_leaves_room_as_it_is_taken() -> None:
+    backlog = filled("a", "b", size=2, keep=False)
+    with ThreadPoolExecutor(1) as pool:
+        third = pool.submit(backlog.put, "c")
+        with pytest.raises(TimeoutError):
+            third.result(timeout=0.1)
+        taken = backlog.since(0)
+        assert next(taken) == "a"
+        third.result(timeout=300)
+        backlog.close()
+        assert list(taken) == ["b", "c"]
+
+
+@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("discard", [False, True])
-def test_closing_ends_who_takes_and_who_puts(discard: bool) -> None:
-    backlog = filled("a", "b", size=2)
-    with ThreadPoolExecutor(2) as pool:
+def test_closing_ends_who_takes_and_who_puts(discard: bool, keep: bool) -> None:
+    backlog, empty = filled("a", "b", size=2, keep=keep), filled(keep=keep)
+    with ThreadPoolExecutor(3) as pool:
         putting = [pool.submit(backlog.put, "c") for _ in range(2)]
+        waiting_for_more = pool.submit(list, empty.since(0))
         backlog.close(discard=discard)
+        empty.close(discard=discard)
         for waiting in putting:
             with pytest.raises(Closed):
                 waiting.result(timeout=20)
+        assert waiting_for_more.result(timeout=20) == []
     assert list(backlog.since(2 if discard else 0)) == ([] if discard else ["a", "b"])

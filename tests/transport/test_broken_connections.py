@@ -11,10 +11,10 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from hsplitlora_flwr.transport import stream
 from hsplitlora_flwr.transport.certificates import make_identity
 from hsplitlora_flwr.transport.frames import Finish, Finished, Frame, Gradient
-from hsplitlora_flwr.transport.stream import Endpoint, StreamError, StreamLink, StreamServer
+from hsplitlora_flwr.transport.link import Endpoint
+from hsplitlora_flwr.transport.stream import StreamError, StreamLink, StreamServer, protocol
 from tests.transport.relay import Relay
 from tests.transport.test_stream import SECONDS, activation, every_thread_ends, exchange, until
 
@@ -114,11 +114,11 @@ def test_every_frame_is_handled_once_and_answered_in_order_however_often_it_brea
 
 def test_a_silent_connection_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is reset: what is sent gets nowhere, as when a cable is pulled or a machine stands still."""
-    seconds = dict(stream._OPTIONS)["grpc.keepalive_time_ms"], dict(stream._OPTIONS)["grpc.keepalive_timeout_ms"]
+    seconds = dict(protocol.OPTIONS)["grpc.keepalive_time_ms"], dict(protocol.OPTIONS)["grpc.keepalive_timeout_ms"]
     assert sum(map(int, seconds)) <= 10_000
     quick = {"grpc.keepalive_time_ms": 1000, "grpc.keepalive_timeout_ms": 500, "grpc.http2.ping_timeout_ms": 500}
     quick |= {"grpc.http2.min_ping_interval_without_data_ms": 500}
-    monkeypatch.setattr(stream, "_OPTIONS", list((dict(stream._OPTIONS) | quick).items()))
+    monkeypatch.setattr(protocol, "OPTIONS", list((dict(protocol.OPTIONS) | quick).items()))
     with Server() as server, server.link() as link:
         exchange(link, Finish(1.0))
         server.relay.hold()

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hsplitlora_flwr.transport.chunks import CHUNK_BYTES, assemble, cut
 from hsplitlora_flwr.transport.frames import FrameError, Pong, decode, encode
+from hsplitlora_flwr.transport.stream.chunks import CHUNK_BYTES, assemble, cut
 
 
 @settings(max_examples=100, deadline=None)

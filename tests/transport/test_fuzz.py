@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from hsplitlora_flwr.config import WIRES
-from hsplitlora_flwr.transport.chunks import assemble
+from hsplitlora_flwr.transport.codecs import WireError, pack, unpack
 from hsplitlora_flwr.transport.frames import Activation, FrameError, decode, encode
-from hsplitlora_flwr.transport.wire import WireError, pack, unpack
+from hsplitlora_flwr.transport.stream.chunks import assemble
 from tests.transport.samples import every_frame
 
 INPUTS = int(os.environ.get("HSPLITLORA_FUZZ", "6000"))

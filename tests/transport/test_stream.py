@@ -16,7 +16,6 @@ import grpc
 import pytest
 import torch
 
-from hsplitlora_flwr.transport import stream
 from hsplitlora_flwr.transport.certificates import Identity, make_identity
 from hsplitlora_flwr.transport.frames import (
     Activation,
@@ -31,13 +30,10 @@ from hsplitlora_flwr.transport.frames import (
     decode,
     encode,
 )
-from hsplitlora_flwr.transport.stream import (
-    Endpoint,
-    StreamError,
-    StreamLink,
-    StreamServer,
-    Unreachable,
-)
+from hsplitlora_flwr.transport.link import Endpoint
+from hsplitlora_flwr.transport.stream import StreamError, StreamLink, StreamServer, Unreachable
+from hsplitlora_flwr.transport.stream import client as client_end
+from hsplitlora_flwr.transport.stream import server as server_end
 from tests.transport.pki import certificate, p256, pem
 
 IDENTITY = make_identity("shard")
@@ -209,7 +205,7 @@ def test_a_client_that_does_not_leave_is_shown_out(server: StreamServer, held_op
 def test_a_client_that_does_not_listen_is_cut_off(
     server: StreamServer, held_open: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "END_SECONDS", 0.3)
+    monkeypatch.setattr(server_end, "END_SECONDS", 0.3)
     big = Gradient(torch.zeros(8, 3, 2**18), NONE, 1.0, 0.0)  # 24 MiB, more than fits on the way
     with raw_channel(server) as channel:
         call = raw_call(channel, server.admit(lambda _: big), never_ending(held_open, encode(activation())))
@@ -230,7 +226,7 @@ def never_ending(closed: threading.Event, *messages: bytes) -> Iterator[bytes]:
 
 def raw_channel(server: StreamServer) -> grpc.Channel:
     """As a client of its own making has it."""
-    return stream._channel(server.endpoint)
+    return client_end.open_channel(server.endpoint)
 
 
 def raw_call(channel: grpc.Channel, token: str, messages: Iterator[bytes]) -> Any:
@@ -271,7 +267,7 @@ def test_another_certificate_than_the_pinned_one() -> None:
 
 
 def test_plain_text_and_tls_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "CONNECT_SECONDS", 1.0)  # it might only have had no room
+    monkeypatch.setattr(client_end, "CONNECT_SECONDS", 1.0)  # it might only have had no room
     tls, plain = (StreamServer("127.0.0.1", 0, identity=identity) for identity in (IDENTITY, None))
     with pytest.raises(
         Unreachable, match=r"\(plain text\): what answers there closed the connection; is transport\.tls"
@@ -342,7 +338,7 @@ def test_an_address_where_nobody_listens() -> None:
 
 
 def test_an_address_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "CONNECT_SECONDS", 0.3)
+    monkeypatch.setattr(client_end, "CONNECT_SECONDS", 0.3)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -478,7 +474,7 @@ def test_answers_arrive_while_the_client_computes() -> None:
         for rows in (1, 2, 3, 4):
             link.send(activation(rows))
         assert until(lambda: served == [1, 2, 3, 4])
-        assert until(lambda: link._inbox._items.qsize() == 4)
+        assert until(lambda: len(link._inbox._items) == 4)
         answers = [link.receive() for _ in range(4)]
     assert [answer.total for answer in answers if isinstance(answer, Loss)] == [1.0, 2.0, 3.0, 4.0]
     server.stop()
@@ -595,9 +591,9 @@ def ends(connection: socket.socket) -> bool:
 def hasty(monkeypatch: pytest.MonkeyPatch) -> Iterator[StreamServer]:
     """A server of little patience, with room for four connections."""
     patience = {"server_handshake_timeout_ms": 300, "http2.settings_timeout": 300, "max_connection_idle_ms": 300}
-    options = {**dict(stream._SERVER_OPTIONS), **{f"grpc.{name}": value for name, value in patience.items()}}
-    monkeypatch.setattr(stream, "_SERVER_OPTIONS", list(options.items()))
-    monkeypatch.setattr(stream, "_CONNECTIONS", 4)
+    options = {**dict(server_end._SERVER_OPTIONS), **{f"grpc.{name}": value for name, value in patience.items()}}
+    monkeypatch.setattr(server_end, "_SERVER_OPTIONS", list(options.items()))
+    monkeypatch.setattr(server_end, "_CONNECTIONS", 4)
     server = StreamServer("127.0.0.1", 0, identity=IDENTITY)
     yield server
     server.stop()
@@ -619,8 +615,8 @@ def test_a_connection_without_a_token_is_closed(hasty: StreamServer, kind: str) 
 
 
 def test_a_connection_that_asks_again_and_again_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {**dict(stream._SERVER_OPTIONS), "grpc.max_connection_age_ms": 500}
-    monkeypatch.setattr(stream, "_SERVER_OPTIONS", list(options.items()))
+    options = {**dict(server_end._SERVER_OPTIONS), "grpc.max_connection_age_ms": 500}
+    monkeypatch.setattr(server_end, "_SERVER_OPTIONS", list(options.items()))
     server = StreamServer("127.0.0.1", 0, identity=IDENTITY)
     states: list[grpc.ChannelConnectivity] = []
     with StreamLink(server.endpoint, server.admit(double)) as link, raw_channel(server) as channel:
@@ -661,7 +657,7 @@ def test_half_of_the_descriptors_are_left_to_files(
     limits = {resource.RLIMIT_NOFILE: (soft, hard)}
     monkeypatch.setattr(resource, "getrlimit", limits.__getitem__)
     monkeypatch.setattr(resource, "setrlimit", limits.__setitem__)
-    assert stream.make_room(4096) == room
+    assert server_end.make_room(4096) == room
     assert limits[resource.RLIMIT_NOFILE] == (raised, hard)
 
 
@@ -695,7 +691,7 @@ def test_measuring_stops_at_a_tenth_of_a_second_or_8_mib() -> None:
             sizes.append(size)
             return size / rate
 
-        assert stream._speed(transfer) == pytest.approx(rate)
+        assert client_end._speed(transfer) == pytest.approx(rate)
         assert sizes == [2**power for power in range(16, 16 + len(sizes))]
         assert sizes[-1] == 2**23 or (sizes[-1] / rate > 0.1 and all(size / rate <= 0.1 for size in sizes[:-1]))
 
@@ -711,7 +707,7 @@ def test_pings_are_bounded(plain: StreamServer, payload: int, answer: int) -> No
 
 def test_a_stream_has_a_number_of_pings(plain: StreamServer) -> None:
     with StreamLink(plain.endpoint, plain.admit(double)) as link:
-        for _ in range(stream.PINGS):
+        for _ in range(server_end.PINGS):
             exchange(link, Ping(torch.zeros(0, dtype=torch.uint8), 0))
-        with pytest.raises(StreamError, match=f"more than {stream.PINGS} pings"):
+        with pytest.raises(StreamError, match=f"more than {server_end.PINGS} pings"):
             exchange(link, Ping(torch.zeros(0, dtype=torch.uint8), 0))

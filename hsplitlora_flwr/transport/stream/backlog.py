@@ -1,16 +1,19 @@
-"""What a sender keeps until the other side has it: so a stream goes on where a broken connection left it."""
+"""What stands between two threads of a stream: a bounded queue that can be closed, and keeps what may get lost."""
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from queue import SimpleQueue
 from threading import Lock, Semaphore
 from typing import Generic, TypeVar
 
-from hsplitlora_flwr.transport.mailbox import Closed
-
 T = TypeVar("T")
+
+
+class Closed(Exception):
+    """The backlog takes nothing any more."""
 
 
 class Backlog(Generic[T]):
@@ -23,17 +26,21 @@ class Backlog(Generic[T]):
     ----------
     size : int
         Items that may stay, at least 1; :meth:`put` blocks while so many do.
+    keep : bool
+        Without it what is taken has arrived, as between threads that share memory, and does not stay.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, keep: bool = True) -> None:
         self._room = Semaphore(size)
         self._items: deque[T] = deque()
         self._first = 0  # number of the first that stays
         self._taken = 0  # how many have been taken, at least once
-        self._arrived = 0  # how many the other side has, as it says
+        self._arrived = 0 if keep else math.inf  # how many the other side has, as it says
         self._closed = False
         self._lock = Lock()
-        self._bell: SimpleQueue[None] = SimpleQueue()  # of the connection that takes; see Mailbox
+        # Of the connection that takes. A wake-up through SimpleQueue, written in C, takes a fraction of one through
+        # queue.Queue.
+        self._bell: SimpleQueue[None] = SimpleQueue()
 
     def put(self, item: T) -> None:
         """Add an item as soon as there is room.

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.fft import dctn
 
 from hsplitlora_flwr.config import WIRES
-from hsplitlora_flwr.transport.wire import WireError, check_codec, pack, unpack
+from hsplitlora_flwr.transport.codecs import WireError, check_codec, pack, unpack
 
 # wire: (largest relative error, smallest and largest normal number)
 CASTS = {
