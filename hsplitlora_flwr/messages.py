@@ -112,7 +112,8 @@ class Description:
     longest : int
         Tokens of its longest example.
     held : Mapping[str, str]
-        The state of each layer's accumulated update that it holds; see :meth:`hsplitlora_flwr.lora.update.Delta.held`.
+        The state of each layer's accumulated update that it holds; see
+        :meth:`hsplitlora_flwr.lora.update.AccumulatedUpdate.held`.
     version : int
         The version that it held last.
     cut_transform : str
@@ -298,7 +299,7 @@ class Task:
     @property
     def seed(self) -> str:
         """Fixes the start of the round's adapters on both sides; the same for all where one adapter is carried on."""
-        owner = "all" if self.method.carries else f"{self.round}/{self.client}"
+        owner = "all" if self.method.keeps_global_adapter else f"{self.round}/{self.client}"
         return f"{self.config.run.seed}/{owner}"
 
     @property
@@ -309,7 +310,7 @@ class Task:
     @property
     def from_base(self) -> bool:
         """What trains goes on from a global adapter over the base itself, not from an update in its weights."""
-        return self.method.carries and not self.method.residual and self.kind == TRAIN
+        return self.method.keeps_global_adapter and not self.method.residual and self.kind == TRAIN
 
     @property
     def nbytes(self) -> int:

@@ -36,7 +36,7 @@ class Method:
         Whether weights are scored (IWI); without it all count the same.
     rule : str
         How adapters are added up: a name in :data:`hsplitlora_flwr.lora.aggregation.RULES`.
-    carries : bool
+    keeps_global_adapter : bool
         There is one global adapter, which every round goes on from, cut to each client's rank. Else the update of a
         round goes into the weights and adapters start afresh.
     residual : bool
@@ -65,7 +65,7 @@ class Method:
     ranks: Literal["plan", "budget", "equal"] = "plan"
     importance: bool = True
     rule: str = "noise_free"
-    carries: bool = False
+    keeps_global_adapter: bool = False
     residual: bool = False
     init: Literal["kaiming", "update"] = "kaiming"
     freeze_a: bool = False
@@ -76,8 +76,10 @@ class Method:
         for name, allowed in _ALLOWED.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} of a method; choose one of {allowed}")
-        if self.residual and (self.split or not self.carries):
-            raise ValueError("residual of a method is for one global adapter over a whole model: carries and no split")
+        if self.residual and (self.split or not self.keeps_global_adapter):
+            raise ValueError(
+                "residual of a method is for one global adapter over a whole model: keeps_global_adapter and no split"
+            )
 
 
 _ALLOWED = {"half": ("", "shared", "per_client"), "ranks": ("plan", "budget", "equal"), "init": ("kaiming", "update")}
@@ -121,7 +123,7 @@ _SPLITLORA = replace(
     ranks="equal",
     importance=False,
     rule="mean",
-    carries=True,
+    keeps_global_adapter=True,
     targets=QUERY_AND_VALUE,
 )
 _FEDIT = replace(
@@ -130,7 +132,7 @@ _FEDIT = replace(
     source="arXiv 2305.05644",
     ranks="equal",
     rule="mean",
-    carries=True,
+    keeps_global_adapter=True,
 )
 
 _OURS: dict[str, Method] = {
@@ -155,7 +157,7 @@ _OURS: dict[str, Method] = {
         source="arXiv 2401.06432",
         ranks="budget",
         rule="zero_pad_by_norm",
-        carries=True,
+        keeps_global_adapter=True,
     ),
     "flexlora": replace(
         _WHOLE,
@@ -163,7 +165,7 @@ _OURS: dict[str, Method] = {
         source="arXiv 2402.11505",
         ranks="budget",
         rule="svd",
-        carries=True,
+        keeps_global_adapter=True,
     ),
     "flora": replace(_WHOLE, summary="no split, ranks by budget; stacking", source="arXiv 2409.05976", ranks="budget"),
     "ffa": replace(
@@ -172,7 +174,7 @@ _OURS: dict[str, Method] = {
         source="arXiv 2403.12313",
         ranks="equal",
         rule="mean_b",
-        carries=True,
+        keeps_global_adapter=True,
         freeze_a=True,
     ),
     "cenlora": replace(

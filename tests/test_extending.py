@@ -178,7 +178,7 @@ def test_a_transport_of_ones_own_lets_one_client_in_and_tells_failures(load: Loa
     ended, port = Event(), transport.Port(TransportConfig())
 
     def handler(frame: Frame) -> Frame:
-        if isinstance(frame, Finish) and frame.previous_square:
+        if isinstance(frame, Finish) and frame.previous_grad_norm_sq:
             raise ValueError("no such square")
         return Finished()
 

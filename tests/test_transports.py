@@ -87,7 +87,7 @@ def test_each_side_computes_again_what_its_plan_says(
     def planned(*arguments: Any, **own: Any) -> Plan:
         plan = make_round_plan(*arguments, **own)
         clients = {
-            name: replace(client, recompute=name == "1", server_recompute=name != "0")
+            name: replace(client, checkpointing=name == "1", server_checkpointing=name != "0")
             for name, client in plan.clients.items()
         }
         return replace(plan, clients=clients)
@@ -97,7 +97,7 @@ def test_each_side_computes_again_what_its_plan_says(
         monkeypatch.setattr(module, "checkpoint_blocks", seen.append)
     same_plan = {"method.name": "hsplitlora-no-armsc", "split.point": 2, "train.rounds": 1}
     summary, _ = same_run(tiny_folder, tmp_path, **same_plan)
-    rows = {row["client"]: row["recompute"] for row in summary["rounds"][-1]["clients"]}
+    rows = {row["client"]: row["checkpointing"] for row in summary["rounds"][-1]["clients"]}
     assert rows == {str(i): ("none", "both", "server")[min(i, 2)] for i in range(len(GB))}
     assert len(parts[task_module]) == 1 and isinstance(parts[task_module][0], ClientModel)
     assert len(parts[shard]) == len(GB) - 1

@@ -31,7 +31,7 @@ from hsplitlora_flwr.config import Config, ConfigError
 from hsplitlora_flwr.data.fit import fit_text
 from hsplitlora_flwr.data.sources import Example, load_text
 from hsplitlora_flwr.lora.base import SharedBase
-from hsplitlora_flwr.lora.export import load_delta
+from hsplitlora_flwr.lora.export import load_update
 from hsplitlora_flwr.models.loading import read_settled_config, with_model_dtype
 from hsplitlora_flwr.models.split import check_split
 from hsplitlora_flwr.privacy.attacks import ATTACKS
@@ -122,7 +122,7 @@ def _measured(
     base = SharedBase(config.model.path, config.model.dtype, quantise=config.model.quantise)
     if options.run:
         last = options.run / CHECKPOINTS / f"round-{last_round(options.run)}"
-        base.update(load_delta(last).changes())
+        base.update(load_update(last).changes())
     learn, recover = fit_text(public[: options.public_rows], config), fit_text(private[: options.private_rows], config)
     for leakage in measure(base, learn, recover, splits, options.attacks, seed, protection(config.split)):
         print(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hsplitlora_flwr.config import Config, ConfigError
 from hsplitlora_flwr.methods import METHODS
-from hsplitlora_flwr.reporting.summary import SUMMARY_FILE
+from hsplitlora_flwr.reporting.summary import SUMMARY_FILE, read_summary
 
 if TYPE_CHECKING:
     from hsplitlora_flwr.lora.aggregation import Factors
@@ -46,7 +45,7 @@ class Outcome:
         """
         path = Path(folder).expanduser().resolve()
         try:
-            summary = json.loads((path / SUMMARY_FILE).read_text(encoding="utf-8"))
+            summary = read_summary(path)
         except OSError:
             raise ConfigError(f"{folder} is no folder of a run: no {SUMMARY_FILE} can be read there") from None
         except ValueError as error:
@@ -84,7 +83,7 @@ class Outcome:
         Raises
         ------
         ValueError
-            ``ConfigError`` if the run left no adapter, ``ModelFilesError`` if there is no base, ``DeltaError`` if the
+            ``ConfigError`` if the run left no adapter, ``ModelFilesError`` if there is no base, ``UpdateError`` if the
             two do not fit.
         """
         from hsplitlora_flwr.lora.base import SharedBase

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from hsplitlora_flwr.config import Config
-from hsplitlora_flwr.reporting.summary import SUMMARY_FILE
+from hsplitlora_flwr.reporting.summary import read_summary
 
 _PACKAGES = ("hsplitlora-flwr", "flwr", "torch", "transformers")
 _FILE = "process.json"
@@ -105,7 +105,7 @@ def learn(config: Config, folder: Path) -> None:
     folder : Path
         The folder of the finished run.
     """
-    summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+    summary = read_summary(folder)
     if summary["rounds"]:
         remember(config, max(row["process_bytes"] for row in summary["rounds"][0]["clients"]), in_run=True)
 

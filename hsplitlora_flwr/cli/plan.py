@@ -190,7 +190,7 @@ def _table(result: Forecast) -> Table:
         "trains",
         "ranks",
         "mean",
-        "recompute",
+        "checkpointing",
         "memory",
         *PARTS,
         *(["round"] if timed else []),
@@ -201,8 +201,8 @@ def _table(result: Forecast) -> Table:
         ranks = list(client.ranks.values()) or [0]
         # The cost model takes the memory of a part of the model apart, not that of the whole.
         whole = split == cost.num_blocks
-        again = client.recompute
-        parts = {} if whole else cost.memory_parts(split, client.ranks, budget.process_bytes, recompute=again)
+        again = client.checkpointing
+        parts = {} if whole else cost.memory_parts(split, client.ranks, budget.process_bytes, checkpointing=again)
         table.add_row(
             name,
             format_bytes(budget.memory_bytes),
@@ -211,7 +211,7 @@ def _table(result: Forecast) -> Table:
             "no" if client.forward_only else "yes",
             f"{min(ranks)}-{max(ranks)}" if min(ranks) < max(ranks) else str(ranks[0]),
             f"{sum(ranks) / len(ranks):.1f}",
-            client.recomputing,
+            client.checkpointed,
             format_bytes(client.predicted_bytes),
             *(format_bytes(parts[part]) if parts else "-" for part in PARTS),
             *([f"{client.predicted_seconds:.3g} s"] if timed else []),

@@ -150,7 +150,7 @@ def _memory(result: Forecast, name: str, client: ClientPlan, most: int) -> Marku
     if client.split == cost.num_blocks:  # the cost model takes the memory of a part of the model apart
         parts = {"weights": client.predicted_bytes}
     else:
-        parts = cost.memory_parts(client.split, client.ranks, budget.process_bytes, recompute=client.recompute)
+        parts = cost.memory_parts(client.split, client.ranks, budget.process_bytes, checkpointing=client.checkpointing)
     colours = dict(zip(PARTS, COLOURS, strict=False))
     return _bar([(part, size, colours[part]) for part, size in parts.items()], most, budget.memory_bytes)
 

@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hsplitlora_flwr.lora.export import DELTA_FILE, load_delta, load_held, save_delta
-from hsplitlora_flwr.lora.update import BASE, Change, Delta, DeltaError, Patch
+from hsplitlora_flwr.lora.export import DELTA_FILE, load_held, load_update, save_update
+from hsplitlora_flwr.lora.update import BASE, AccumulatedUpdate, Change, Patch, UpdateError
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class NodeStore:
             return load_held(self.folder)
         except FileNotFoundError:
             return 0, {}
-        except DeltaError as error:
+        except UpdateError as error:
             self._forget_update(error)
             return 0, {}
 
@@ -66,7 +66,7 @@ class NodeStore:
 
         Raises
         ------
-        DeltaError
+        UpdateError
             If what is on disk is damaged; then it is removed, and the server has to send it anew.
         """
         return self._delta().changes()
@@ -76,26 +76,26 @@ class NodeStore:
 
         Raises
         ------
-        DeltaError
+        UpdateError
             If the patch builds on an update that is not here, or not any more, as when it was damaged.
         """
-        delta = self._delta(without={name for name, part in patch.layers.items() if part.start == BASE})
-        delta.apply(patch)
+        accumulated = self._delta(without={name for name, part in patch.layers.items() if part.start == BASE})
+        accumulated.apply(patch)
         if patch.layers:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_delta(delta, self.folder)
-        return delta.changes()
+            save_update(accumulated, self.folder)
+        return accumulated.changes()
 
-    def _delta(self, without: Collection[str] = ()) -> Delta:
+    def _delta(self, without: Collection[str] = ()) -> AccumulatedUpdate:
         try:
-            return load_delta(self.folder, without=without)
+            return load_update(self.folder, without=without)
         except FileNotFoundError:
-            return Delta()
-        except DeltaError as error:
+            return AccumulatedUpdate()
+        except UpdateError as error:
             self._forget_update(error)
             raise
 
-    def _forget_update(self, error: DeltaError) -> None:
+    def _forget_update(self, error: UpdateError) -> None:
         log.warning("the update is fetched anew: %s", error)
         (self.folder / DELTA_FILE).unlink()
 

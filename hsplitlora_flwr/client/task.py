@@ -210,7 +210,7 @@ class SplitTraining(SplitTask):
         """Adapters and optimizer; the step, the norm that the server is to learn of, and what was recorded."""
         text = {
             "global-step": self._trainer.global_step,
-            "square": self._trainer.square,
+            "grad_norm_sq": self._trainer.grad_norm_sq,
             "record": asdict(self._trainer.record),
             "importance": self.importance,
         }
@@ -220,7 +220,7 @@ class SplitTraining(SplitTask):
         """Go on from what :meth:`state` gave."""
         self.optimizer.restore(tensors)
         self._trainer = self._trainer_from(int(text["global-step"]))
-        self._trainer.square = float(text["square"])
+        self._trainer.grad_norm_sq = float(text["grad_norm_sq"])
         self._trainer.record = self.record = TrainingRecord(**text["record"])
         self.importance = dict(text["importance"])
 

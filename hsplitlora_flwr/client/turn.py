@@ -12,7 +12,7 @@ from hsplitlora_flwr.client.node import Node
 from hsplitlora_flwr.client.task import ClientTask, OwnText, kind_of
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.lora.aggregation import Factors
-from hsplitlora_flwr.lora.update import Change, DeltaError
+from hsplitlora_flwr.lora.update import Change, UpdateError
 from hsplitlora_flwr.messages import Progress, Task, take_patch, take_start
 from hsplitlora_flwr.models.fingerprint import check_part
 from hsplitlora_flwr.transport.frames import Failure, Frame
@@ -54,7 +54,7 @@ class Turn:
         with node.process.peak_memory() as memory:
             try:
                 changes = {} if task.from_base else node.store.update(take_patch(self._message.content))
-            except DeltaError as error:  # then the server sends all of it
+            except UpdateError as error:  # then the server sends all of it
                 log.warning("the update on disk is not what it was: %s", error)
                 return Message(node.describe(task.config, text).to_records(), reply_to=self._message)
             start = take_start(self._message.content)

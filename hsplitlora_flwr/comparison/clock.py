@@ -149,9 +149,9 @@ class _Clock:
     def _training(
         self, device: Device, plan: Mapping[str, Any], above: Mapping[str, int], row: Mapping[str, Any]
     ) -> Step:
-        cost, split, recompute = self.cost, plan["split"], row["recompute"]
-        both = cost.client_flops(split, plan["ranks"], recompute=recompute in ("client", "both"))
-        served = cost.server_flops(split, above, recompute=recompute in ("server", "both"))
+        cost, split, checkpointing = self.cost, plan["split"], row["checkpointing"]
+        both = cost.client_flops(split, plan["ranks"], checkpointing=checkpointing in ("client", "both"))
+        served = cost.server_flops(split, above, checkpointing=checkpointing in ("server", "both"))
         step = self._step(device, split, both, served)
         if row.get("trains", True):
             return step

@@ -31,7 +31,7 @@ from hsplitlora_flwr.models.loading import with_model_dtype
 from hsplitlora_flwr.paths import with_absolute_paths
 from hsplitlora_flwr.reporting import event_text
 from hsplitlora_flwr.reporting.events import Event
-from hsplitlora_flwr.reporting.summary import ROWS_FILE, SUMMARY_FILE
+from hsplitlora_flwr.reporting.summary import ROWS_FILE, read_summary
 from hsplitlora_flwr.schema import scalar
 
 EACH = "each"
@@ -405,7 +405,7 @@ def read_run(config: Config, folder: Path) -> dict[str, Any]:
     OSError, KeyError, ValueError
         If it is not that of a finished run.
     """
-    summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+    summary = read_summary(folder)
     fields = {**measurements(summary), "simulated": round_seconds(config, summary)}
     if (folder / ROWS_FILE).exists():  # not of a run that went on from its own last round
         rows = json.loads((folder / ROWS_FILE).read_text(encoding="utf-8"))

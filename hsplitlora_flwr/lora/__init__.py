@@ -3,13 +3,13 @@
 from hsplitlora_flwr.lora.aggregation import aggregate
 from hsplitlora_flwr.lora.export import save_peft_adapter
 from hsplitlora_flwr.lora.layers import AdaptedLinear, AdapterSpec, attach_changes, extract, inject, merge_changes
-from hsplitlora_flwr.lora.update import Change, Delta
+from hsplitlora_flwr.lora.update import AccumulatedUpdate, Change
 
 __all__ = [
+    "AccumulatedUpdate",
     "AdaptedLinear",
     "AdapterSpec",
     "Change",
-    "Delta",
     "aggregate",
     "attach_changes",
     "extract",

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hsplitlora_flwr.lora.layers import shape_of
-from hsplitlora_flwr.lora.update import Change, Delta, DeltaError, Patch, digest, thin
+from hsplitlora_flwr.lora.update import AccumulatedUpdate, Change, Patch, UpdateError, digest, recompress
 from hsplitlora_flwr.models.checkpoint import local_path
 from hsplitlora_flwr.models.multimodal import name_in_whole
 from hsplitlora_flwr.models.quantisation import QuantisedLinear
@@ -116,7 +116,7 @@ def load_peft_adapter(
 
     Raises
     ------
-    DeltaError
+    UpdateError
         If the file is damaged, or is of another model.
     """
     file = folder / ADAPTER_FILE
@@ -125,14 +125,18 @@ def load_peft_adapter(
         tensors = load_file(file)
     layers = {key.removeprefix("base_model.model.").rpartition(".lora_")[0] for key in tensors}
     if strange := sorted(layers - set(own)):
-        raise DeltaError(f"{file} has the layer '{strange[0]}', which the model has not; name the base it was made for")
+        raise UpdateError(
+            f"{file} has the layer '{strange[0]}', which the model has not; name the base it was made for"
+        )
     with _reading(file):
         pairs = {
             own[name]: tuple(tensors[f"base_model.model.{name}.lora_{half}.weight"] for half in "BA") for name in layers
         }
     for name, (b, a) in pairs.items():
         if (b.shape[0], a.shape[1]) != shape_of(model.get_submodule(name)) or b.shape[1] != a.shape[0]:
-            raise DeltaError(f"{file}: the shapes of layer '{name}' are not the model's; name the base it was made for")
+            raise UpdateError(
+                f"{file}: the shapes of layer '{name}' are not the model's; name the base it was made for"
+            )
     return {name: (b, a) for name, (b, a) in sorted(pairs.items())}
 
 
@@ -176,7 +180,7 @@ def at_rank(changes: Mapping[str, Change], rank: int) -> tuple[Mapping[str, Chan
     tuple[Mapping[str, Change], float]
         The changes, and what they lost: a share of the sum of squared Frobenius norms.
     """
-    smaller = Delta(rank)
+    smaller = AccumulatedUpdate(rank)
     smaller.add({name: _factors(change) for name, change in changes.items()})
     return smaller.changes(), smaller.dropped
 
@@ -198,27 +202,27 @@ def _factors(change: Change) -> tuple[Tensor, Tensor]:
     assert change.matrix is not None
     rows, columns = change.matrix.shape
     if rows <= columns:
-        return thin(torch.eye(rows), change.matrix)
-    return thin(change.matrix, torch.eye(columns))
+        return recompress(torch.eye(rows), change.matrix)
+    return recompress(change.matrix, torch.eye(columns))
 
 
-def save_delta(delta: Delta, folder: Path) -> None:
-    """Write the accumulated update as ``delta.safetensors``, in one piece; :func:`load_delta` reads it.
+def save_update(accumulated: AccumulatedUpdate, folder: Path) -> None:
+    """Write the accumulated update as ``delta.safetensors``, in one piece; :func:`load_update` reads it.
 
     A change has the keys ``layer:B`` and ``layer:A``, or ``layer:dense``. The metadata hold the version, the states of
     the layers and a checksum.
     """
     folder.mkdir(parents=True, exist_ok=True)
     draft = folder / f"{DELTA_FILE}.part"
-    tensors, text = delta.since({}).pack()
+    tensors, text = accumulated.since({}).pack()
     tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
     parts = [(key, tensors[key]) for key in sorted(tensors)]
     save_file(tensors, draft, metadata={**text, "checksum": _checksum(text, parts)})
     draft.replace(folder / DELTA_FILE)
 
 
-def load_delta(folder: Path, rank_cap: int = 0, without: Collection[str] = ()) -> Delta:
-    """Read what :func:`save_delta` wrote.
+def load_update(folder: Path, rank_cap: int = 0, without: Collection[str] = ()) -> AccumulatedUpdate:
+    """Read what :func:`save_update` wrote.
 
     The whole file is checked, one tensor at a time; in memory is no more than what is asked for.
 
@@ -227,7 +231,7 @@ def load_delta(folder: Path, rank_cap: int = 0, without: Collection[str] = ()) -
     folder : Path
         Where ``delta.safetensors`` is.
     rank_cap : int
-        As for :class:`~hsplitlora_flwr.lora.update.Delta`, for the rounds to come.
+        As for :class:`~hsplitlora_flwr.lora.update.AccumulatedUpdate`, for the rounds to come.
     without : Collection[str]
         Layers that are not wanted.
 
@@ -235,7 +239,7 @@ def load_delta(folder: Path, rank_cap: int = 0, without: Collection[str] = ()) -
     ------
     FileNotFoundError
         If there is no such file.
-    DeltaError
+    UpdateError
         If the file is damaged.
     """
     file, kept = folder / DELTA_FILE, dict[str, Tensor]()
@@ -253,21 +257,21 @@ def load_delta(folder: Path, rank_cap: int = 0, without: Collection[str] = ()) -
 
     with _reading(file):
         if text.get("checksum") != _checksum({key: text[key] for key in text if key != "checksum"}, tensors()):
-            raise DeltaError(f"{file} is damaged (its checksum does not fit its content); {_ADVICE}")
+            raise UpdateError(f"{file} is damaged (its checksum does not fit its content); {_ADVICE}")
         states = {name: state for name, state in json.loads(text["states"]).items() if name not in without}
-        delta = Delta(rank_cap)
-        delta.apply(Patch.unpack(kept, {**text, "states": json.dumps(states)}))
-        return delta
+        accumulated = AccumulatedUpdate(rank_cap)
+        accumulated.apply(Patch.unpack(kept, {**text, "states": json.dumps(states)}))
+        return accumulated
 
 
 def load_held(folder: Path) -> tuple[int, dict[str, str]]:
-    """Version and states of what :func:`save_delta` wrote, as they stand there; no tensor is read, and none checked.
+    """Version and states of what :func:`save_update` wrote, as they stand there; no tensor is read, and none checked.
 
     Raises
     ------
     FileNotFoundError
         If there is no such file.
-    DeltaError
+    UpdateError
         If this much of it is damaged.
     """
     file = folder / DELTA_FILE
@@ -286,10 +290,10 @@ def _reading(file: Path) -> Iterator[None]:
     """Whatever a file makes its readers raise, other than that it is not there, it is damaged."""
     try:
         yield
-    except (DeltaError, FileNotFoundError):
+    except (UpdateError, FileNotFoundError):
         raise
     except Exception as error:
-        raise DeltaError(f"{file} is damaged ({str(error)[:200] or type(error).__name__}); {_ADVICE}") from error
+        raise UpdateError(f"{file} is damaged ({str(error)[:200] or type(error).__name__}); {_ADVICE}") from error
 
 
 def _checksum(text: Mapping[str, str], tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hsplitlora_flwr.lora.aggregation import Factors, SharedUpdate, Update
 from hsplitlora_flwr.lora.layers import AdapterSpec
-from hsplitlora_flwr.lora.update import Change, Delta, with_adapter
+from hsplitlora_flwr.lora.update import AccumulatedUpdate, Change, with_adapter
 
 
 class KeptHalf:
@@ -52,9 +52,9 @@ class KeptHalf:
             for name in going_on
         }
 
-    def beside(self, delta: Delta) -> Mapping[str, Change]:
+    def beside(self, accumulated: AccumulatedUpdate) -> Mapping[str, Change]:
         """What weights have of the update, besides the adapters that go on."""
-        self._beside = delta.without(self._start)
+        self._beside = accumulated.without(self._start)
         return self._beside
 
     def update(self, adapters: Update, trained_by: Mapping[str, Collection[int]]) -> SharedUpdate:

@@ -5,10 +5,10 @@ section 4). A change takes an exact form of few bytes: the factors as they are, 
 the dense matrix. A thinner pair is looked for whenever the rank passes a power of two: the search takes longer than all
 else that a round's aggregation does, and mostly finds nothing, since adapters start afresh every round.
 
-The server's :class:`Delta` remembers the latest updates of a layer, as long as they have fewer bytes than the dense
-matrix. :meth:`Delta.since` brings a client up to date from there, however many rounds it missed: for each layer that
-changed, either the updates that the client lacks or the whole change, whichever has fewer bytes. The client's own
-:class:`Delta` adds those updates one by one, as the server did, so both make the same roundings and nothing drifts
+The server's :class:`AccumulatedUpdate` remembers the latest updates of a layer, as long as they have fewer bytes than
+the dense matrix. :meth:`AccumulatedUpdate.since` brings a client up to date from there, however many rounds it missed:
+for each layer that changed, either the updates that the client lacks or the whole change, whichever has fewer bytes.
+The client's own adds those updates one by one, as the server did, so both make the same roundings and nothing drifts
 apart. What a client holds is known by the *state* of each layer, a digest of how its change came about: a layer that
 the client never held, a store of another run, or one from before the server went back to a checkpoint is recognised,
 and gets the whole change.
@@ -33,7 +33,7 @@ BASE = "0"
 """The state of a layer without a change. Later states are ``version-digest``."""
 
 
-class DeltaError(ValueError):
+class UpdateError(ValueError):
     """An update, a patch or a file that does not fit the accumulated update; the text says what to do."""
 
 
@@ -115,7 +115,7 @@ class Patch:
 
     @classmethod
     def unpack(cls, tensors: Mapping[str, Tensor], text: Mapping[str, str]) -> Patch:
-        """The inverse of :meth:`pack`; raises :class:`DeltaError` if tensors and text are not of one patch."""
+        """The inverse of :meth:`pack`; raises :class:`UpdateError` if tensors and text are not of one patch."""
         try:
             changes, states = dict(unpack(tensors)), json.loads(text["states"])
             layers = {
@@ -124,10 +124,10 @@ class Patch:
             }
             return cls(int(text["version"]), layers)
         except (KeyError, ValueError) as error:
-            raise DeltaError(f"tensors and text are not those of one patch ({error!r}); send both again") from error
+            raise UpdateError(f"tensors and text are not those of one patch ({error!r}); send both again") from error
 
 
-class Delta:
+class AccumulatedUpdate:
     """The accumulated update of the whole model, or of the layers that a client holds, by absolute layer name.
 
     Parameters
@@ -147,7 +147,7 @@ class Delta:
 
     def __init__(self, rank_cap: int = 0) -> None:
         if rank_cap < 0:
-            raise DeltaError(f"rank_cap={rank_cap} is negative; give the largest rank, or 0 for none")
+            raise UpdateError(f"rank_cap={rank_cap} is negative; give the largest rank, or 0 for none")
         self.rank_cap = rank_cap
         self.version = 0
         self.dropped = self.dropped_total = 0.0
@@ -173,7 +173,7 @@ class Delta:
 
         Raises
         ------
-        DeltaError
+        UpdateError
             If shapes disagree or values are not finite; then nothing was added.
         """
         return self._finish_round(
@@ -236,13 +236,13 @@ class Delta:
 
         Raises
         ------
-        DeltaError
+        UpdateError
             If the patch continues a state that this store does not hold; then nothing was changed.
         """
         held = self.held()
         for name, part in patch.layers.items():
             if part.start not in (BASE, held.get(name, BASE)):
-                raise DeltaError(
+                raise UpdateError(
                     f"layer '{name}': the patch to version {patch.version} continues state '{part.start}', but this "
                     f"store holds '{held.get(name, BASE)}'; ask for since(held()) of this store"
                 )
@@ -351,7 +351,7 @@ def digest(parts: Iterable[str | Tensor]) -> str:
     return total.hexdigest()[:16]
 
 
-def thin(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+def recompress(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     """The thinnest pair with the product ``B A`` to fp32 rounding; the given pair when it is as thin already.
 
     Parameters
@@ -402,7 +402,7 @@ def _sum(change: Change, update: Change) -> Change:
         b, a, known = torch.cat([b, new_b], dim=1), torch.cat([a, new_a], dim=0), b.shape[1]
         # What is tried follows from the two alone, so that server and clients do the same.
         passes_power_of_two = b.shape[1].bit_length() > known.bit_length()
-        return _smallest(*thin(b, a)) if passes_power_of_two else _smallest(b, a)
+        return _smallest(*recompress(b, a)) if passes_power_of_two else _smallest(b, a)
     total = change.dense().double()
     if update.factors is not None:
         total.addmm_(update.factors[0].double(), update.factors[1].double())
@@ -412,7 +412,7 @@ def _sum(change: Change, update: Change) -> Change:
 
 
 def with_adapter(change: Change | None, adapter: Factors) -> Change:
-    """A change, or none yet, and an adapter ``(B, A)`` on top: what :meth:`Delta.without` takes it off again from.
+    """A change, or none yet, and an adapter ``(B, A)`` on top; :meth:`AccumulatedUpdate.without` takes it off again.
 
     In factors the adapter is the last of them, to the last bit.
     """
@@ -451,15 +451,15 @@ def _checked(update: Update, layers: Mapping[str, _Layer]) -> dict[str, Change]:
     changes = {}
     for name, (b, a) in update.items():
         if b.ndim != 2 or a.ndim != 2 or b.shape[1] != a.shape[0]:
-            raise DeltaError(
+            raise UpdateError(
                 f"layer '{name}': B {tuple(b.shape)} and A {tuple(a.shape)} do not share a rank; "
                 "(out, r) and (r, in) are needed"
             )
         shape = (b.shape[0], a.shape[1])
         if name in layers and layers[name].change.shape != shape:
-            raise DeltaError(f"layer '{name}' is {layers[name].change.shape}, and its update is {shape}")
+            raise UpdateError(f"layer '{name}' is {layers[name].change.shape}, and its update is {shape}")
         if not (is_finite(b) and is_finite(a)):
-            raise DeltaError(f"layer '{name}': the update is not finite; lower train.lr or set train.clip")
+            raise UpdateError(f"layer '{name}': the update is not finite; lower train.lr or set train.clip")
         if not all(factor.numel() and any(factor.aminmax()) for factor in (b, a)):
             b, a = b[:, :0], a[:0]
         changes[name] = _smallest(*(factor.detach().to("cpu", torch.float32) for factor in (b, a)))

@@ -137,8 +137,8 @@ class Layer:
 class CostModel:
     """Memory of clients and server as a function of split points, ranks, and whether activations are computed again.
 
-    Where ``recompute`` is given, blocks of that side keep their input alone and compute the rest again in the backward
-    pass.
+    Under activation ``checkpointing`` the blocks of a side keep their input alone and compute the rest again in the
+    backward pass.
 
     Parameters
     ----------
@@ -269,7 +269,7 @@ class CostModel:
         ranks: Mapping[str, int],
         process_bytes: int = 0,
         *,
-        recompute: bool = False,
+        checkpointing: bool = False,
         updated: bool = True,
     ) -> int:
         """Predicted peak memory of a client process; the sum of :meth:`memory_parts`.
@@ -282,12 +282,14 @@ class CostModel:
             By absolute layer name; layers at or above ``split`` are not the client's and do not count.
         process_bytes : int
             What the process takes for itself; see :func:`hsplitlora_flwr.training.memory.process_bytes`.
-        recompute : bool
+        checkpointing : bool
             Whether its activations are computed again.
         updated : bool
             Whether the client gets an accumulated update, as from the second round on.
         """
-        return sum(self.memory_parts(split, ranks, process_bytes, recompute=recompute, updated=updated).values())
+        return sum(
+            self.memory_parts(split, ranks, process_bytes, checkpointing=checkpointing, updated=updated).values()
+        )
 
     def memory_parts(
         self,
@@ -295,7 +297,7 @@ class CostModel:
         ranks: Mapping[str, int],
         process_bytes: int = 0,
         *,
-        recompute: bool = False,
+        checkpointing: bool = False,
         updated: bool = True,
     ) -> dict[str, int]:
         """Predicted peak memory of a client process by what takes it, in bytes.
@@ -313,15 +315,17 @@ class CostModel:
         return self._parts(
             weights=self.client_weight_bytes(split),
             adapters=adapters,
-            activations=self.kept_bytes(ranks, 0, split, recompute=recompute),
+            activations=self.kept_bytes(ranks, 0, split, checkpointing=checkpointing),
             update=self.update_bytes(split) if updated else 0,
-            temporary=self._temporary(self._client_has_labels, recompute) if adapters else self._forward_temporary(),
+            temporary=self._temporary(self._client_has_labels, checkpointing)
+            if adapters
+            else self._forward_temporary(),
             process=process_bytes,
         )
 
-    def _temporary(self, head: bool, recompute: bool) -> int:
+    def _temporary(self, head: bool, checkpointing: bool) -> int:
         """The largest temporary of a part, with or without the head."""
-        blocks = self._temporary_again if recompute else self.temporary_bytes
+        blocks = self._temporary_again if checkpointing else self.temporary_bytes
         return max(blocks, self.head_bytes) if head else blocks
 
     def _forward_temporary(self) -> int:
@@ -348,7 +352,7 @@ class CostModel:
         clients: Mapping[str, tuple[int, Mapping[str, int]]],
         process_bytes: int = 0,
         *,
-        recompute: bool = False,
+        checkpointing: bool = False,
     ) -> int:
         """Predicted peak memory of the server.
 
@@ -361,10 +365,10 @@ class CostModel:
         if self.workload.half == "shared" and clients:
             lowest, ranks = min(clients.values(), key=lambda client: client[0])
             waiting = (len(clients) - 1) * self._frames
-            one = self.held_bytes(lowest, ranks) + self.pass_bytes(lowest, ranks, recompute=recompute)
+            one = self.held_bytes(lowest, ranks) + self.pass_bytes(lowest, ranks, checkpointing=checkpointing)
             return process_bytes + base + waiting + one
         held = sum(self.held_bytes(split, ranks) for split, ranks in clients.values())
-        passes = sorted(self.pass_bytes(split, ranks, recompute=recompute) for split, ranks in clients.values())
+        passes = sorted(self.pass_bytes(split, ranks, checkpointing=checkpointing) for split, ranks in clients.values())
         at_once = len(passes) if self.workload.passes is None else self.workload.passes
         return process_bytes + base + held + sum(passes[-at_once:])
 
@@ -372,13 +376,13 @@ class CostModel:
         """What one client costs the server all the time: its adapters from ``split`` up, and frames under way."""
         return self.adapter_bytes(ranks, split, self.num_blocks) + self._frames
 
-    def pass_bytes(self, split: int, ranks: Mapping[str, int], *, recompute: bool = False) -> int:
+    def pass_bytes(self, split: int, ranks: Mapping[str, int], *, checkpointing: bool = False) -> int:
         """Activations and temporaries of the server while it computes for one client, from ``split`` up.
 
         A server without the labels keeps them until the client has returned its gradients.
         """
-        kept = self.kept_bytes(ranks, split, self.num_blocks, everything=True, recompute=recompute)
-        return kept // self.workload.in_flight * self.server_micro_batches + self._pass_temporary[recompute]
+        kept = self.kept_bytes(ranks, split, self.num_blocks, everything=True, checkpointing=checkpointing)
+        return kept // self.workload.in_flight * self.server_micro_batches + self._pass_temporary[checkpointing]
 
     @property
     def server_micro_batches(self) -> int:
@@ -386,35 +390,35 @@ class CostModel:
         return self.workload.in_flight if self._client_has_labels else 1
 
     def whole_bytes(
-        self, ranks: Mapping[str, int], process_bytes: int = 0, *, recompute: bool = False, updated: bool = True
+        self, ranks: Mapping[str, int], process_bytes: int = 0, *, checkpointing: bool = False, updated: bool = True
     ) -> int:
         """Predicted peak memory of a client that trains the unsplit model; parameters as for :meth:`client_bytes`."""
         parts = self._parts(
             weights=self.total_weight_bytes,
             adapters=self.adapter_bytes(ranks, 0, self.num_blocks),
-            activations=self.kept_bytes(ranks, 0, self.num_blocks, recompute=recompute),
+            activations=self.kept_bytes(ranks, 0, self.num_blocks, checkpointing=checkpointing),
             update=self.update_bytes(self.num_blocks) if updated else 0,
-            temporary=self._temporary(True, recompute),
+            temporary=self._temporary(True, checkpointing),
             process=process_bytes,
         )
         return sum(parts.values())
 
-    def client_flops(self, split: int, ranks: Mapping[str, int], *, recompute: bool = False) -> float:
+    def client_flops(self, split: int, ranks: Mapping[str, int], *, checkpointing: bool = False) -> float:
         """Floating-point operations of the client in one training step, forward and backward.
 
         Nothing below the lowest adapted block needs a backward pass. A multiplication and an addition are two. With the
         labels goes the head, as for :meth:`server_flops`.
         """
         head = 2 * self._head_flops if self._client_has_labels else 0
-        return self._block_flops(ranks, 0, split, recompute=recompute) + head
+        return self._block_flops(ranks, 0, split, checkpointing=checkpointing) + head
 
-    def server_flops(self, split: int, ranks: Mapping[str, int], *, recompute: bool = False) -> float:
+    def server_flops(self, split: int, ranks: Mapping[str, int], *, checkpointing: bool = False) -> float:
         """Floating-point operations of the server for one client in one training step.
 
         The backward pass always reaches the cut. Every position is taken as labelled, so the head's share is a bound.
         """
         head = 0 if self._client_has_labels else 2 * self._head_flops
-        return self._block_flops(ranks, split, self.num_blocks, everything=True, recompute=recompute) + head
+        return self._block_flops(ranks, split, self.num_blocks, everything=True, checkpointing=checkpointing) + head
 
     def whole_flops(self, ranks: Mapping[str, int]) -> float:
         """Floating-point operations of one training step of the unsplit model."""
@@ -467,7 +471,7 @@ class CostModel:
         last: int,
         *,
         everything: bool = False,
-        recompute: bool = False,
+        checkpointing: bool = False,
     ) -> float:
         """Of blocks ``first .. last - 1``; backward reaches down to the lowest adapted one, or to all of them."""
         adapted = [layer for layer in self.layers if first <= layer.block < last and ranks.get(layer.name, 0)]
@@ -476,7 +480,7 @@ class CostModel:
         # The gradient of a frozen layer's input costs as much as its forward pass; attention has two operands.
         backward = 2.0 * self.rows * self.linear_parameters + 2 * self._attention_flops
         low_rank = 2.0 * self.rows * sum(layer.adapter_parameters(ranks[layer.name]) for layer in adapted)
-        if recompute:
+        if checkpointing:
             backward, low_rank = backward + forward, low_rank * 4 / 3
         return (last - first) * forward + (last - lowest) * backward + 3 * low_rank
 
@@ -497,14 +501,14 @@ class CostModel:
         last: int,
         *,
         everything: bool = False,
-        recompute: bool = False,
+        checkpointing: bool = False,
     ) -> int:
         """Activations that blocks ``first .. last - 1`` keep for backward, for all micro-batches in flight.
 
         Below the lowest adapter no gradient is needed and nothing is kept, unless ``everything`` says that the input of
         the first block asks for its gradient, as the cut activation does on the server.
         """
-        return self._kept(ranks, self.layers, first, last, everything=everything, recompute=recompute)
+        return self._kept(ranks, self.layers, first, last, everything=everything, checkpointing=checkpointing)
 
     def _kept(
         self,
@@ -514,22 +518,22 @@ class CostModel:
         last: int,
         *,
         everything: bool = False,
-        recompute: bool = False,
+        checkpointing: bool = False,
     ) -> int:
         adapted = [layer for layer in layers if first <= layer.block < last and ranks.get(layer.name, 0)]
         if not adapted and not everything:
             return 0
         lowest = first if everything else min(layer.block for layer in adapted)
-        blocks = (last - lowest) * self.block_bytes(recompute)
-        if recompute:
+        blocks = (last - lowest) * self.block_bytes(checkpointing)
+        if checkpointing:
             return blocks
         inputs = {(layer.block, layer.input_id): layer.input_bytes for layer in adapted}
         low_rank = self._low_rank_bytes(sum(ranks[layer.name] for layer in adapted))
         return blocks + sum(inputs.values()) + self.workload.in_flight * low_rank
 
-    def block_bytes(self, recompute: bool = False) -> int:
+    def block_bytes(self, checkpointing: bool = False) -> int:
         """What a block without adapters keeps for backward, for all micro-batches in flight."""
-        return self._block_bytes[recompute]
+        return self._block_bytes[checkpointing]
 
     def adapter_price(self, layer: Layer, rank: int, micro_batches: int) -> int:
         """What one more adapter adds to :meth:`adapter_bytes` and, of so many micro-batches, to :meth:`kept_bytes`,

@@ -200,7 +200,7 @@ class Solver:
         return (value, Half(way, market.ranks(chosen), chosen.split)) if value > beaten + SAME else None
 
     def _market(self, way: Way, below: Array) -> Market:
-        p, key = self.problem, (way.costs.recompute, way.every_pass)
+        p, key = self.problem, (way.costs.checkpointing, way.every_pass)
         if key not in self._fronts:
             self._fronts[key] = fronts_above(p, way.prices, way.inputs, p.values, math.inf)[::-1]
         return Market(p, way, self._fronts[key], np.where(p.splits >= way.lowest, below, -np.inf))

@@ -23,7 +23,7 @@ from hsplitlora_flwr.planning.problem import Assignment, Problem, least_bytes
 
 PLANNERS = ("exact", "greedy")
 CLIENTS = ("plan", "all", "none")
-RECOMPUTE = {"off": (False,), "on": (True,), "auto": (False, True)}
+CHECKPOINTING = {"off": (False,), "on": (True,), "auto": (False, True)}
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class ClientPlan:
         Peak memory of the client by the cost model.
     predicted_seconds : float
         The client's own time in a round, computing and on the wire.
-    recompute, server_recompute : bool
+    checkpointing, server_checkpointing : bool
         Whether blocks of the client, and of the server for it, compute their activations again in the backward pass.
     forward_only : bool
         The client has no adapters: it computes forward alone, and its steps train the server's half.
@@ -50,14 +50,16 @@ class ClientPlan:
     ranks: Mapping[str, int]
     predicted_bytes: int
     predicted_seconds: float = 0.0
-    recompute: bool = False
-    server_recompute: bool = False
+    checkpointing: bool = False
+    server_checkpointing: bool = False
     forward_only: bool = False
 
     @property
-    def recomputing(self) -> str:
+    def checkpointed(self) -> str:
         """The sides that compute their activations again: ``none``, ``client``, ``server`` or ``both``."""
-        sides = [side for side, again in (("client", self.recompute), ("server", self.server_recompute)) if again]
+        sides = [
+            side for side, again in (("client", self.checkpointing), ("server", self.server_checkpointing)) if again
+        ]
         return "both" if len(sides) > 1 else "".join(sides) or "none"
 
 
@@ -109,7 +111,7 @@ def make_plan(
     deadline: float | None = None,
     steps: int = 1,
     wire: tuple[str, str] = ("float32", "float32"),
-    recompute: str = "off",
+    checkpointing: str = "off",
     clients: str = "plan",
     own: Mapping[str, CostModel] | None = None,
 ) -> Plan:
@@ -150,7 +152,7 @@ def make_plan(
         Passes of the cost model's workload in a round of a client.
     wire : tuple[str, str]
         Numbers on the wire, up and down; see :meth:`hsplitlora_flwr.planning.cost.CostModel.wire_bytes`.
-    recompute : {"off", "on", "auto"}
+    checkpointing : {"off", "on", "auto"}
         Whether blocks compute their activations again in the backward pass, on both sides; with ``auto`` a client does,
         and so does the server, where its memory does not hold its part of the plan otherwise.
     clients : {"plan", "all", "none"}
@@ -174,7 +176,7 @@ def make_plan(
     _check(ranks, min_split, max_split, cost, planner, tolerance, steps)
     if clients not in CLIENTS:
         raise PlanError(f"clients={clients!r} is unknown; choose one of {', '.join(CLIENTS)}")
-    choices = recompute_choices(recompute)
+    choices = checkpointing_choices(checkpointing)
     if deadline is not None:
         _check_deadline(deadline, planner, [*budgets.values(), *([server] if server else [])])
     own, lowest = own or {}, min(rank for rank in ranks if rank > 0)
@@ -197,7 +199,7 @@ def make_plan(
         max_split=max_split,
         steps=steps,
         wire=wire,
-        recompute=choices,
+        checkpointing=choices,
         clients=clients,
         own=own,
     )
@@ -213,17 +215,17 @@ def make_plan(
     return _plan(problem, able, plan, left_out, greedy_objective, solver.bound() * problem.total_importance)
 
 
-def recompute_choices(recompute: str) -> tuple[bool, ...]:
+def checkpointing_choices(checkpointing: str) -> tuple[bool, ...]:
     """Whether activations may be kept (False) or computed again (True), what takes less time first.
 
     Raises
     ------
     PlanError
-        If ``recompute`` is none of ``off``, ``on`` and ``auto``.
+        If ``checkpointing`` is none of ``off``, ``on`` and ``auto``.
     """
-    if recompute not in RECOMPUTE:
-        raise PlanError(f"recompute={recompute!r} is unknown; choose one of {', '.join(RECOMPUTE)}")
-    return RECOMPUTE[recompute]
+    if checkpointing not in CHECKPOINTING:
+        raise PlanError(f"checkpointing={checkpointing!r} is unknown; choose one of {', '.join(CHECKPOINTING)}")
+    return CHECKPOINTING[checkpointing]
 
 
 def missing_bytes(
@@ -232,11 +234,11 @@ def missing_bytes(
     split: int,
     rank: int,
     clients: str,
-    recompute: Sequence[bool],
+    checkpointing: Sequence[bool],
 ) -> dict[str, int]:
     """What every client lacks to take part, in bytes of memory or of adapters that it may send; 0 or less where it has
     enough. Parameters as for :func:`make_plan`, and ``rank`` the lowest."""
-    needed, sent = least_bytes(cost, split, rank, clients, recompute), 0
+    needed, sent = least_bytes(cost, split, rank, clients, checkpointing), 0
     if clients == "all":
         below = (layer.adapter_parameters(rank) for layer in cost.layers if layer.block < split)
         sent = cost.workload.adapter_item * min(below, default=0)
@@ -256,7 +258,7 @@ def probe_plan(
     min_split: int = 1,
     max_split: int | None = None,
     *,
-    recompute: bool = False,
+    checkpointing: bool = False,
     clients: str = "plan",
 ) -> ClientPlan | None:
     """What a client holds while the importance is measured; None when it cannot take part.
@@ -271,9 +273,9 @@ def probe_plan(
     deepest = cost.num_blocks - 1 if max_split is None else max_split
     for split in range(deepest, min_split - 1, -1) if clients != "none" else ():
         everywhere = {layer.name: lowest for layer in cost.layers if layer.block < split}
-        if cost.client_bytes(split, everywhere, recompute=recompute) <= room:
-            return ClientPlan(split, {}, 0, recompute=recompute, server_recompute=recompute)
-    return ClientPlan(min_split, {}, 0, server_recompute=recompute, forward_only=True)
+        if cost.client_bytes(split, everywhere, checkpointing=checkpointing) <= room:
+            return ClientPlan(split, {}, 0, checkpointing=checkpointing, server_checkpointing=checkpointing)
+    return ClientPlan(min_split, {}, 0, server_checkpointing=checkpointing, forward_only=True)
 
 
 def _plan(
@@ -286,7 +288,7 @@ def _plan(
 ) -> Plan:
     """The plan with what it costs. A side computes nothing again that it can keep."""
     taken, flops, again, resting = problem.of_clients(assignment)
-    sides = [(*problem.of_server(costs, assignment), costs.recompute) for costs in problem.prices.costs]
+    sides = [(*problem.of_server(costs, assignment), costs.checkpointing) for costs in problem.prices.costs]
     served, work, server_again = next((s for s in sides if s[0] <= problem.memory_of_server), min(sides))
     own = problem.own_seconds(flops[:, None], resting[:, None], problem.speed)[:, 0]
     names, ranks = [layer.name for layer in problem.cost.layers], problem.ranks.tolist()
@@ -299,8 +301,8 @@ def _plan(
             chosen,
             memory,
             float(own[i]),
-            recompute=bool(again[i] and not resting[i]),
-            server_recompute=server_again,
+            checkpointing=bool(again[i] and not resting[i]),
+            server_checkpointing=server_again,
             forward_only=bool(resting[i]),
         )
     return Plan(
@@ -315,10 +317,10 @@ def _plan(
 
 
 def first_fitting(memory: Callable[..., int], choices: Sequence[bool], limit: float) -> tuple[int, bool]:
-    """``memory(recompute=choice)`` and the choice: the first that keeps to a limit, else the one that takes least."""
+    """``memory(checkpointing=choice)`` and the choice: the first that keeps to a limit, else the smallest."""
     tried = []
     for choice in choices:
-        tried.append((memory(recompute=choice), choice))
+        tried.append((memory(checkpointing=choice), choice))
         if tried[-1][0] <= limit:
             return tried[-1]
     return min(tried)

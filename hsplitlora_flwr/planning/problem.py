@@ -36,7 +36,7 @@ class Assignment(NamedTuple):
 class Costs(NamedTuple):
     """What training costs where activations are kept for backward, or where they are computed again."""
 
-    recompute: bool
+    checkpointing: bool
     below: Array
     """``(layers, ranks, 3)``; an adapter on a client, and ``above`` on the server."""
     above: Array
@@ -68,7 +68,7 @@ class Way(NamedTuple):
     room: float
 
 
-def least_bytes(cost: CostModel, split: int, rank: int, clients: str, recompute: Sequence[bool]) -> int:
+def least_bytes(cost: CostModel, split: int, rank: int, clients: str, checkpointing: Sequence[bool]) -> int:
     """The least that a client takes beside its process.
 
     Without adapters, where it may have none (``clients``); else with one of ``rank`` in the highest block that can get
@@ -78,7 +78,7 @@ def least_bytes(cost: CostModel, split: int, rank: int, clients: str, recompute:
         return cost.client_bytes(split, {})
     highest = max((layer.block for layer in cost.layers if layer.block < split), default=-1)
     one = [{layer.name: rank} for layer in cost.layers if layer.block == highest] or [{}]
-    return min(cost.client_bytes(split, ranks, recompute=again) for ranks in one for again in recompute)
+    return min(cost.client_bytes(split, ranks, checkpointing=again) for ranks in one for again in checkpointing)
 
 
 class Prices:
@@ -95,7 +95,7 @@ class Prices:
     parameters : Array
         ``(layers, ranks)``.
     costs : tuple of Costs
-        For every choice in ``recompute``.
+        For every choice in ``checkpointing``.
     """
 
     def __init__(
@@ -104,55 +104,55 @@ class Prices:
         splits: Index,
         ranks: Index,
         clients: str,
-        recompute: Sequence[bool],
+        checkpointing: Sequence[bool],
         wire: tuple[str, str],
     ) -> None:
         self._cost, self._splits, self._ranks = cost, splits.tolist(), ranks.tolist()
         self.floor, self.forward = np.zeros(cost.num_blocks), np.zeros(cost.num_blocks)
         for split in self._splits:
-            self.floor[split] = least_bytes(cost, split, self._ranks[1], clients, recompute)
+            self.floor[split] = least_bytes(cost, split, self._ranks[1], clients, checkpointing)
             self.forward[split] = cost.client_flops(split, {})
         self.frames = float(cost.held_bytes(cost.num_blocks - 1, {}))
         self.wire = {resting: cost.wire_bytes(*wire, forward_only=resting) for resting in (False, True)}
         inputs = {(layer.block, layer.input_id): layer.input_bytes for layer in cost.layers}
         self._inputs = np.array(list(inputs.values()), float)
         self.parameters = np.array([[layer.adapter_parameters(rank) for rank in self._ranks] for layer in cost.layers])
-        self.costs = tuple(map(self._costs, recompute))
+        self.costs = tuple(map(self._costs, checkpointing))
 
-    def _costs(self, recompute: bool) -> Costs:
+    def _costs(self, checkpointing: bool) -> Costs:
         cost, first, in_flight = self._cost, self._cost.layers[0], self._cost.workload.in_flight
         # A client's peak is either `floor`, with the accumulated update, or `base` and what training adds to it. At a
         # rank that outweighs every update it is the latter.
         base, passing, served = np.zeros((3, cost.num_blocks))
         huge = {first.name: 2**40}
         for split in self._splits:
-            trained = cost.adapter_bytes(huge, 0, split) + cost.kept_bytes(huge, 0, split, recompute=recompute)
-            base[split] = cost.client_bytes(split, huge, recompute=recompute) - trained
-            passing[split] = cost.pass_bytes(split, {}, recompute=recompute)
-            served[split] = cost.server_flops(split, {}, recompute=recompute)
+            trained = cost.adapter_bytes(huge, 0, split) + cost.kept_bytes(huge, 0, split, checkpointing=checkpointing)
+            base[split] = cost.client_bytes(split, huge, checkpointing=checkpointing) - trained
+            passing[split] = cost.pass_bytes(split, {}, checkpointing=checkpointing)
+            served[split] = cost.server_flops(split, {}, checkpointing=checkpointing)
         one = {first.name: self._ranks[1]}
         # On a server, with all blocks, the backward pass runs anyway: what an adapter adds is its own.
-        alone = cost.server_flops(0, {}, recompute=recompute)
-        work = (cost.server_flops(0, one, recompute=recompute) - alone) / cost.adapter_parameters(one)
+        alone = cost.server_flops(0, {}, checkpointing=checkpointing)
+        work = (cost.server_flops(0, one, checkpointing=checkpointing) - alone) / cost.adapter_parameters(one)
         split = max(self._splits[0], first.block + 1)
-        added = cost.client_flops(split, one, recompute=recompute) - cost.client_flops(split, {})
+        added = cost.client_flops(split, one, checkpointing=checkpointing) - cost.client_flops(split, {})
         backward = (added - work * cost.adapter_parameters(one)) / (split - first.block)
         on_server = cost.server_micro_batches
 
         def items(micro_batches: int) -> Array:
-            kept = 0 if recompute else micro_batches
+            kept = 0 if checkpointing else micro_batches
             taken = [[cost.adapter_price(layer, rank, kept) for rank in self._ranks] for layer in cost.layers]
             return np.stack([np.array(taken, float), self.parameters, work * self.parameters], axis=2)
 
-        inputs = np.zeros_like(self._inputs) if recompute else self._inputs
+        inputs = np.zeros_like(self._inputs) if checkpointing else self._inputs
         return Costs(
-            recompute,
+            checkpointing,
             items(in_flight),
             items(on_server),
             inputs,
             inputs * on_server / in_flight,
             base,
-            np.array([cost.block_bytes(recompute), 0.0, backward]),
+            np.array([cost.block_bytes(checkpointing), 0.0, backward]),
             work,
             passing,
             served,
@@ -163,7 +163,7 @@ class Problem:
     """Budgets, shares, importance and costs as arrays. Values are in units of the importance of all layers together.
 
     Parameters are those of :func:`hsplitlora_flwr.planning.planner.make_plan`; ``budgets`` are of the clients that can
-    take part, and ``recompute`` says whether activations may be kept (False), computed again, or either, the faster
+    take part, and ``checkpointing`` says whether activations may be kept (False), computed again, or either, the faster
     first.
 
     Attributes
@@ -189,7 +189,7 @@ class Problem:
         max_split: int,
         steps: int,
         wire: tuple[str, str],
-        recompute: Sequence[bool],
+        checkpointing: Sequence[bool],
         clients: str,
         own: Mapping[str, CostModel] | None,
     ) -> None:
@@ -200,7 +200,7 @@ class Problem:
         self._read_layers(importance)
         models = [(own or {}).get(name, cost) for name in self.names]
         prices = {
-            id(model): Prices(model, self.splits, self.ranks, clients, recompute, wire)
+            id(model): Prices(model, self.splits, self.ranks, clients, checkpointing, wire)
             for model in {id(model): model for model in (cost, *models)}.values()
         }
         self.prices = prices[id(cost)]
@@ -303,7 +303,7 @@ class Problem:
                 needed = np.where(blocks[index] > 0, np.maximum(floor, training), floor)
                 fewer = (taken[index] > self.memory[index]) & (needed < taken[index])
                 some = index[fewer]
-                taken[some], again[some] = needed[fewer], costs.recompute
+                taken[some], again[some] = needed[fewer], costs.checkpointing
                 flops[some] = (prices.forward[split] + cost[:, OPERATIONS])[fewer]
         return taken, flops, again, blocks == 0
 

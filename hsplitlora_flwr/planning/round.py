@@ -165,7 +165,7 @@ def make_round_plan(
             cost,
             ranks=config.lora.ranks if method.ranks == "budget" else (config.lora.rank,),
             over_budget=plan.over_budget,
-            recompute=train.activation_checkpointing,
+            checkpointing=train.activation_checkpointing,
             shares=shares,
             own=own,
         )
@@ -179,7 +179,7 @@ def make_round_plan(
             server=server,
             min_split=least,
             max_split=most,
-            recompute=train.activation_checkpointing,
+            checkpointing=train.activation_checkpointing,
             shares=shares,
             trains=config.lora.clients != "none",
             own=own,
@@ -200,7 +200,7 @@ def make_round_plan(
         deadline=plan.deadline or None,
         steps=train.steps * math.ceil(train.batch_size / (train.micro_batch_size or train.batch_size)),
         wire=(config.transport.up, config.transport.down),
-        recompute=train.activation_checkpointing,
+        checkpointing=train.activation_checkpointing,
         clients=config.lora.clients,
         own=own,
     )

@@ -13,7 +13,7 @@ from functools import partial
 
 from hsplitlora_flwr.planning.budget import Budget, PlanError
 from hsplitlora_flwr.planning.cost import CostModel
-from hsplitlora_flwr.planning.planner import ClientPlan, Plan, first_fitting, nobody_fits, recompute_choices
+from hsplitlora_flwr.planning.planner import ClientPlan, Plan, checkpointing_choices, first_fitting, nobody_fits
 
 
 def whole_plan(
@@ -22,7 +22,7 @@ def whole_plan(
     *,
     ranks: Sequence[int],
     over_budget: bool = False,
-    recompute: str = "off",
+    checkpointing: str = "off",
     shares: Mapping[str, float] | None = None,
     own: Mapping[str, CostModel] | None = None,
 ) -> Plan:
@@ -34,7 +34,7 @@ def whole_plan(
         A client gets the highest of them that its memory holds and that it may send.
     over_budget : bool
         A client whose budget does not hold even the lowest gets that one instead of being left out.
-    recompute : {"off", "on", "auto"}
+    checkpointing : {"off", "on", "auto"}
         As for :func:`~hsplitlora_flwr.planning.planner.make_plan`.
     shares : Mapping[str, float], optional
         ``p_i`` by client; equal when None.
@@ -49,7 +49,7 @@ def whole_plan(
     plans: dict[str, ClientPlan] = {}
     left_out: dict[str, int] = {}
     offers = [dict.fromkeys((layer.name for layer in cost.layers), rank) for rank in sorted(set(ranks) - {0})]
-    choices = recompute_choices(recompute)
+    choices = checkpointing_choices(checkpointing)
     for client, budget in budgets.items():
         for offer in reversed(offers):
             memory = partial((own or {}).get(client, cost).whole_bytes, offer, budget.process_bytes)
@@ -58,7 +58,7 @@ def whole_plan(
             if missing <= 0:
                 break
         if missing <= 0 or over_budget:
-            plans[client] = ClientPlan(cost.num_blocks, offer, price, recompute=again)
+            plans[client] = ClientPlan(cost.num_blocks, offer, price, checkpointing=again)
         else:
             left_out[client] = missing
     if not plans:
@@ -76,7 +76,7 @@ def equal_plan(
     server: Budget | None = None,
     min_split: int = 1,
     max_split: int | None = None,
-    recompute: str = "off",
+    checkpointing: str = "off",
     shares: Mapping[str, float] | None = None,
     trains: bool = True,
     own: Mapping[str, CostModel] | None = None,
@@ -89,7 +89,7 @@ def equal_plan(
         The split point; 0 takes the deepest that every client can hold. A client that cannot hold it is left out.
     server : Budget, optional
         The server's budget; unlimited when None.
-    recompute : {"off", "on", "auto"}
+    checkpointing : {"off", "on", "auto"}
         As for :func:`~hsplitlora_flwr.planning.planner.make_plan`.
     shares : Mapping[str, float], optional
         ``p_i`` by client; equal when None.
@@ -103,7 +103,7 @@ def equal_plan(
     PlanError
         If no client can hold it, or the server cannot hold its part; the text says how many bytes are missing.
     """
-    choices = recompute_choices(recompute)
+    choices = checkpointing_choices(checkpointing)
 
     def offer(depth: int) -> dict[str, int]:
         return {layer.name: rank for layer in cost.layers if trains or layer.block >= depth}
@@ -126,7 +126,7 @@ def equal_plan(
     for client in budgets:
         taken, again = price(depth, client)
         if (lacking := missing(depth, client)) <= 0:
-            plans[client] = ClientPlan(depth, offer(depth), taken, recompute=again, forward_only=not trains)
+            plans[client] = ClientPlan(depth, offer(depth), taken, checkpointing=again, forward_only=not trains)
         else:
             left_out[client] = lacking
     if not plans:
@@ -143,7 +143,7 @@ def equal_plan(
             f"the server has {server.memory_bytes:,} bytes and misses {served - server.memory_bytes:,} to serve "
             f"{len(plans)} client(s) with adapters of rank {rank}. Raise plan.server_memory_gb or lower lora.rank"
         )
-    plans = {client: replace(plan, server_recompute=server_again) for client, plan in plans.items()}
+    plans = {client: replace(plan, server_checkpointing=server_again) for client, plan in plans.items()}
     return Plan(plans, left_out, _objective(plans, cost, shares), served)
 
 

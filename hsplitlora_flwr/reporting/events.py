@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 EVENTS_FILE = "events.jsonl"
-PLAN_COLUMNS = ("client", "examples", "budget", "split", "ranks", "recompute", "predicted memory")
+PLAN_COLUMNS = ("client", "examples", "budget", "split", "ranks", "checkpointing", "predicted")
 STEP_LOG_SECONDS = 5.0
 
 Event = Mapping[str, Any]
@@ -196,7 +196,7 @@ def plan_rows(event: Event) -> list[tuple[str, ...]]:
         ranks = client["ranks"]
         spread = str(ranks["min"]) if ranks["min"] == ranks["max"] else f"{ranks['min']}-{ranks['max']}"
         mean = f" (mean {ranks['mean']:.1f})"
-        rows.append((*row, split, spread + mean, client["recompute"], format_bytes(client["predicted_bytes"])))
+        rows.append((*row, split, spread + mean, client["checkpointing"], format_bytes(client["predicted_bytes"])))
     return rows
 
 

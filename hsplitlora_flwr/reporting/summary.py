@@ -14,6 +14,8 @@ SUMMARY_FILE = "summary.json"
 ROWS_FILE = "held_out.json"
 STOPPED = "the process of the run was stopped; Flower's log says why"
 """The error of a run that learned no more than that."""
+_RENAMED = {"recompute": "checkpointing"}
+"""Fields by the names that they had."""
 _PACKAGES = ("hsplitlora-flwr", "flwr", "torch", "transformers", "peft", "ray")
 
 
@@ -48,7 +50,7 @@ class Summary:
         OSError, ValueError
             If there is none that can be read.
         """
-        earlier = json.loads((run_folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+        earlier = read_summary(run_folder)
         for name in ("rounds", "plans", "importance_drift"):
             if name in earlier:
                 self.content[name] = [row for row in earlier[name] if row["round"] <= server_round]
@@ -61,6 +63,18 @@ class Summary:
         """Take over ``changes`` and write the file; a reader sees the old content or the new, never a half."""
         self.content.update(changes, seconds=time.time() - self.content["started"])
         _write(self._path, self.content)
+
+
+def read_summary(folder: Path) -> Any:
+    """What the summary of a run folder says, by the names that its fields have now; anything if it is damaged.
+
+    Raises
+    ------
+    OSError, ValueError
+        If there is none, or it is no JSON.
+    """
+    text = (folder / SUMMARY_FILE).read_text(encoding="utf-8")
+    return json.loads(text, object_hook=lambda fields: {_RENAMED.get(name, name): fields[name] for name in fields})
 
 
 def write_rows(folder: Path, server_round: int, rows: Sequence[tuple[float, int]]) -> None:

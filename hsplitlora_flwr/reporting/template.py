@@ -94,7 +94,7 @@ perplexity {{ summary.smaller_adapter.perplexity | number(3) }}</p>
 {% if clients %}
 <h2>Who held what</h2>
 <div class="wide"><table>
-<tr><th>client</th><th>examples</th><th>blocks</th><th>mean rank</th><th>computed again</th><th>budget</th>
+<tr><th>client</th><th>examples</th><th>blocks</th><th>mean rank</th><th>checkpointing</th><th>budget</th>
 <th>planned</th><th>measured peak</th><th>tokens/s</th><th>rounds</th><th>last loss</th></tr>
 {% for client in clients %}
 <tr><td>{{ client.client }}</td><td>{{ client.examples }}</td>
@@ -103,7 +103,7 @@ perplexity {{ summary.smaller_adapter.perplexity | number(3) }}</p>
 {% else %}
 <td>{{ client.split if client.split is defined else "-" }}{% if client.blocks %} of {{ client.blocks }}{% endif %}
 {{- ", forward alone" if client.trains is false }}</td>
-<td>{{ client.mean_rank | number(1) }}</td><td>{{ client.recompute or "-" }}</td>
+<td>{{ client.mean_rank | number(1) }}</td><td>{{ client.checkpointing or "-" }}</td>
 {% endif %}
 <td>{{ client.budget_bytes | gb }}</td><td>{{ client.predicted_bytes | gb }}</td>
 <td>{{ client.measured_bytes | gb }}</td><td>{{ client.tokens_per_second | number(0) }}</td>

@@ -75,13 +75,13 @@ class CentralModel(TunedModel):
     def take_update(self) -> float:
         """Make what training has left the update; returns its norm."""
         update = extract(self._part)
-        self.delta.replace(update)
+        self.accumulated.replace(update)
         return update_norm(update)
 
     def save_state(self, server_round: int, folder: Path) -> None:
         """Put adapters, with what the optimizer keeps of them, into a run folder."""
         settings = self._config.to_run_config()
-        save_state(RunState(server_round, settings, self.delta, optimizer=self.optimizer.tensors()), folder)
+        save_state(RunState(server_round, settings, self.accumulated, optimizer=self.optimizer.tensors()), folder)
 
     def _trainable(self, part: WholeModel) -> list[nn.Parameter]:
         config, rank = self._config, self._config.lora.rank

@@ -31,8 +31,8 @@ from torch import Tensor
 
 from hsplitlora_flwr.config import Config, ConfigError, Scalar
 from hsplitlora_flwr.lora.aggregation import Factors
-from hsplitlora_flwr.lora.export import DELTA_FILE, load_delta, save_delta
-from hsplitlora_flwr.lora.update import Change, Delta, pack, unpack
+from hsplitlora_flwr.lora.export import DELTA_FILE, load_update, save_update
+from hsplitlora_flwr.lora.update import AccumulatedUpdate, Change, pack, unpack
 from hsplitlora_flwr.methods import METHODS, keeps_half
 from hsplitlora_flwr.models.loading import with_model_dtype
 from hsplitlora_flwr.planning.budget import Budget
@@ -92,7 +92,7 @@ class RunState:
         The last finished round.
     settings : Mapping[str, Any]
         The run's, as dotted keys.
-    delta : Delta
+    accumulated : AccumulatedUpdate
         The accumulated update.
     start : Mapping[str, Factors]
         What adapters start from, by layer name.
@@ -109,7 +109,7 @@ class RunState:
 
     server_round: int
     settings: Mapping[str, Any]
-    delta: Delta
+    accumulated: AccumulatedUpdate
     start: Mapping[str, Factors] = field(default_factory=dict)
     optimizer: Mapping[str, Tensor] = field(default_factory=dict)
     importance: Mapping[str, float] = field(default_factory=dict)
@@ -129,7 +129,7 @@ def save_state(state: RunState, run_folder: Path) -> None:
     draft = folder / "part"
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    save_delta(state.delta, draft)
+    save_update(state.accumulated, draft)
     files = {_START: pack({name: Change(factors=pair) for name, pair in state.start.items()})}
     files[_OPTIMIZER] = dict(state.optimizer)
     for name, tensors in files.items():
@@ -215,7 +215,7 @@ def load_state(config: Config) -> RunState:
 
     Raises
     ------
-    ResumeError, ConfigError, DeltaError
+    ResumeError, ConfigError, UpdateError
         If there is no such round, it does not fit the settings, or a file is damaged.
     """
     folder = _last_checkpoint(config)
@@ -229,13 +229,13 @@ def load_state(config: Config) -> RunState:
             tensors[name] = load_file(file)
     _check_digest(folder / DELTA_FILE, text)
     with _reading(folder / DELTA_FILE):
-        delta = load_delta(folder, config.lora.rank_cap)
+        accumulated = load_update(folder, config.lora.rank_cap)
     with _reading(folder / _START):
         start = {name: change.factors for name, change in unpack(tensors[_START]) if change.factors}
     return RunState(
         server_round=text["server_round"],
         settings=_as_now(text["settings"]),
-        delta=delta,
+        accumulated=accumulated,
         start=start,
         optimizer=tensors[_OPTIMIZER],
         importance=text["importance"],
@@ -279,9 +279,16 @@ def _read_text(folder: Path) -> dict[str, Any]:
 _TABLES = ("settings", "importance", "planned_importance", "plans", "planned_budgets", "digests")
 
 
+_RENAMED = {"recompute": "checkpointing", "server_recompute": "server_checkpointing"}
+"""Fields of plans by the names that they had."""
+
+
 def _plans(folder: Path, text: Mapping[str, Any]) -> tuple[dict[str, ClientPlan], dict[str, Budget]]:
     with _reading(folder / _STATE):
-        plans = {client: ClientPlan(**plan) for client, plan in text["plans"].items()}
+        fields = {
+            client: {_RENAMED.get(name, name): plan[name] for name in plan} for client, plan in text["plans"].items()
+        }
+        plans = {client: ClientPlan(**plan) for client, plan in fields.items()}
         return plans, {client: Budget(**budget) for client, budget in text["planned_budgets"].items()}
 
 
@@ -346,7 +353,7 @@ def _fixed(config: Config) -> list[str]:
     fixed = ["method.name", "model.quantise", "run.seed", "evaluation.client_rows"]
     # other text would be held out and kept apart, of which some has been trained on
     fixed += [key for key in config.to_run_config() if key.startswith("data.")]
-    if method.carries or method.central:  # the same adapters go on
+    if method.keeps_global_adapter or method.central:  # the same adapters go on
         fixed += ["lora.rank", "lora.ranks", "lora.alpha", "lora.targets"]
     if method.central or keeps_half(config):  # and the same optimizer
         fixed += ["train.optimizer", "train.momentum"]

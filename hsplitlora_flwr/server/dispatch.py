@@ -87,7 +87,7 @@ class Dispatch:
         self._model.begin_round(specs)
         if not shared:
             return
-        owner = "all" if self._method.carries else f"{server_round}/server"
+        owner = "all" if self._method.keeps_global_adapter else f"{server_round}/server"
         self._shard.share_half(
             {client: plan.split for client, plan in plans.items()},
             specs,
@@ -115,8 +115,8 @@ class Dispatch:
             first_step=(server_round - 1) * self._config.train.steps,
             steps=steps,
             spacious=kind == TRAIN and may_fragment(description.budget, plan.predicted_bytes),
-            checkpointing=plan.recompute,
-            server_checkpointing=plan.server_recompute,
+            checkpointing=plan.checkpointing,
+            server_checkpointing=plan.server_checkpointing,
             forward_only=plan.forward_only,
         )
         if self._method.split:
@@ -210,8 +210,8 @@ class Dispatch:
             base=part_digests(model.path, task.split, model.dtype, head=task.labels_stay),
         )
         if not task.from_base:
-            task = replace(task, patch=self._model.delta.since(self._clients.descriptions[node].held, held))
-            states = {name: state for name, state in self._model.delta.held().items() if name in held}
+            task = replace(task, patch=self._model.accumulated.since(self._clients.descriptions[node].held, held))
+            states = {name: state for name, state in self._model.accumulated.held().items() if name in held}
             self._clients.now_holds(node, states)
         self.figures.down[node] += task.nbytes
         return Message(task.to_records(), node, task.kind)

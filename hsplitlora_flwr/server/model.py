@@ -22,7 +22,7 @@ from hsplitlora_flwr.lora.export import (
 )
 from hsplitlora_flwr.lora.kept import KeptHalf
 from hsplitlora_flwr.lora.layers import AdapterSpec, start_along
-from hsplitlora_flwr.lora.update import Change, Delta, with_adapter
+from hsplitlora_flwr.lora.update import AccumulatedUpdate, Change, with_adapter
 from hsplitlora_flwr.methods import METHODS, keeps_half, starts_along_update
 from hsplitlora_flwr.models.loading import load_tokenizer
 from hsplitlora_flwr.models.split import WholeModel
@@ -55,12 +55,12 @@ class TunedModel:
 
     def __init__(self, config: Config, base: SharedBase, state: RunState | None = None) -> None:
         self.base = base
-        self.delta = state.delta if state else Delta(config.lora.rank_cap)
+        self.accumulated = state.accumulated if state else AccumulatedUpdate(config.lora.rank_cap)
         self._config = config
 
     def changes(self) -> Mapping[str, Change]:
         """The whole change of the model, by absolute layer name."""
-        return self.delta.changes()
+        return self.accumulated.changes()
 
     def whole(self) -> WholeModel:
         """All of it, to be measured; no client may be training."""
@@ -89,7 +89,7 @@ class TunedModel:
 
     def dropped(self) -> dict[str, float]:
         """What the last round lost to ``lora.rank_cap``, for the summary; nothing without one."""
-        return {"dropped_energy": self.delta.dropped} if self._config.lora.rank_cap else {}
+        return {"dropped_energy": self.accumulated.dropped} if self._config.lora.rank_cap else {}
 
     def export(self, folder: Path, *, merged: bool) -> tuple[Sequence[str], dict[str, Any]]:
         """Write into a run folder what the run leaves; returns the files, and what the summary says of them.
@@ -153,7 +153,7 @@ class FederatedModel(TunedModel):
 
     def changes(self) -> Mapping[str, Change]:
         """With the global adapter, where that stands beside the accumulated update and is no part of it."""
-        changes = self.delta.changes()
+        changes = self.accumulated.changes()
         if not self._method.residual:
             return changes
         return {**changes, **{name: with_adapter(changes.get(name), pair) for name, pair in self.adapter.items()}}
@@ -161,7 +161,7 @@ class FederatedModel(TunedModel):
     def start(self, specs: Mapping[str, AdapterSpec]) -> dict[str, Factors]:
         """What adapters start from, cut to their ranks, by absolute layer name; others start afresh."""
         start = {name: truncate(self.adapter[name], spec.rank) for name, spec in specs.items() if name in self.adapter}
-        if self._method.carries:
+        if self._method.keeps_global_adapter:
             return start
         return {name: start_along(factors, specs[name]) for name, factors in start.items()}
 
@@ -174,7 +174,7 @@ class FederatedModel(TunedModel):
             Adapters of the half that the clients share; none where each has one of its own.
         """
         self.kept.begin(half)
-        self.base.update({} if self._method.carries else self.kept.beside(self.delta))
+        self.base.update({} if self._method.keeps_global_adapter else self.kept.beside(self.accumulated))
 
     def add_round(self, updates: Sequence[Update], shares: Sequence[float], half: TrainedHalf) -> Update:
         """Add the clients' updates and their shared half up, by the method's rule; returns the sum.
@@ -188,17 +188,17 @@ class FederatedModel(TunedModel):
         half : TrainedHalf
         """
         shared = SharedUpdate(half.adapters, half.trained_by)
-        if not self._method.carries:  # what goes on has been in the update all along
+        if not self._method.keeps_global_adapter:  # what goes on has been in the update all along
             shared = self.kept.update(half.adapters, half.trained_by)
         update = aggregate(updates, shares, self._method.rule, shared)
         wholes = self._keep(half, len(updates)) if self._keeps else {}
         if self._method.residual:
-            self.delta.add(residual(updates, shares, update))
-        elif self._method.carries:
-            self.delta.replace(update)
+            self.accumulated.add(residual(updates, shares, update))
+        elif self._method.keeps_global_adapter:
+            self.accumulated.replace(update)
         else:
-            self.delta.add(update, wholes)
-        if self._method.carries:
+            self.accumulated.add(update, wholes)
+        if self._method.keeps_global_adapter:
             self.adapter = update
         elif self._along:
             self.adapter = {name: directions(factors, self._along) for name, factors in update.items()}
@@ -208,6 +208,8 @@ class FederatedModel(TunedModel):
         """Let the next round go on from the half; returns the whole change of layers that all clients trained."""
         settled = {name for name, trained in half.trained_by.items() if len(trained) == clients}
         tensors = half.tensors
-        if self._method.carries:  # elsewhere the global adapter is a mean, and not what the optimizer moved
+        if (
+            self._method.keeps_global_adapter
+        ):  # elsewhere the global adapter is a mean, and not what the optimizer moved
             tensors = {key: tensor for key, tensor in tensors.items() if key.rpartition(":")[0] in settled}
         return self.kept.end(tensors, half.adapters, settled)

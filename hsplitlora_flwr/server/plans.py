@@ -123,7 +123,7 @@ class RoundPlanner:
             budget,
             self._config.lora.ranks,
             *split_bounds(self._config, self.num_blocks),
-            recompute=self._config.train.activation_checkpointing == "on",
+            checkpointing=self._config.train.activation_checkpointing == "on",
             clients=self._config.lora.clients,
         )
 

@@ -76,7 +76,7 @@ def check_model_settings(config: Config) -> None:
     check_model(config.model.path, config.split.min, config.split.max)
     check_positions(config)
     cost, method = cost_model(config, rows=1, length=2), METHODS[config.method.name]
-    if config.lora.init == "update" and (method.carries or method.central):
+    if config.lora.init == "update" and (method.keeps_global_adapter or method.central):
         raise ConfigError(
             "lora.init=update is for adapters that start anew in every round; those of "
             f"method.name={config.method.name} are carried on. Set it to auto"

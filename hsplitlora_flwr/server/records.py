@@ -59,7 +59,7 @@ def plan_rows(clients: Iterable[Description], plan: Plan, num_blocks: int) -> li
                 "split": own.split,
                 "ranks": dict(own.ranks),
                 "trains": not own.forward_only,
-                "recompute": own.recomputing,
+                "checkpointing": own.checkpointed,
                 "predicted_bytes": own.predicted_bytes,
             }
         else:
@@ -115,7 +115,7 @@ def client_row(
         "split": plan.split,
         "ranks": {rank: ranks.count(rank) for rank in sorted(set(ranks))},
         "trains": not plan.forward_only,
-        "recompute": plan.recomputing,
+        "checkpointing": plan.checkpointed,
         "cut_transform": client.cut_transform,
         "trainable_parameters": sum(b.numel() + (a.numel() if trains_a else 0) for b, a in adapters.values()),
         "resident_parameters": int(metrics["resident-parameters"]),

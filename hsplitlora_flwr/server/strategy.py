@@ -326,7 +326,7 @@ class HSplitLoRA(Run[Federation], Strategy):
         state = RunState(
             server_round,
             self.config.to_run_config(),
-            model.delta,
+            model.accumulated,
             start=model.adapter,
             optimizer=model.kept.tensors,
             importance=planner.importance,

@@ -77,16 +77,16 @@ class Allowance:
                 f"the task allows {self.examples_at_once} examples x {self.tokens} tokens"
             )
         self.check_codec(frame.cut)
-        self.check_square(frame)
+        self.check_grad_norm_sq(frame)
 
-    def check_square(self, frame: Activation | Finish) -> None:
+    def check_grad_norm_sq(self, frame: Activation | Finish) -> None:
         """Raise :class:`Refused` unless what a client says of its gradient is the squared norm of one, and 0 where it
         trains nothing."""
-        square = frame.previous_square
-        if not 0 <= square < math.inf:
-            raise Refused(f"previous_square is {square}, which is no squared norm; lower train.lr")
-        if square and self.forward_only:
-            raise Refused(f"previous_square is {square}, and the client trains nothing")
+        grad_norm_sq = frame.previous_grad_norm_sq
+        if not 0 <= grad_norm_sq < math.inf:
+            raise Refused(f"previous_grad_norm_sq is {grad_norm_sq}, which is no squared norm; lower train.lr")
+        if grad_norm_sq and self.forward_only:
+            raise Refused(f"previous_grad_norm_sq is {grad_norm_sq}, and the client trains nothing")
 
     def check_codec(self, values: Tensor) -> None:
         """Raise ``WireError`` unless numbers came by the codec that was agreed on."""

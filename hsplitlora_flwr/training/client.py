@@ -46,7 +46,7 @@ class _Step:
     label_tokens: int = 0
     tokens: int = 0
     cuts: dict[int, Tensor] = field(default_factory=dict)
-    server_square: float = 0.0
+    server_grad_norm_sq: float = 0.0
 
     @classmethod
     def of(cls, batch: Batch, micro_batch_size: int) -> _Step:
@@ -162,7 +162,7 @@ class ClientTrainer:
         self.model, self.optimizer, self.head, self.forward_only = model, optimizer, head, forward_only
         self.global_step = first_step
         self.record = TrainingRecord()
-        self._square: Tensor | float = 0.0
+        self._grad_norm_sq: Tensor | float = 0.0
         self.batches, self._micro_batch_size, self._up = batches, micro_batch_size, up
         self._down, self._transform = down, transform
         self._device = model.device
@@ -171,13 +171,13 @@ class ClientTrainer:
         self._loss = 0.0
 
     @property
-    def square(self) -> float:
+    def grad_norm_sq(self) -> float:
         """Squared norm of this side's gradient in the last step; its device is waited for when somebody asks."""
-        return float(self._square)
+        return float(self._grad_norm_sq)
 
-    @square.setter
-    def square(self, value: float) -> None:
-        self._square = value
+    @grad_norm_sq.setter
+    def grad_norm_sq(self, value: float) -> None:
+        self._grad_norm_sq = value
 
     @property
     def runs_ahead(self) -> bool:
@@ -211,7 +211,7 @@ class ClientTrainer:
             labels,
             step.label_tokens,
             step.ends_with(index),
-            self.square,
+            self.grad_norm_sq,
         )
 
     def predict(self, index: int, hidden: Hidden) -> HiddenGradient:
@@ -236,7 +236,7 @@ class ClientTrainer:
         cut = self._step.cuts.pop(index)
         if cut.requires_grad:  # not when no block of the client has an adapter
             cut.backward(unpack(answer.gradient, answer.scale, cut.dtype, cut.device, self._down, cut.shape))
-        self._step.server_square = answer.square
+        self._step.server_grad_norm_sq = answer.grad_norm_sq
         self._add(answer.loss, last)
 
     def hear(self, answer: Frame, last: bool) -> None:
@@ -253,15 +253,15 @@ class ClientTrainer:
     def step(self) -> None:
         """Move the adapters, once every micro-batch of the batch has been through."""
         norm = self.optimizer.grad_norm().double()
-        self._square = norm * norm
-        self.optimizer.step(self.global_step, torch.sqrt(self._square + self._step.server_square))
+        self._grad_norm_sq = norm * norm
+        self.optimizer.step(self.global_step, torch.sqrt(self._grad_norm_sq + self._step.server_grad_norm_sq))
         self.global_step += 1
         self.record.label_tokens += self._step.label_tokens
         self.record.tokens += self._step.tokens
 
     def finish(self) -> Finish:
         """What lets the server take its last step."""
-        return Finish(self.square)
+        return Finish(self.grad_norm_sq)
 
 
 def train_client(trainer: ClientTrainer, link: Link, steps: int, in_flight: int = 1) -> TrainingRecord:

@@ -57,14 +57,14 @@ class Seat(Protocol):
     def grad_norm(self) -> Tensor:
         """Norm of the gradients that are there: a scalar, for which nothing waits."""
 
-    def complete(self, step: int, square: float, before: float) -> None:
+    def complete(self, step: int, grad_norm_sq: float, before: float) -> None:
         """All gradients of a global step are there.
 
         Parameters
         ----------
         step : int
             The global step.
-        square : float
+        grad_norm_sq : float
             Their squared norm.
         before : float
             Squared norm of the client's own gradient in its step before.
@@ -75,7 +75,7 @@ class Seat(Protocol):
             If they are no gradient that is to be followed; then nothing has moved.
         """
 
-    def settle(self, square: float) -> None:
+    def settle(self, grad_norm_sq: float) -> None:
         """The squared norm of the client's own gradient in the complete step."""
 
     def leave(self) -> None:
@@ -96,7 +96,7 @@ class OwnHalf:
 
     def __init__(self, optimizer: AdapterOptimizer) -> None:
         self._optimizer = optimizer
-        self._step, self._square = 0, 0.0  # of the gradients that are complete
+        self._step, self._grad_norm_sq = 0, 0.0  # of the gradients that are complete
 
     def may_begin(self) -> bool:
         """Always."""
@@ -109,13 +109,13 @@ class OwnHalf:
         """Of the half."""
         return self._optimizer.grad_norm()
 
-    def complete(self, step: int, square: float, before: float) -> None:
+    def complete(self, step: int, grad_norm_sq: float, before: float) -> None:
         """Keep the gradients until :meth:`settle`."""
-        self._step, self._square = step, check_square(step, square)
+        self._step, self._grad_norm_sq = step, check_grad_norm_sq(step, grad_norm_sq)
 
-    def settle(self, square: float) -> None:
+    def settle(self, grad_norm_sq: float) -> None:
         """Move the adapters."""
-        move(self._optimizer, self._step, self._square + square)
+        move(self._optimizer, self._step, self._grad_norm_sq + grad_norm_sq)
 
     def leave(self) -> None:
         """Nothing to give back."""
@@ -196,11 +196,11 @@ class SharedHalf:
         """What another round's half goes on from: ``layer:A/adapter``, ``layer:B/exp_avg`` and so on, not copies."""
         return self.optimizer.tensors()
 
-    def take_step(self, client: str, step: int, square: float, before: float) -> None:
+    def take_step(self, client: str, step: int, grad_norm_sq: float, before: float) -> None:
         """Move the adapters by a client's gradient, if it is one; squared norms as for :meth:`Seat.complete`."""
-        norm = min(math.sqrt(check_square(step, square)), self._clip)
+        norm = min(math.sqrt(check_grad_norm_sq(step, grad_norm_sq)), self._clip)
         self._norms[client] = self._check_size(client, step, norm)
-        move(self.optimizer, step, square + before)
+        move(self.optimizer, step, grad_norm_sq + before)
         self.steps[client] += 1
 
     def _check_size(self, client: str, step: int, norm: float) -> float:
@@ -231,11 +231,11 @@ class _SharedSeat:
     def grad_norm(self) -> Tensor:
         return self._half.optimizer.grad_norm()
 
-    def complete(self, step: int, square: float, before: float) -> None:
-        self._half.take_step(self._client, step, square, before)
+    def complete(self, step: int, grad_norm_sq: float, before: float) -> None:
+        self._half.take_step(self._client, step, grad_norm_sq, before)
         self._half.turns.done(self._client)
 
-    def settle(self, square: float) -> None:
+    def settle(self, grad_norm_sq: float) -> None:
         """Nothing: the adapters have moved."""
 
     def leave(self) -> None:
@@ -247,17 +247,17 @@ class _SharedSeat:
         self._half.turns.expel(self._client)
 
 
-def move(optimizer: AdapterOptimizer, step: int, square: float) -> None:
+def move(optimizer: AdapterOptimizer, step: int, grad_norm_sq: float) -> None:
     """Take a global step, of which both sides' gradients have this squared norm; the adapters stay finite, or it
     fails."""
-    optimizer.step(step, math.sqrt(square))
+    optimizer.step(step, math.sqrt(grad_norm_sq))
     if optimizer.may_overflow(step):  # elsewhere nothing has to wait for the device
         check_finite("the largest adapter after step", step, optimizer.magnitude())
 
 
-def check_square(step: int, square: float) -> float:
+def check_grad_norm_sq(step: int, grad_norm_sq: float) -> float:
     """The squared norm of a step's gradient, if it is finite."""
-    return check_finite("the squared norm of the gradient of step", step, square)
+    return check_finite("the squared norm of the gradient of step", step, grad_norm_sq)
 
 
 def check_finite(what: str, number: int, value: float) -> float:

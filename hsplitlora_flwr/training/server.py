@@ -197,10 +197,10 @@ class ServerTrainer:
         step = before.with_micro_batch(frame, self._allowance)
         cut, mask = receive_cut(frame, self.model, self._allowance.up)
         if self._complete:
-            self._settle(frame.previous_square)
+            self._settle(frame.previous_grad_norm_sq)
         if step.micro_batches == 1:
             self._seat.begin()
-            self._before = frame.previous_square
+            self._before = frame.previous_grad_norm_sq
         self._step = step
         draw_masks(self.model, step.number, step.micro_batches - 1)
         cut.requires_grad_()  # also where it does not go down: weights that are scored want gradients of what they read
@@ -240,20 +240,20 @@ class ServerTrainer:
             self._loss += part
         return Loss(part) if gradient is None else Gradient(*gradient, part, norm * norm)
 
-    def _take_step(self, loss: float, square: float) -> None:
+    def _take_step(self, loss: float, grad_norm_sq: float) -> None:
         """A step's micro-batches have all been through, with this loss and squared norm of the gradient."""
         step = self._step
         check_finite("the loss of step", step.number, loss)
-        self._seat.complete(step.number, square, self._before)
+        self._seat.complete(step.number, grad_norm_sq, self._before)
         self._complete = True
         self._report(StepReport(step.number, loss, step.label_tokens, step.tokens))
 
     def _finish(self, frame: Finish) -> Finished:
-        self._allowance.check_square(frame)
+        self._allowance.check_grad_norm_sq(frame)
         if not self._complete:
             raise Refused(f"it ends in the middle of step {self._step.number}")
         self._allowance.check_finish(self._step)
-        self._settle(frame.previous_square)
+        self._settle(frame.previous_grad_norm_sq)
         self.finished = True
         self._seat.leave()
         return Finished()

@@ -26,7 +26,7 @@ from torch import Tensor
 from hsplitlora_flwr.copies import to_host
 
 MAGIC = b"HSPL"
-VERSION = 2
+VERSION = 3
 HEADER_BYTES = 2**16
 """Longest header: it holds names, shapes and a few numbers."""
 
@@ -73,7 +73,7 @@ class Activation:
         Labelled tokens of the whole batch, by which its losses are divided.
     last : bool
         Whether this is the last micro-batch of the step.
-    previous_square : float
+    previous_grad_norm_sq : float
         Squared norm of the client's gradient in the step before, which the server needs to clip both sides as one.
     """
 
@@ -84,7 +84,7 @@ class Activation:
     labels: Tensor
     label_tokens: int
     last: bool
-    previous_square: float
+    previous_grad_norm_sq: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,14 +97,14 @@ class Gradient:
         Gradient of the loss with respect to the cut activation, ``(batch, seq, hidden)``, packed as that is.
     loss : float
         This micro-batch's part of the batch's mean loss.
-    square : float
+    grad_norm_sq : float
         After the last micro-batch of a step: squared norm of the server's gradient in it; else 0.
     """
 
     gradient: Tensor
     scale: Tensor
     loss: float
-    square: float
+    grad_norm_sq: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +136,7 @@ class Loss:
 class Finish:
     """Client to server: no more steps; the squared gradient norm lets the server take its last one."""
 
-    previous_square: float
+    previous_grad_norm_sq: float
 
 
 @dataclass(frozen=True, eq=False)

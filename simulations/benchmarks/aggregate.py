@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hsplitlora_flwr.lora.aggregation import Factors
 from hsplitlora_flwr.lora.aggregation import aggregate as join
-from hsplitlora_flwr.lora.update import Delta
+from hsplitlora_flwr.lora.update import AccumulatedUpdate
 from hsplitlora_flwr.methods import METHODS
 from hsplitlora_flwr.planning.trace import LiveBytes
 from simulations.benchmarks.common import Row, Setup, take_turns, timed
@@ -37,7 +37,7 @@ def aggregate(setup: Setup) -> Iterator[Row]:
     """One round's aggregation for the shapes of LLaMA-2-7B, fp32, with 10 and 100 clients of ranks 4 to 32.
 
     - ``ours_s``: :func:`hsplitlora_flwr.lora.aggregation.aggregate` with the rule of ``hsplitlora``, then
-      :meth:`hsplitlora_flwr.lora.update.Delta.add` to a change that is still zero.
+      :meth:`hsplitlora_flwr.lora.update.AccumulatedUpdate.add` to a change that is still zero.
     - ``dense_s``: every client's dense update in turn, ``W += (p_i B_i) @ A_i``; goal: 10 times as long as ours.
     - ``peft_s``: PEFT's ``add_weighted_adapter(..., combination_type="cat")`` and ``merge_adapter``, whose adapters are
       there already; goal: no shorter than ours.
@@ -96,11 +96,11 @@ def make_client(index: int, blocks: int = 1, narrow: int = 1) -> dict[str, Facto
     return adapters
 
 
-def aggregated(clients: Sequence[Mapping[str, Factors]], shares: Sequence[float]) -> Delta:
+def aggregated(clients: Sequence[Mapping[str, Factors]], shares: Sequence[float]) -> AccumulatedUpdate:
     """The accumulated change after one round of ours."""
-    delta = Delta()
-    delta.add(join(clients, shares, METHODS["hsplitlora"].rule))
-    return delta
+    accumulated = AccumulatedUpdate()
+    accumulated.add(join(clients, shares, METHODS["hsplitlora"].rule))
+    return accumulated
 
 
 def add_dense(weights: Mapping[str, Tensor], clients: Sequence[Mapping[str, Factors]], shares: Sequence[float]) -> None:
@@ -115,8 +115,8 @@ def extra_bytes(count: int) -> tuple[int, int]:
     clients = [make_client(index, BLOCKS, NARROW) for index in range(count)]
     live = LiveBytes([factor for client in clients for pair in client.values() for factor in pair])
     with live:
-        delta = aggregated(clients, [1 / count] * count)
-    kept = sum(change.nbytes for change in delta.changes().values())
+        accumulated = aggregated(clients, [1 / count] * count)
+    kept = sum(change.nbytes for change in accumulated.changes().values())
     return live.peak - kept, kept
 
 

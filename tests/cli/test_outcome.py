@@ -23,7 +23,7 @@ from hsplitlora_flwr.cli.report import report
 from hsplitlora_flwr.config import Config, ConfigError
 from hsplitlora_flwr.lora.export import save_peft_adapter
 from hsplitlora_flwr.lora.layers import shape_of
-from hsplitlora_flwr.lora.update import Delta
+from hsplitlora_flwr.lora.update import AccumulatedUpdate
 from hsplitlora_flwr.reporting.report import RunReport
 
 LAYERS = ("model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj")
@@ -47,15 +47,15 @@ def run_folder(folder: Path, model: Path, **changes: object) -> Path:
     return folder
 
 
-def update(base: PreTrainedModel) -> Delta:
-    generator, delta = torch.Generator().manual_seed(0), Delta()
+def update(base: PreTrainedModel) -> AccumulatedUpdate:
+    generator, accumulated = torch.Generator().manual_seed(0), AccumulatedUpdate()
     factors = {}
     for name in LAYERS:
         rows, columns = shape_of(base.get_submodule(name))
         b = torch.randn(rows, RANK, generator=generator)
         factors[name] = b, torch.randn(RANK, columns, generator=generator)
-    delta.add(factors)
-    return delta
+    accumulated.add(factors)
+    return accumulated
 
 
 @pytest.fixture
@@ -171,6 +171,17 @@ def test_the_page_of_a_run_is_made_anew_and_runs_stand_side_by_side(
     assert table["train.lr"] == ["0.002", "0.25"]
     assert table["perplexity after"] == ["4.500", "4.500"] and table["sent by all, MB"] == ["4.0", "4.0"]
     assert "train.rounds" not in table and "run.dir" not in table
+
+
+def test_a_run_of_an_earlier_release_is_read_by_the_names_of_now(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    summary["config"]["train.recompute"] = "on"
+    del summary["config"]["train.activation_checkpointing"]
+    summary["plans"] = [{"round": 1, "clients": [{"client": "0", "split": 2, "recompute": "client"}]}]
+    (run / "summary.json").write_text(json.dumps(summary))
+    outcome = Outcome.read(str(run))
+    assert outcome.config.train.activation_checkpointing == "on"
+    assert outcome.summary["plans"][0]["clients"] == [{"client": "0", "split": 2, "checkpointing": "client"}]
 
 
 def test_a_mistake_ends_with_status_2_and_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

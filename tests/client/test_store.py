@@ -11,19 +11,19 @@ import torch
 from flwr.app import Context, RecordDict
 
 from hsplitlora_flwr.client.store import NodeStateError, NodeStore
-from hsplitlora_flwr.lora import Delta
-from hsplitlora_flwr.lora.update import DeltaError
+from hsplitlora_flwr.lora import AccumulatedUpdate
+from hsplitlora_flwr.lora.update import UpdateError
 
 
 def context(tmp_path: Path, run: int = 1, node: int = 2) -> Context:
     return Context(run, node, {"state-dir": str(tmp_path)}, RecordDict(), {})
 
 
-def server_after(rounds: int) -> Delta:
-    delta, generator = Delta(), torch.Generator().manual_seed(0)
+def server_after(rounds: int) -> AccumulatedUpdate:
+    accumulated, generator = AccumulatedUpdate(), torch.Generator().manual_seed(0)
     for _ in range(rounds):
-        delta.add({"q": (torch.randn(40, 2, generator=generator), torch.randn(2, 40, generator=generator))})
-    return delta
+        accumulated.add({"q": (torch.randn(40, 2, generator=generator), torch.randn(2, 40, generator=generator))})
+    return accumulated
 
 
 def test_the_update_is_brought_up_to_date_by_other_processes(tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_the_update_is_brought_up_to_date_by_other_processes(tmp_path: Path) -> 
 
 
 def test_layers_that_come_whole_take_the_place_of_the_old_and_others_stay(tmp_path: Path) -> None:
-    server, node = Delta(), NodeStore(context(tmp_path))
+    server, node = AccumulatedUpdate(), NodeStore(context(tmp_path))
     server.add({"q": (torch.ones(4, 1), torch.ones(1, 4)), "v": (torch.ones(4, 1), torch.ones(1, 4))})
     node.update(server.since({}))
     for _ in range(4):  # q becomes dense, v is as it was
@@ -63,7 +63,7 @@ def test_a_damaged_update_is_replaced(tmp_path: Path) -> None:
     file = store.folder / "delta.safetensors"
     file.write_bytes(file.read_bytes()[:-3] + b"abc")
     patch = server_after(3).since(server_after(2).held())
-    with pytest.raises(DeltaError, match="is damaged"):
+    with pytest.raises(UpdateError, match="is damaged"):
         store.update(patch)
     assert store.held() == (0, {})
     store.update(server_after(3).since({}))

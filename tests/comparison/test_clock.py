@@ -51,7 +51,7 @@ def settings(**changes: Any) -> Config:
 def client(index: int, **fields: Any) -> dict[str, Any]:
     """Three steps of four rows of ten tokens."""
     row = {"client": str(index), "tokens": 120, "losses": [1.0] * 3, "bytes_up": 10**6, "bytes_down": 4 * 10**6}
-    return row | {"recompute": "none", "trains": True} | fields
+    return row | {"checkpointing": "none", "trains": True} | fields
 
 
 @pytest.fixture

@@ -248,7 +248,7 @@ def test_an_interval_is_over_rows_which_are_the_same_in_all_runs():
         for seed, own in enumerate(per_seed, start=1)
     ]
     found = comparison(*runs)
-    # the delta method: a row moves the mean loss by its tokens times what its own mean lies above it
+    # the accumulated method: a row moves the mean loss by its tokens times what its own mean lies above it
     perplexities, moves = [], []
     for own in nll["hsplitlora"]:
         perplexity = math.exp(own.sum() / tokens.sum())

@@ -1,4 +1,4 @@
-"""An interval of the perplexity against the delta method, and rows against a plain sum."""
+"""An interval of the perplexity against the accumulated method, and rows against a plain sum."""
 
 from __future__ import annotations
 

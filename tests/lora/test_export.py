@@ -20,10 +20,10 @@ from transformers import (
     Qwen3_5Config,
 )
 
-from hsplitlora_flwr.lora import Delta, export, save_peft_adapter
-from hsplitlora_flwr.lora.export import load_delta, save_delta, save_merged_model, write_manifest
+from hsplitlora_flwr.lora import AccumulatedUpdate, export, save_peft_adapter
+from hsplitlora_flwr.lora.export import load_update, save_merged_model, save_update, write_manifest
 from hsplitlora_flwr.lora.layers import shape_of
-from hsplitlora_flwr.lora.update import DeltaError
+from hsplitlora_flwr.lora.update import UpdateError
 from hsplitlora_flwr.models import load_causal_lm, split_model
 from hsplitlora_flwr.models.loading import StoredModel, load_tokenizer
 from tests.models.test_multimodal import CONFIGS, IDS, MASK, SMALL, VISION
@@ -44,32 +44,32 @@ MULTIMODAL = CONFIGS | {
 }
 
 
-def random_delta(name: str, ranks: tuple[int, ...]) -> Delta:
+def random_delta(name: str, ranks: tuple[int, ...]) -> AccumulatedUpdate:
     return random_delta_of(tiny_model(name, dtype=torch.float32), ranks)
 
 
-def random_delta_of(model: PreTrainedModel, ranks: tuple[int, ...]) -> Delta:
+def random_delta_of(model: PreTrainedModel, ranks: tuple[int, ...]) -> AccumulatedUpdate:
     client, server = split_model(model, 2)
-    delta, generator, cycle = Delta(), torch.Generator().manual_seed(0), itertools.cycle(ranks)
+    accumulated, generator, cycle = AccumulatedUpdate(), torch.Generator().manual_seed(0), itertools.cycle(ranks)
     update = {}
     for layer, module in [*client.linears(), *server.linears()]:
         rows, columns = shape_of(module)
         if rank := next(cycle):
             b = 0.1 * torch.randn(rows, rank, generator=generator)
             update[layer] = b, 0.1 * torch.randn(rank, columns, generator=generator)
-    delta.add(update)
-    return delta
+    accumulated.add(update)
+    return accumulated
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "opt"])
 def test_stock_peft_computes_with_the_update(name: str, tmp_path: Path) -> None:
-    delta = random_delta(name, (2, 0, 5, 40, 1))  # rank 40 is more than these matrices have: stored dense
-    assert {change.matrix is None for change in delta.changes().values()} == {True, False}
+    accumulated = random_delta(name, (2, 0, 5, 40, 1))  # rank 40 is more than these matrices have: stored dense
+    assert {change.matrix is None for change in accumulated.changes().values()} == {True, False}
     base = tiny_model(name, dtype=torch.float32)
-    save_peft_adapter(delta.changes(), tmp_path, base, "base")
+    save_peft_adapter(accumulated.changes(), tmp_path, base, "base")
 
     expected = tiny_model(name, dtype=torch.float32)
-    for layer, change in delta.changes().items():
+    for layer, change in accumulated.changes().items():
         weight = expected.get_submodule(layer).weight
         assert isinstance(weight, torch.Tensor)
         weight.data += change.dense().T if name == "gpt2" else change.dense()
@@ -89,16 +89,16 @@ def test_stock_peft_computes_with_the_update_of_a_text_decoder_over_what_transfo
     torch.manual_seed(0)
     AutoModelForImageTextToText.from_config(config).save_pretrained(base)
     expected = load_causal_lm(base)
-    delta, inside = random_delta_of(expected, (2, 0, 5, 40, 1)), StoredModel(base).inside
+    accumulated, inside = random_delta_of(expected, (2, 0, 5, 40, 1)), StoredModel(base).inside
     assert bool(inside) == (name != "qwen3_5")  # of which transformers loads the text decoder alone
     with torch.no_grad():
         before = expected(input_ids=IDS, attention_mask=MASK).logits
-        for layer, change in delta.changes().items():
+        for layer, change in accumulated.changes().items():
             expected.get_parameter(f"{layer}.weight").add_(change.dense())
         after = expected(input_ids=IDS, attention_mask=MASK).logits
         assert (after - before).abs().max() > 1e-2
         kind = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
-        for number, changes in enumerate([delta.changes(), {}]):
+        for number, changes in enumerate([accumulated.changes(), {}]):
             save_peft_adapter(changes, tmp_path / str(number), expected, base, inside)
             loaded = PeftModel.from_pretrained(kind.from_pretrained(base), tmp_path / str(number)).eval()
             logits = loaded(input_ids=IDS, attention_mask=MASK).logits
@@ -117,32 +117,32 @@ def test_an_update_of_zero_is_a_valid_adapter(tmp_path: Path) -> None:
 
 
 def test_checkpoint_holds_update_and_version(tmp_path: Path) -> None:
-    delta = random_delta("llama", (2, 3, 40))
-    save_delta(delta, tmp_path)
+    accumulated = random_delta("llama", (2, 3, 40))
+    save_update(accumulated, tmp_path)
     with safe_open(tmp_path / "delta.safetensors", framework="pt") as file:
         assert file.metadata()["version"] == "1"
-        name = next(iter(delta.changes()))
+        name = next(iter(accumulated.changes()))
         got = file.get_tensor(f"{name}:B") @ file.get_tensor(f"{name}:A")
-        torch.testing.assert_close(got, delta.changes()[name].dense())
-    loaded = load_delta(tmp_path, rank_cap=7)
-    assert (loaded.version, loaded.held(), loaded.rank_cap) == (1, delta.held(), 7)
-    for name, change in delta.changes().items():
+        torch.testing.assert_close(got, accumulated.changes()[name].dense())
+    loaded = load_update(tmp_path, rank_cap=7)
+    assert (loaded.version, loaded.held(), loaded.rank_cap) == (1, accumulated.held(), 7)
+    for name, change in accumulated.changes().items():
         assert torch.equal(loaded.changes()[name].dense(), change.dense())
 
 
 def test_checkpoint_of_the_base_and_of_a_change_of_zero(tmp_path: Path) -> None:
-    delta = Delta()
-    save_delta(delta, tmp_path)
-    assert (load_delta(tmp_path).version, load_delta(tmp_path).changes()) == (0, {})
-    delta.add({"w": (torch.ones(3, 1), torch.ones(1, 4))})
-    delta.replace({})
-    save_delta(delta, tmp_path)
-    assert torch.equal(load_delta(tmp_path).changes()["w"].dense(), torch.zeros(3, 4))
+    accumulated = AccumulatedUpdate()
+    save_update(accumulated, tmp_path)
+    assert (load_update(tmp_path).version, load_update(tmp_path).changes()) == (0, {})
+    accumulated.add({"w": (torch.ones(3, 1), torch.ones(1, 4))})
+    accumulated.replace({})
+    save_update(accumulated, tmp_path)
+    assert torch.equal(load_update(tmp_path).changes()["w"].dense(), torch.zeros(3, 4))
 
 
 def test_a_checkpoint_replaces_the_last_one_in_one_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    delta = random_delta("llama", (2, 3))
-    save_delta(delta, tmp_path)
+    accumulated = random_delta("llama", (2, 3))
+    save_update(accumulated, tmp_path)
 
     def full_disk(tensors: object, path: Path, metadata: object) -> None:
         path.write_bytes(b"half a file")
@@ -150,13 +150,13 @@ def test_a_checkpoint_replaces_the_last_one_in_one_piece(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(export, "save_file", full_disk)
     with pytest.raises(OSError, match="no space"):
-        save_delta(delta, tmp_path)
-    assert load_delta(tmp_path).held() == delta.held()
+        save_update(accumulated, tmp_path)
+    assert load_update(tmp_path).held() == accumulated.held()
 
 
 @pytest.mark.parametrize("damage", ["bit", "version", "end", "header", "empty"])
 def test_a_damaged_checkpoint_is_recognised(damage: str, tmp_path: Path) -> None:
-    save_delta(random_delta("llama", (2, 3)), tmp_path)
+    save_update(random_delta("llama", (2, 3)), tmp_path)
     file = tmp_path / "delta.safetensors"
     content = file.read_bytes()
     flipped = content[:-5] + bytes([content[-5] ^ 1]) + content[-4:]
@@ -169,13 +169,13 @@ def test_a_damaged_checkpoint_is_recognised(damage: str, tmp_path: Path) -> None
     }[damage]
     assert damaged != content
     file.write_bytes(damaged)
-    with pytest.raises(DeltaError, match=r"delta.safetensors is damaged .*; restore the file"):
-        load_delta(tmp_path)
+    with pytest.raises(UpdateError, match=r"delta.safetensors is damaged .*; restore the file"):
+        load_update(tmp_path)
 
 
 def test_a_missing_checkpoint_is_not_a_damaged_one(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"delta\.safetensors"):
-        load_delta(tmp_path)
+        load_update(tmp_path)
 
 
 def test_an_adapter_finds_its_base_by_itself_from_any_folder(
@@ -227,13 +227,13 @@ def test_adapters_are_merged_with_others_by_peft(way: str, tmp_path: Path) -> No
 
 
 def test_a_manifest_says_what_each_layer_is(tmp_path: Path) -> None:
-    delta, base = random_delta("llama", (2, 0, 5)), tiny_model("llama", dtype=torch.float32)
-    save_peft_adapter(delta.changes(), tmp_path, base)
+    accumulated, base = random_delta("llama", (2, 0, 5)), tiny_model("llama", dtype=torch.float32)
+    save_peft_adapter(accumulated.changes(), tmp_path, base)
     write_manifest(tmp_path, [{"round": 1, "update_norm": 0.5, "perplexity": 9.0, "clients": []}, {"round": 2}])
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["rounds"][0] == {"round": 1, "update_norm": 0.5, "perplexity": 9.0}
-    assert manifest["layers"].keys() == delta.changes().keys()
-    for name, change in delta.changes().items():
+    assert manifest["layers"].keys() == accumulated.changes().keys()
+    for name, change in accumulated.changes().items():
         layer = manifest["layers"][name]
         assert (layer["rank"], layer["shape"]) == (change.tensors[1].shape[0], list(change.shape))
         assert layer["norm"] == pytest.approx(float(torch.linalg.matrix_norm(change.dense().double())), rel=1e-5)

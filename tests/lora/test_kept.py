@@ -13,7 +13,7 @@ from torch import Tensor
 from hsplitlora_flwr.lora.aggregation import Factors, Update, aggregate
 from hsplitlora_flwr.lora.kept import KeptHalf
 from hsplitlora_flwr.lora.layers import AdapterSpec
-from hsplitlora_flwr.lora.update import Delta, with_adapter
+from hsplitlora_flwr.lora.update import AccumulatedUpdate, with_adapter
 
 OUT, IN = 24, 20
 SCALE = 1.5
@@ -54,7 +54,7 @@ class Rounds:
     """Rounds whose half is kept, beside their dense sums."""
 
     def __init__(self) -> None:
-        self.half, self.delta = KeptHalf(), Delta()
+        self.half, self.accumulated = KeptHalf(), AccumulatedUpdate()
         self.total = dict.fromkeys(BLOCKS, NOTHING)
         self.raw: dict[str, Factors] = {}
 
@@ -71,8 +71,8 @@ class Rounds:
         going_on = {key.partition(":")[0] for key in self.half.tensors}
         assert going_on == {name for name, (_, a) in self.raw.items() if name in specs and len(a) == ranks[name]}
         before = {name: dense(self.adapters[name]) if name in going_on else NOTHING for name in BLOCKS}
-        beside = self.half.beside(self.delta)
-        for name, total in self.total.items():  # W_0 + delta is what everybody starts from
+        beside = self.half.beside(self.accumulated)
+        for name, total in self.total.items():  # W_0 + accumulated is what everybody starts from
             close((beside[name].dense().double() if name in beside else NOTHING) + before[name], total)
         seed, raw = 1000 * number, dict[str, Factors]()
         for name, each in specs.items():
@@ -101,11 +101,11 @@ class Rounds:
             self.total[name] = self.total[name] + change
             close(dense(update[name]) if name in update else NOTHING, change)
         settled = [name for name, by in trained_by.items() if len(by) == len(splits)]
-        self.delta.add(update, self.half.end(tensors_of(raw), half, settled))
+        self.accumulated.add(update, self.half.end(tensors_of(raw), half, settled))
         self.raw = raw
 
     def check(self) -> None:
-        changes = self.delta.changes()
+        changes = self.accumulated.changes()
         for name, total in self.total.items():
             close(changes[name].dense().double() if name in changes else NOTHING, total)
 
@@ -134,7 +134,7 @@ def test_where_all_trained_it_the_change_is_the_adapter_to_the_last_bit() -> Non
     run = Rounds()
     for number in range(20):
         run.take(number, [1, 2, 4], [1, 2, 3.3], dict.fromkeys(BLOCKS, 2))
-        change, (b, a) = run.delta.changes()["block4"], run.adapters["block4"]
+        change, (b, a) = run.accumulated.changes()["block4"], run.adapters["block4"]
         assert change.factors is not None
         assert torch.equal(change.factors[0], b) and torch.equal(change.factors[1], a)
     run.check()
@@ -146,7 +146,7 @@ def test_an_adapter_of_another_rank_starts_anew_over_what_it_had_become() -> Non
     old_b, old_a = run.adapters["block4"]
     for number in (1, 2, 3):
         run.take(number, splits, [1, 1], dict.fromkeys(BLOCKS, 3))
-        change, (b, a) = run.delta.changes()["block4"], run.adapters["block4"]
+        change, (b, a) = run.accumulated.changes()["block4"], run.adapters["block4"]
         assert change.factors is not None
         assert torch.equal(change.factors[0], torch.cat([old_b, b], dim=1))
         assert torch.equal(change.factors[1], torch.cat([old_a, a]))
@@ -159,27 +159,27 @@ def test_the_bytes_of_the_change_are_bounded() -> None:
     for number in range(30):
         ranks = {name: 1 + (number + block) % 3 for name, block in BLOCKS.items()}
         run.take(number, [1, 2, 3 + number % 2], [1, 2, 3], ranks)
-        assert all(change.nbytes <= most for change in run.delta.changes().values())
+        assert all(change.nbytes <= most for change in run.accumulated.changes().values())
     run.check()
 
 
 def test_a_layer_that_only_clients_that_failed_have_trained_stays_as_it_was() -> None:
     run = Rounds()
     run.take(0, [1, 3], [1, 1], dict.fromkeys(BLOCKS, 2))
-    before = run.delta.changes()["block1"].dense()
+    before = run.accumulated.changes()["block1"].dense()
     specs = {name: spec(2) for name, block in BLOCKS.items() if block >= 1}
     run.half.begin(specs)
-    beside = run.half.beside(run.delta)["block1"].dense()
+    beside = run.half.beside(run.accumulated)["block1"].dense()
     raw = {name: (b + 1, a) for name, (b, a) in run.raw.items()}
     moved = scaled(raw)
     own: Update = {name: (randn(5, OUT, 1), randn(6, 1, IN)) for name, block in BLOCKS.items() if block in (0, 2)}
     trained_by = {name: [0] if BLOCKS[name] >= 3 else [] for name in moved}  # the client with split 1 failed
     update = aggregate([own], [1.0], shared=run.half.update(moved, trained_by))
-    run.delta.add(update, run.half.end(tensors_of(raw), moved, ["block3", "block4"]))
-    assert torch.equal(run.delta.changes()["block1"].dense(), before)
+    run.accumulated.add(update, run.half.end(tensors_of(raw), moved, ["block3", "block4"]))
+    assert torch.equal(run.accumulated.changes()["block1"].dense(), before)
     run.half.begin(specs)
     b, a = moved["block1"]
-    found = run.half.beside(run.delta)["block1"].dense().double() + dense((b, a))
+    found = run.half.beside(run.accumulated)["block1"].dense().double() + dense((b, a))
     assert not torch.allclose(beside.double() + dense((b, a)), before.double(), atol=0.1), "the adapter has moved"
     torch.testing.assert_close(found, before.double(), rtol=0, atol=1e-4)
 
@@ -187,10 +187,10 @@ def test_a_layer_that_only_clients_that_failed_have_trained_stays_as_it_was() ->
 @pytest.mark.parametrize("rank", [0, 2, 15])
 def test_an_adapter_is_taken_off_again_as_it_was_put_on(rank: int) -> None:
     """A change without ranks, in factors, and one that is dense with the adapter or before."""
-    before, adapter = Delta(), (randn(1, OUT, 2), randn(2, 2, IN))
+    before, adapter = AccumulatedUpdate(), (randn(1, OUT, 2), randn(2, 2, IN))
     before.add({"a": (randn(3, OUT, rank), randn(4, rank, IN))})
     change = before.changes().get("a")
-    after = Delta()
+    after = AccumulatedUpdate()
     after.add({"a": adapter}, {"a": with_adapter(change, adapter)})
     left = after.without({"a": adapter})["a"].dense()
     expected = change.dense() if change else torch.zeros(OUT, IN)

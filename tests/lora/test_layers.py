@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from hsplitlora_flwr.lora import AdapterSpec, Delta, attach_changes, extract, inject, merge_changes
+from hsplitlora_flwr.lora import AccumulatedUpdate, AdapterSpec, attach_changes, extract, inject, merge_changes
 from hsplitlora_flwr.lora.layers import SeededDropout, draw_masks, shape_of, start_along
 from hsplitlora_flwr.models import split_model
 from tests.tiny import quantised_twins, random_batches, tiny_model
 
 
-def changes_for(names: list[str], shapes: dict[str, tuple[int, int]]) -> Delta:
-    delta, generator = Delta(), torch.Generator().manual_seed(1)
-    delta.add(
+def changes_for(names: list[str], shapes: dict[str, tuple[int, int]]) -> AccumulatedUpdate:
+    accumulated, generator = AccumulatedUpdate(), torch.Generator().manual_seed(1)
+    accumulated.add(
         {
             name: (
                 0.1 * torch.randn(shapes[name][0], 2, generator=generator),
@@ -24,7 +24,7 @@ def changes_for(names: list[str], shapes: dict[str, tuple[int, int]]) -> Delta:
             for name in names
         }
     )
-    return delta
+    return accumulated
 
 
 def test_a_fresh_adapter_changes_nothing_and_its_start_depends_on_name_and_seed_alone() -> None:
@@ -75,11 +75,11 @@ def test_merging_starts_from_the_original_every_time(name: str) -> None:
     client, _ = split_model(model, 2)
     names = [layer for layer, _ in client.linears()]
     shapes = {layer: tuple(originals[f"{layer}.weight"].shape)[:: -1 if name == "gpt2" else 1] for layer in names}
-    delta = changes_for(names, shapes)  # type: ignore[arg-type]
+    accumulated = changes_for(names, shapes)  # type: ignore[arg-type]
     for _ in range(3):  # again and again: the change is added to W_0, not to what is there
-        merge_changes(client, delta.changes(), lambda layer: originals[f"{layer}.weight"])
+        merge_changes(client, accumulated.changes(), lambda layer: originals[f"{layer}.weight"])
     for layer, module in client.linears():
-        dense = delta.changes()[layer].dense()
+        dense = accumulated.changes()[layer].dense()
         expected = originals[f"{layer}.weight"] + (dense.T if name == "gpt2" else dense)
         assert torch.equal(module.weight, expected)
 
@@ -92,16 +92,16 @@ def test_over_a_bf16_base_the_update_stays_fp32() -> None:
     weight = model.get_submodule(name).weight.clone()
     x = torch.randn(3, 48, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     tiny = torch.full((32, 1), 1e-6), torch.full((1, 48), 1.0)
-    delta = Delta()
-    delta.add({name: tiny})
-    attach_changes(client, delta.changes())
+    accumulated = AccumulatedUpdate()
+    accumulated.add({name: tiny})
+    attach_changes(client, accumulated.changes())
     layer = dict(client.linears())[name]
     y = layer(x.to(torch.bfloat16)).float()
-    exact = x.to(torch.bfloat16).float() @ (weight.float() + delta.changes()[name].dense()).T
+    exact = x.to(torch.bfloat16).float() @ (weight.float() + accumulated.changes()[name].dense()).T
     assert torch.equal(model.get_submodule(name).weight, weight)
     assert (y - exact).abs().max() <= 0.01 * exact.abs().max()
     # Added to the bf16 weight instead, the same update would vanish.
-    rounded = (weight.float() + delta.changes()[name].dense()).to(torch.bfloat16)
+    rounded = (weight.float() + accumulated.changes()[name].dense()).to(torch.bfloat16)
     assert (rounded == weight).float().mean() > 0.9
     client(batch.input_ids, batch.attention_mask)
 
@@ -111,23 +111,25 @@ def test_over_a_quantised_base_the_update_stays_exact(name: str, tmp_path: Path)
     model, plain = quantised_twins(name, "4bit", tmp_path)
     client, _ = split_model(model, 1)
     before = {key: buffer.clone() for key, buffer in model.named_buffers()}
-    delta = changes_for([layer for layer, _ in client.linears()], {n: shape_of(m) for n, m in client.linears()})
-    attach_changes(client, delta.changes())
+    accumulated = changes_for([layer for layer, _ in client.linears()], {n: shape_of(m) for n, m in client.linears()})
+    attach_changes(client, accumulated.changes())
     specs = {layer: AdapterSpec(2, 4.0) for layer, _ in client.linears()}
     inject(client, specs, "s")
     for layer, module in client.linears():
         assert module.lora_A.dtype == torch.float64
-        rows, columns = delta.changes()[layer].shape
+        rows, columns = accumulated.changes()[layer].shape
         x = torch.randn(3, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         stored = plain.get_submodule(layer)
         weight = stored.weight.T if name == "gpt2" else stored.weight
-        exact = x @ (weight + delta.changes()[layer].dense().double()).T
+        exact = x @ (weight + accumulated.changes()[layer].dense().double()).T
         bias = 0 if stored.bias is None else stored.bias
         torch.testing.assert_close(module(x), exact + bias, rtol=0, atol=1e-6)
         assert module.lora_B.shape == (rows, 2)
     assert all(torch.equal(buffer, before[key]) for key, buffer in model.named_buffers())
     with pytest.raises(TypeError, match=r"a weight in 4bit takes no update; .* attach_changes"):
-        merge_changes(split_model(model, 1)[0], delta.changes(), lambda layer: plain.get_parameter(f"{layer}.weight"))
+        merge_changes(
+            split_model(model, 1)[0], accumulated.changes(), lambda layer: plain.get_parameter(f"{layer}.weight")
+        )
 
 
 def test_dropout_acts_in_training_only() -> None:

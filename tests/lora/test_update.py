@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hsplitlora_flwr.lora.aggregation import Factors, aggregate
-from hsplitlora_flwr.lora.export import load_delta, save_delta
-from hsplitlora_flwr.lora.update import BASE, Delta, DeltaError, Patch, pack, thin, unpack
+from hsplitlora_flwr.lora.export import load_update, save_update
+from hsplitlora_flwr.lora.update import BASE, AccumulatedUpdate, Patch, UpdateError, pack, recompress, unpack
 
 # Dense after a few rounds, but for the last one, which is trained in few rounds and has room for rank 80.
 SHAPES = {"square": (24, 24), "wide": (8, 64), "tall": (64, 8), "roomy": (160, 160)}
@@ -30,15 +30,15 @@ def product(factors: Factors) -> Tensor:
     return factors[0].double() @ factors[1].double()
 
 
-def error(delta: Delta, expected: dict[str, Tensor]) -> float:
+def error(accumulated: AccumulatedUpdate, expected: dict[str, Tensor]) -> float:
     """Largest relative error of a layer, in the Frobenius norm."""
     return max(
         float(torch.linalg.norm(change.dense().double() - expected[name]) / torch.linalg.norm(expected[name]))
-        for name, change in delta.changes().items()
+        for name, change in accumulated.changes().items()
     )
 
 
-def same(client: Delta, server: Delta) -> bool:
+def same(client: AccumulatedUpdate, server: AccumulatedUpdate) -> bool:
     """Whether two stores hold the same layers, bit by bit."""
     mine, theirs = pack(client.changes()), pack(server.changes())
     return mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
@@ -49,7 +49,7 @@ def over_the_wire(patch: Patch) -> Patch:
     return Patch.unpack({key: tensor.clone() for key, tensor in tensors.items()}, dict(text))
 
 
-def check_bytes(patch: Patch, server: Delta) -> None:
+def check_bytes(patch: Patch, server: AccumulatedUpdate) -> None:
     for name, layer in patch.layers.items():
         sent = sum(update.nbytes for update in layer.updates)
         assert sent <= server.changes()[name].nbytes <= 4 * math.prod(SHAPES[name])
@@ -58,7 +58,7 @@ def check_bytes(patch: Patch, server: Delta) -> None:
 def test_fifty_rounds_with_clients_that_come_and_go() -> None:
     generator, chance = torch.Generator().manual_seed(0), random.Random(0)
     expected = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in SHAPES.items()}
-    server, clients = Delta(), [Delta() for _ in range(6)]
+    server, clients = AccumulatedUpdate(), [AccumulatedUpdate() for _ in range(6)]
     presence = [1.0, 0.7, 0.4, 0.2, 0.05, 0.0]
     differences_beside_dense, missed = 0, set()
     for version in range(1, 51):
@@ -107,7 +107,7 @@ def test_one_patch_leads_from_any_version_to_the_present_one(
     rounds: list[tuple[bool, dict[str, int]]], rank_cap: int, seed: int, data: st.DataObject
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    server, client = Delta(rank_cap), Delta()
+    server, client = AccumulatedUpdate(rank_cap), AccumulatedUpdate()
     stop = data.draw(st.integers(0, len(rounds)))
     for version, (replaces, ranks) in enumerate(rounds, 1):
         update = {name: pair(generator, SHAPES[name], rank) for name, rank in ranks.items() if rank}
@@ -116,7 +116,7 @@ def test_one_patch_leads_from_any_version_to_the_present_one(
             client.apply(over_the_wire(server.since(0)))
     for patch in (server.since(stop), server.since(client.held())):  # a version, or states, say what the client holds
         check_bytes(patch, server)
-        fresh = Delta()
+        fresh = AccumulatedUpdate()
         fresh._layers, fresh.version = dict(client._layers), client.version
         fresh.apply(over_the_wire(patch))
         assert same(fresh, server)
@@ -124,7 +124,7 @@ def test_one_patch_leads_from_any_version_to_the_present_one(
 
 
 def test_layers_that_a_client_did_not_hold_come_whole() -> None:
-    generator, server, client = torch.Generator().manual_seed(0), Delta(), Delta()
+    generator, server, client = torch.Generator().manual_seed(0), AccumulatedUpdate(), AccumulatedUpdate()
     wanted = [["square"], ["square", "wide"], ["wide"], ["square", "wide"], ["square"]]
     for turn in range(20):
         server.add({name: pair(generator, SHAPES[name], 1) for name in ("square", "wide", "tall")})
@@ -136,7 +136,7 @@ def test_layers_that_a_client_did_not_hold_come_whole() -> None:
 
 
 def test_one_round_costs_the_bytes_of_its_update_and_an_unchanged_layer_none() -> None:
-    generator, server = torch.Generator().manual_seed(0), Delta()
+    generator, server = torch.Generator().manual_seed(0), AccumulatedUpdate()
     for _ in range(30):
         server.add({"square": pair(generator, (24, 24), 4), "wide": pair(generator, (8, 64), 4)})
     server.add({"square": pair(generator, (24, 24), 4)})
@@ -148,7 +148,7 @@ def test_one_round_costs_the_bytes_of_its_update_and_an_unchanged_layer_none() -
 
 @pytest.mark.parametrize("held", [-1, 2, 41, 10**9, {"square": "30-0123456789abcdef"}, {"square": "x"}, {"wide": "0"}])
 def test_whoever_is_not_known_gets_the_whole_change(held: int | dict[str, str]) -> None:
-    generator, server = torch.Generator().manual_seed(0), Delta()
+    generator, server = torch.Generator().manual_seed(0), AccumulatedUpdate()
     for _ in range(40):
         server.add({"square": pair(generator, (24, 24), 4)})
     layer = server.since(held).layers["square"]
@@ -157,7 +157,7 @@ def test_whoever_is_not_known_gets_the_whole_change(held: int | dict[str, str]) 
 
 
 def test_states_tell_apart_stores_whose_last_updates_are_alike() -> None:
-    generator, one, other = torch.Generator().manual_seed(0), Delta(), Delta()
+    generator, one, other = torch.Generator().manual_seed(0), AccumulatedUpdate(), AccumulatedUpdate()
     for store in (one, other):
         store.add({"square": pair(generator, (24, 24), 1)})
     last = pair(generator, (24, 24), 1)
@@ -168,35 +168,35 @@ def test_states_tell_apart_stores_whose_last_updates_are_alike() -> None:
 
 
 def test_an_update_of_zero_is_nothing_to_send() -> None:
-    delta = Delta()
-    delta.add({"square": (torch.ones(24, 1), torch.ones(1, 24))})
-    delta.add({"square": (torch.zeros(24, 1), torch.ones(1, 24)), "wide": (torch.zeros(8, 2), torch.ones(2, 64))})
-    assert delta.version == 2
-    assert not delta.since(1).layers
-    assert torch.equal(delta.changes()["wide"].dense(), torch.zeros(8, 64))
+    accumulated = AccumulatedUpdate()
+    accumulated.add({"square": (torch.ones(24, 1), torch.ones(1, 24))})
+    accumulated.add({"square": (torch.zeros(24, 1), torch.ones(1, 24)), "wide": (torch.zeros(8, 2), torch.ones(2, 64))})
+    assert accumulated.version == 2
+    assert not accumulated.since(1).layers
+    assert torch.equal(accumulated.changes()["wide"].dense(), torch.zeros(8, 64))
 
 
 def test_a_server_that_went_back_to_a_checkpoint_is_told_from_the_one_before(tmp_path: Path) -> None:
-    generator, lost, client = torch.Generator().manual_seed(0), Delta(), Delta()
+    generator, lost, client = torch.Generator().manual_seed(0), AccumulatedUpdate(), AccumulatedUpdate()
     lost.add({"roomy": pair(generator, (160, 160), 2)})
-    save_delta(lost, tmp_path)
+    save_update(lost, tmp_path)
     lost.add({"roomy": pair(generator, (160, 160), 2)})
     client.apply(lost.since(0))  # version 2 of rounds that are forgotten
-    server = load_delta(tmp_path)
+    server = load_update(tmp_path)
     for _ in range(2):
         server.add({"roomy": pair(generator, (160, 160), 2)})
-    with pytest.raises(DeltaError, match=r"'roomy': the patch to version 3 continues state '2-.*holds '2-"):
+    with pytest.raises(UpdateError, match=r"'roomy': the patch to version 3 continues state '2-.*holds '2-"):
         client.apply(server.since(2))
     client.apply(server.since(client.held()))
     assert same(client, server)
 
 
 def test_clients_of_the_checkpoint_go_on_with_differences(tmp_path: Path) -> None:
-    generator, server, client = torch.Generator().manual_seed(0), Delta(), Delta()
+    generator, server, client = torch.Generator().manual_seed(0), AccumulatedUpdate(), AccumulatedUpdate()
     server.add({"roomy": pair(generator, (160, 160), 20)})
-    save_delta(server, tmp_path)
+    save_update(server, tmp_path)
     client.apply(server.since(0))
-    server = load_delta(tmp_path)
+    server = load_update(tmp_path)
     server.add({"roomy": pair(generator, (160, 160), 2)})
     patch = server.since(client.held())
     assert patch.nbytes == 4 * 2 * (160 + 160)
@@ -205,7 +205,7 @@ def test_clients_of_the_checkpoint_go_on_with_differences(tmp_path: Path) -> Non
 
 
 def test_replace_is_the_whole_change_and_resets_other_layers() -> None:
-    generator, server, client = torch.Generator().manual_seed(0), Delta(), Delta()
+    generator, server, client = torch.Generator().manual_seed(0), AccumulatedUpdate(), AccumulatedUpdate()
     for _ in range(5):
         server.add({name: pair(generator, shape, 3) for name, shape in SHAPES.items()})
     client.apply(server.since(0))
@@ -228,70 +228,72 @@ def test_replace_is_the_whole_change_and_resets_other_layers() -> None:
 
 
 def test_rank_cap_is_the_best_approximation_and_tells_what_it_drops() -> None:
-    generator, delta = torch.Generator().manual_seed(0), Delta(rank_cap=4)
+    generator, accumulated = torch.Generator().manual_seed(0), AccumulatedUpdate(rank_cap=4)
     shapes = {name: SHAPES[name] for name in ("square", "wide", "roomy")}
     exact = {name: np.zeros(shape) for name, shape in shapes.items()}
     cut = total = 0.0
     for turn in range(6):
         update = {name: pair(generator, shape, 3) for name, shape in shapes.items()}
-        shares, round_cut, round_total = delta.add(update), 0.0, 0.0
+        shares, round_cut, round_total = accumulated.add(update), 0.0, 0.0
         for name in shapes:
             u, sigma, vh = np.linalg.svd(exact[name] + product(update[name]).numpy(), full_matrices=False)
             exact[name] = (u[:, :4] * sigma[:4]) @ vh[:4]
             round_cut, round_total = round_cut + np.sum(sigma[4:] ** 2), round_total + np.sum(sigma**2)
             assert shares[name] == pytest.approx(np.sum(sigma[4:] ** 2) / np.sum(sigma**2), rel=1e-4, abs=1e-12)
-            got = delta.changes()[name].dense().double().numpy()
+            got = accumulated.changes()[name].dense().double().numpy()
             assert np.linalg.norm(got - exact[name]) < 1e-5 * np.linalg.norm(exact[name])
             assert np.linalg.matrix_rank(got, tol=1e-4) == min(4, 3 * (turn + 1))
         cut, total = cut + round_cut, total + round_total
-        assert delta.dropped == pytest.approx(round_cut / round_total, rel=1e-4, abs=1e-12)
-        assert delta.dropped_total == pytest.approx(cut / total, rel=1e-4, abs=1e-12)
-    assert delta.dropped > 0.1
+        assert accumulated.dropped == pytest.approx(round_cut / round_total, rel=1e-4, abs=1e-12)
+        assert accumulated.dropped_total == pytest.approx(cut / total, rel=1e-4, abs=1e-12)
+    assert accumulated.dropped > 0.1
 
 
 def test_without_a_rank_cap_nothing_is_dropped() -> None:
-    delta = Delta()
-    assert delta.add({"w": pair(torch.Generator().manual_seed(0), (9, 9), 9)}) == {}
-    assert delta.dropped == delta.dropped_total == 0
+    accumulated = AccumulatedUpdate()
+    assert accumulated.add({"w": pair(torch.Generator().manual_seed(0), (9, 9), 9)}) == {}
+    assert accumulated.dropped == accumulated.dropped_total == 0
 
 
 def test_a_frozen_factor_keeps_the_change_thin() -> None:
     """Updates that share ``A`` sum to one of its rank, however many rounds and clients there are."""
-    generator, delta = torch.Generator().manual_seed(0), Delta()
+    generator, accumulated = torch.Generator().manual_seed(0), AccumulatedUpdate()
     a = torch.randn(4, 160, generator=generator)
     exact = torch.zeros(160, 160, dtype=torch.float64)
     for _ in range(20):
         update = torch.randn(160, 40, generator=generator), a.repeat(10, 1)  # ten clients
         exact += product(update)
-        delta.add({"roomy": update})
-        ranks = delta.changes()["roomy"].nbytes // (4 * (160 + 160))
-        assert ranks == (40 if delta.version == 1 else 4)  # the first update is taken as it is
-    assert error(delta, {"roomy": exact}) < 1e-6
-    assert delta.since(15).nbytes == delta.changes()["roomy"].nbytes  # not the five updates that are missing
+        accumulated.add({"roomy": update})
+        ranks = accumulated.changes()["roomy"].nbytes // (4 * (160 + 160))
+        assert ranks == (40 if accumulated.version == 1 else 4)  # the first update is taken as it is
+    assert error(accumulated, {"roomy": exact}) < 1e-6
+    assert (
+        accumulated.since(15).nbytes == accumulated.changes()["roomy"].nbytes
+    )  # not the five updates that are missing
 
 
 def test_a_thinner_pair_is_looked_for_when_the_rank_passes_a_power_of_two() -> None:
-    generator, delta, client = torch.Generator().manual_seed(0), Delta(), Delta()
+    generator, accumulated, client = torch.Generator().manual_seed(0), AccumulatedUpdate(), AccumulatedUpdate()
     b, a = pair(generator, (160, 160), 5)
     ranks = []
     for _ in range(6):
-        delta.add({"roomy": (b, a)})  # five ranks in truth, whatever the sum
-        ranks.append(delta.changes()["roomy"].nbytes // (4 * (160 + 160)))
-        if delta.version in (2, 5):
-            client.apply(delta.since(client.held()))
-            assert same(client, delta)
+        accumulated.add({"roomy": (b, a)})  # five ranks in truth, whatever the sum
+        ranks.append(accumulated.changes()["roomy"].nbytes // (4 * (160 + 160)))
+        if accumulated.version in (2, 5):
+            client.apply(accumulated.since(client.held()))
+            assert same(client, accumulated)
     assert ranks == [5, 5, 5, 5, 5, 5]
-    fresh = Delta()
+    fresh = AccumulatedUpdate()
     for _ in range(3):
         fresh.add({"roomy": pair(generator, (160, 160), 3)})
     assert fresh.changes()["roomy"].nbytes == 4 * 9 * (160 + 160)
 
 
 def test_an_update_in_another_dtype_is_taken_as_fp32() -> None:
-    delta = Delta()
-    delta.add({"w": (torch.ones(3, 1, dtype=torch.float64), torch.ones(1, 3, dtype=torch.bfloat16))})
-    assert all(tensor.dtype == torch.float32 for tensor in delta.changes()["w"].tensors)
-    assert torch.equal(delta.changes()["w"].dense(), torch.ones(3, 3))
+    accumulated = AccumulatedUpdate()
+    accumulated.add({"w": (torch.ones(3, 1, dtype=torch.float64), torch.ones(1, 3, dtype=torch.bfloat16))})
+    assert all(tensor.dtype == torch.float32 for tensor in accumulated.changes()["w"].tensors)
+    assert torch.equal(accumulated.changes()["w"].dense(), torch.ones(3, 3))
 
 
 @pytest.mark.parametrize(
@@ -305,26 +307,26 @@ def test_an_update_in_another_dtype_is_taken_as_fp32() -> None:
     ],
 )
 def test_refuses_what_cannot_be_added_and_stays_as_it_was(update: Factors, says: str) -> None:
-    delta, good = Delta(), (torch.ones(24, 1), torch.ones(1, 24))
-    delta.add({"square": good})
-    for method in (delta.add, delta.replace):
-        with pytest.raises(DeltaError, match=says):
+    accumulated, good = AccumulatedUpdate(), (torch.ones(24, 1), torch.ones(1, 24))
+    accumulated.add({"square": good})
+    for method in (accumulated.add, accumulated.replace):
+        with pytest.raises(UpdateError, match=says):
             method({"other": good, "square": update})
-    assert delta.version == 1
-    assert delta.changes().keys() == {"square"}
-    assert torch.equal(delta.changes()["square"].dense(), torch.ones(24, 24))
+    assert accumulated.version == 1
+    assert accumulated.changes().keys() == {"square"}
+    assert torch.equal(accumulated.changes()["square"].dense(), torch.ones(24, 24))
 
 
 def test_refuses_a_negative_rank_cap() -> None:
-    with pytest.raises(DeltaError, match="rank_cap=-1 is negative"):
-        Delta(rank_cap=-1)
+    with pytest.raises(UpdateError, match="rank_cap=-1 is negative"):
+        AccumulatedUpdate(rank_cap=-1)
 
 
 def test_refuses_tensors_and_text_of_two_patches() -> None:
-    generator, one, other = torch.Generator().manual_seed(0), Delta(), Delta()
+    generator, one, other = torch.Generator().manual_seed(0), AccumulatedUpdate(), AccumulatedUpdate()
     one.add({"square": pair(generator, (24, 24), 1)})
     other.add({"wide": pair(generator, (8, 64), 1)})
-    with pytest.raises(DeltaError, match="not those of one patch"):
+    with pytest.raises(UpdateError, match="not those of one patch"):
         Patch.unpack(one.since(0).pack()[0], other.since(0).pack()[1])
 
 
@@ -332,7 +334,7 @@ def test_thin_finds_the_numerical_rank() -> None:
     generator = torch.Generator().manual_seed(0)
     b, a = torch.randn(30, 3, generator=generator), torch.randn(3, 20, generator=generator)
     fat_b, fat_a = torch.cat([b, b, -b], dim=1), torch.cat([a, 2 * a, a], dim=0)  # rank 9 on paper, 3 in truth
-    thin_b, thin_a = thin(fat_b, fat_a)
+    thin_b, thin_a = recompress(fat_b, fat_a)
     assert thin_b.shape == (30, 3)
     assert thin_a.shape == (3, 20)
     torch.testing.assert_close(thin_b @ thin_a, 2 * b @ a, rtol=1e-5, atol=1e-5)
@@ -341,26 +343,26 @@ def test_thin_finds_the_numerical_rank() -> None:
 @pytest.mark.parametrize(("small", "rank"), [(2e-7, 3), (1e-8, 2)])
 def test_thin_drops_what_is_below_the_rounding_of_fp32_and_no_more(small: float, rank: int) -> None:
     b, a = torch.eye(9)[:, :3] * torch.tensor([1.0, 0.5, small]), torch.eye(7)[:3]
-    assert thin(b, a)[0].shape == (9, rank)
+    assert recompress(b, a)[0].shape == (9, rank)
 
 
 def test_thin_of_zero_is_empty_and_of_full_rank_is_untouched() -> None:
-    assert thin(torch.zeros(5, 2), torch.ones(2, 4))[0].shape == (5, 0)
+    assert recompress(torch.zeros(5, 2), torch.ones(2, 4))[0].shape == (5, 0)
     b, a = torch.eye(5)[:, :2], torch.eye(4)[:2]
-    assert thin(b, a)[0] is b
+    assert recompress(b, a)[0] is b
 
 
 def test_pack_and_unpack_are_inverse() -> None:
-    delta = Delta()
+    accumulated = AccumulatedUpdate()
     generator = torch.Generator().manual_seed(0)
-    delta.add({"thin": pair(generator, (30, 30), 1), "dense": pair(generator, (3, 3), 3)})
-    packed = pack(delta.changes())
+    accumulated.add({"thin": pair(generator, (30, 30), 1), "dense": pair(generator, (3, 3), 3)})
+    packed = pack(accumulated.changes())
     assert sorted(packed) == ["dense:dense", "thin:A", "thin:B"]
     for name, change in unpack(packed):
-        assert torch.equal(change.dense(), delta.changes()[name].dense())
+        assert torch.equal(change.dense(), accumulated.changes()[name].dense())
 
 
 def test_below_selects_layers() -> None:
-    delta = Delta()
-    delta.add({"a": (torch.ones(3, 1), torch.ones(1, 3)), "b": (torch.ones(3, 1), torch.ones(1, 3))})
-    assert delta.below({"b", "c"}).keys() == {"b"}
+    accumulated = AccumulatedUpdate()
+    accumulated.add({"a": (torch.ones(3, 1), torch.ones(1, 3)), "b": (torch.ones(3, 1), torch.ones(1, 3))})
+    assert accumulated.below({"b", "c"}).keys() == {"b"}

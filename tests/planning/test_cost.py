@@ -239,13 +239,13 @@ def test_steps_that_compute_activations_again_take_what_is_predicted(name: str, 
     def server_step() -> None:
         server(cut.clone().requires_grad_(), MASK, IDS).loss.backward()
 
-    parts = cost.memory_parts(3, ranks, recompute=True, updated=False)
+    parts = cost.memory_parts(3, ranks, checkpointing=True, updated=False)
     assert parts["adapters"] == 4 * on_client
     measured = allocated_peak(client_step)
     # A block's step need not peak where all of its activations are there, as is predicted.
     assert 0.9 * measured < parts["activations"] + parts["temporary"] < 1.15 * measured
     served = {"a": (1, ranks)}
-    predicted = cost.server_bytes(served, recompute=True) - cost.server_bytes({}) - 4 * on_server - frames_of(cost)
+    predicted = cost.server_bytes(served, checkpointing=True) - cost.server_bytes({}) - 4 * on_server - frames_of(cost)
     measured = allocated_peak(server_step)
     assert 0.9 * measured < predicted < 1.2 * measured
 
@@ -253,12 +253,14 @@ def test_steps_that_compute_activations_again_take_what_is_predicted(name: str, 
 def test_computing_again_trades_memory_for_time() -> None:
     cost = CostModel(LlamaConfig(), find_family(LlamaConfig()), Workload(4, 256), adapter_rank=8)
     ranks = {layer.name: 8 for layer in cost.layers}
-    kept, again = (cost.kept_bytes(ranks, 0, 10, recompute=recompute) for recompute in (False, True))
+    kept, again = (cost.kept_bytes(ranks, 0, 10, checkpointing=checkpointing) for checkpointing in (False, True))
     assert again == 10 * cost.cut_bytes < kept / 10
-    kept, again = (cost.client_bytes(10, ranks, recompute=recompute, updated=False) for recompute in (False, True))
+    kept, again = (
+        cost.client_bytes(10, ranks, checkpointing=checkpointing, updated=False) for checkpointing in (False, True)
+    )
     assert again < kept
-    assert cost.server_flops(10, {}, recompute=True) / cost.server_flops(10, {}) == pytest.approx(1.5, rel=0.05)
-    assert cost.client_bytes(10, {}, recompute=True) == cost.client_bytes(10, {}), "nothing trains"
+    assert cost.server_flops(10, {}, checkpointing=True) / cost.server_flops(10, {}) == pytest.approx(1.5, rel=0.05)
+    assert cost.client_bytes(10, {}, checkpointing=True) == cost.client_bytes(10, {}), "nothing trains"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -71,7 +71,7 @@ def test_no_budget_is_exceeded(
     process: int,
     room: int,
     planner: str,
-    recompute: str,
+    checkpointing: str,
     passes: int | None,
     half: str,
     adapters: int | None,
@@ -79,7 +79,7 @@ def test_no_budget_is_exceeded(
     cost = cost_of(passes=passes, half=half)
     budgets = {str(i): Budget(memory + process, process, adapter_bytes=adapters) for i, memory in enumerate(memories)}
     base = cost_of(half="per_client").server_bytes(
-        {str(i): (1, {}) for i in range(len(memories))}, recompute=recompute == "on"
+        {str(i): (1, {}) for i in range(len(memories))}, checkpointing=checkpointing == "on"
     )
     server = Budget(base + room)
     try:
@@ -91,7 +91,7 @@ def test_no_budget_is_exceeded(
             server=server,
             important_share=important_share,
             planner=planner,
-            recompute=recompute,
+            checkpointing=checkpointing,
         )
     except PlanError:
         assert all(memory < FLOOR for memory in memories)
@@ -103,17 +103,17 @@ def test_no_budget_is_exceeded(
         below = sum(layer.adapter_parameters(client.ranks.get(layer.name, 0)) for layer in LAYERS[: 7 * client.split])
         assert adapters is None or 4 * below <= adapters
         taken = partial(COST.client_bytes, client.split, client.ranks, process)
-        assert client.predicted_bytes == taken(recompute=client.recompute) <= budgets[name].memory_bytes
-        if recompute == "auto":
-            assert client.recompute == (taken() > budgets[name].memory_bytes), "what can be kept is kept"
+        assert client.predicted_bytes == taken(checkpointing=client.checkpointing) <= budgets[name].memory_bytes
+        if checkpointing == "auto":
+            assert client.checkpointing == (taken() > budgets[name].memory_bytes), "what can be kept is kept"
         else:
-            assert client.recompute == (recompute == "on" and not client.forward_only)
+            assert client.checkpointing == (checkpointing == "on" and not client.forward_only)
         assert client.forward_only == (below == 0)
     for name, missing in plan.left_out.items():
         assert missing == FLOOR + process - budgets[name].memory_bytes > 0
-    [again] = {client.server_recompute for client in plan.clients.values()}
-    assert again == (recompute == "on") or recompute == "auto"
-    assert plan.server_bytes == cost.server_bytes(served(plan), recompute=again) <= server.memory_bytes
+    [again] = {client.server_checkpointing for client in plan.clients.values()}
+    assert again == (checkpointing == "on") or checkpointing == "auto"
+    assert plan.server_bytes == cost.server_bytes(served(plan), checkpointing=again) <= server.memory_bytes
     if half == "shared":
         for layer in LAYERS:
             above = (client.ranks.get(layer.name, 0) for client in plan.clients.values() if client.split <= layer.block)
@@ -148,12 +148,12 @@ class Served:
 
 
 @cache
-def own_plans(dtype: str, recompute: str) -> Own:
+def own_plans(dtype: str, checkpointing: str) -> Own:
     cost, rows = cost_of(TARGETS, dtype), []
-    for again, split in itertools.product(CHOICES[recompute], range(1, 4)):
+    for again, split in itertools.product(CHOICES[checkpointing], range(1, 4)):
         for chosen in itertools.product((0, 8), repeat=2 * split):
             ranks = {layer.name: rank for layer, rank in zip(cost.layers, chosen, strict=False) if rank}
-            memory, flops = (f(split, ranks, recompute=again) for f in (cost.client_bytes, cost.client_flops))
+            memory, flops = (f(split, ranks, checkpointing=again) for f in (cost.client_bytes, cost.client_flops))
             padded = (*chosen, *(0,) * (len(cost.layers) - len(chosen)))
             rows.append((split, memory, cost.adapter_parameters(ranks), flops, *padded))
     table = np.array(rows, float)
@@ -161,7 +161,7 @@ def own_plans(dtype: str, recompute: str) -> Own:
 
 
 @cache
-def server_plans(dtype: str, recompute: bool) -> Served:
+def server_plans(dtype: str, checkpointing: bool) -> Served:
     cost, rows = cost_of(TARGETS, dtype), []
     every = list(itertools.product((0, 8), repeat=len(cost.layers) - 2))
     for chosen in every:
@@ -170,8 +170,8 @@ def server_plans(dtype: str, recompute: bool) -> Served:
             [
                 (
                     cost.held_bytes(split, ranks),
-                    cost.pass_bytes(split, ranks, recompute=recompute),
-                    cost.server_flops(split, ranks, recompute=recompute),
+                    cost.pass_bytes(split, ranks, checkpointing=checkpointing),
+                    cost.server_flops(split, ranks, checkpointing=checkpointing),
                 )
                 for split in range(4)
             ]
@@ -192,7 +192,7 @@ class BruteForce:
 
     @classmethod
     def of(cls, instance: dict[str, Any]) -> BruteForce:
-        both = [cls.one(again, **instance) for again in CHOICES[instance["recompute"]]]
+        both = [cls.one(again, **instance) for again in CHOICES[instance["checkpointing"]]]
         return cls(*(np.concatenate([getattr(b, name) for b in both]) for name in vars(both[0])))
 
     @classmethod
@@ -202,7 +202,7 @@ class BruteForce:
         half: str,
         dtype: str,
         passes: int | None,
-        recompute: str,
+        checkpointing: str,
         importance: dict[str, float],
         budgets: dict[str, Budget],
         server: Budget,
@@ -212,7 +212,7 @@ class BruteForce:
     ) -> BruteForce:
         cost, own, upper = (
             cost_of(TARGETS, dtype, passes, half),
-            own_plans(dtype, recompute),
+            own_plans(dtype, checkpointing),
             server_plans(dtype, again),
         )
         scores = np.array([importance[layer.name] for layer in cost.layers])
@@ -267,8 +267,8 @@ def instances(draw: st.DrawFn, half: str = "") -> dict[str, Any]:
     """Two clients and a server, all of them short of memory or not."""
     half = half or draw(st.sampled_from(("shared", "per_client")))
     dtype = draw(st.sampled_from(("float32", "bfloat16")))
-    recompute = draw(st.sampled_from(tuple(CHOICES)))
-    cost, own, upper = cost_of(TARGETS, dtype), own_plans(dtype, recompute), server_plans(dtype, False)
+    checkpointing = draw(st.sampled_from(tuple(CHOICES)))
+    cost, own, upper = cost_of(TARGETS, dtype), own_plans(dtype, checkpointing), server_plans(dtype, False)
     clients = draw(st.sampled_from(("plan", "all", "none")))
     some = own.parameters > 0 if clients == "all" else own.parameters >= 0
     low, high = int(own.memory[some].min()), int(own.memory.max() * 1.1)
@@ -283,7 +283,7 @@ def instances(draw: st.DrawFn, half: str = "") -> dict[str, Any]:
         "half": half,
         "dtype": dtype,
         "passes": draw(st.sampled_from((None, 1))),
-        "recompute": recompute,
+        "checkpointing": checkpointing,
         "budgets": budgets,
         "server": Budget(memory, 0, draw(SPEEDS)),
         "importance": draw(importances(cost)),
@@ -295,7 +295,9 @@ def instances(draw: st.DrawFn, half: str = "") -> dict[str, Any]:
 
 def plan_of(instance: dict[str, Any], **options: Any) -> Plan:
     cost = cost_of(TARGETS, instance["dtype"], instance["passes"], instance["half"])
-    given = {key: instance[key] for key in ("budgets", "server", "steps", "recompute", "shares", "clients")} | options
+    given = {
+        key: instance[key] for key in ("budgets", "server", "steps", "checkpointing", "shares", "clients")
+    } | options
     return make_plan(given.pop("budgets"), instance["importance"], cost, ranks=(0, 8), **given)
 
 
@@ -381,7 +383,7 @@ def test_the_shortest_round_is_found_where_clients_share_no_split_that_the_serve
         "half": "per_client",
         "dtype": "float32",
         "passes": None,
-        "recompute": "off",
+        "checkpointing": "off",
         "budgets": {name: Budget(memory, 0, 1e6, 1e6, 1e6) for name, memory in {"a": 150_400, "b": 562_827}.items()},
         "server": Budget(981_041, 0, 98_318_582.25129579),
         "importance": {name: float(name == names[-1]) for name in names},
@@ -534,29 +536,29 @@ def test_a_hundred_different_clients() -> None:
 
 def test_activations_are_computed_again_where_memory_asks_for_it() -> None:
     everything = dict.fromkeys(NAMES, 8)
-    budgets = {"tight": Budget(COST.client_bytes(3, everything, recompute=True)), "roomy": Budget(10 * CEILING)}
+    budgets = {"tight": Budget(COST.client_bytes(3, everything, checkpointing=True)), "roomy": Budget(10 * CEILING)}
     clients = dict.fromkeys(budgets, (3, everything))
-    server = Budget(COST.server_bytes(clients, recompute=True))
+    server = Budget(COST.server_bytes(clients, checkpointing=True))
     make = partial(make_plan, budgets, dict.fromkeys(NAMES, 1.0), COST, ranks=RANKS, min_split=3, tolerance=0.0)
     for planner in ("exact", "greedy"):
-        plan = make(recompute="auto", planner=planner)
+        plan = make(checkpointing="auto", planner=planner)
         assert plan.objective == pytest.approx(FULL)
-        assert {name: client.recomputing for name, client in plan.clients.items()} == {
+        assert {name: client.checkpointed for name, client in plan.clients.items()} == {
             "tight": "client",
             "roomy": "none",
         }
-        plan = make(recompute="auto", planner=planner, server=server)
-        assert {name: client.recomputing for name, client in plan.clients.items()} == {
+        plan = make(checkpointing="auto", planner=planner, server=server)
+        assert {name: client.checkpointed for name, client in plan.clients.items()} == {
             "tight": "both",
             "roomy": "server",
         }
         assert plan.objective == pytest.approx(FULL)
-        assert make(recompute="off", planner=planner).objective < FULL * 0.99
-    slower, faster = make(recompute="on"), make(recompute="auto")
+        assert make(checkpointing="off", planner=planner).objective < FULL * 0.99
+    slower, faster = make(checkpointing="on"), make(checkpointing="auto")
     assert slower.clients["roomy"].predicted_seconds > faster.clients["roomy"].predicted_seconds
     assert slower.clients["tight"].predicted_seconds == faster.clients["tight"].predicted_seconds
-    with pytest.raises(PlanError, match="recompute='maybe' is unknown; choose one of off, on, auto"):
-        make(recompute="maybe")
+    with pytest.raises(PlanError, match="checkpointing='maybe' is unknown; choose one of off, on, auto"):
+        make(checkpointing="maybe")
 
 
 def test_split_bounds_are_kept() -> None:

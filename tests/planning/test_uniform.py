@@ -83,22 +83,22 @@ def test_a_named_split_is_taken_and_the_server_is_asked() -> None:
 
 
 def test_one_split_and_one_rank_that_fit_only_when_activations_are_computed_again() -> None:
-    tight = COST.client_bytes(3, offer(8), recompute=True)
+    tight = COST.client_bytes(3, offer(8), checkpointing=True)
     budgets = {"tight": Budget(tight), "roomy": Budget(10**12)}
-    server = Budget(COST.server_bytes(dict.fromkeys(budgets, (3, offer(8))), recompute=True))
-    plan = equal_plan(budgets, COST, rank=8, server=server, recompute="auto")
+    server = Budget(COST.server_bytes(dict.fromkeys(budgets, (3, offer(8))), checkpointing=True))
+    plan = equal_plan(budgets, COST, rank=8, server=server, checkpointing="auto")
     assert {client.split for client in plan.clients.values()} == {3}
-    assert {name: c.recomputing for name, c in plan.clients.items()} == {"tight": "both", "roomy": "server"}
+    assert {name: c.checkpointed for name, c in plan.clients.items()} == {"tight": "both", "roomy": "server"}
     assert plan.clients["tight"].predicted_bytes == tight and plan.server_bytes == server.memory_bytes
     assert equal_plan(budgets, COST, rank=8).clients["tight"].split < 3
 
 
 def test_a_whole_model_that_fits_only_when_activations_are_computed_again() -> None:
-    budgets = {"tight": Budget(COST.whole_bytes(offer(8), recompute=True)), "roomy": Budget(10**12)}
-    plan = whole_plan(budgets, COST, ranks=(8,), recompute="auto")
-    assert {name: c.recomputing for name, c in plan.clients.items()} == {"tight": "client", "roomy": "none"}
+    budgets = {"tight": Budget(COST.whole_bytes(offer(8), checkpointing=True)), "roomy": Budget(10**12)}
+    plan = whole_plan(budgets, COST, ranks=(8,), checkpointing="auto")
+    assert {name: c.checkpointed for name, c in plan.clients.items()} == {"tight": "client", "roomy": "none"}
     left_out = whole_plan(budgets, COST, ranks=(8,)).left_out
-    assert left_out == {"tight": COST.whole_bytes(offer(8)) - COST.whole_bytes(offer(8), recompute=True)}
+    assert left_out == {"tight": COST.whole_bytes(offer(8)) - COST.whole_bytes(offer(8), checkpointing=True)}
 
 
 def test_adapters_that_may_not_be_sent_are_not_planned() -> None:

@@ -14,7 +14,7 @@ PLAN = {
     "split": 10,
     "blocks": 30,
     "ranks": {"mean": 14.2, "min": 4, "max": 32},
-    "recompute": "none",
+    "checkpointing": "none",
     "predicted_bytes": 931_000_000,
     "left_out": "",
 }

@@ -18,7 +18,7 @@ CLIENT = {
     "split": 10,
     "blocks": 30,
     "ranks": {"mean": 14.2, "min": 4, "max": 32},
-    "recompute": "none",
+    "checkpointing": "none",
     "predicted_bytes": 931_000_000,
     "left_out": "",
 }
@@ -131,7 +131,7 @@ def test_a_plan_reads_as_an_aligned_table():
     text = event_text({"kind": "planned", "round": 3, "reason": "budgets changed", "clients": [CLIENT, LEFT_OUT]})
     assert text == (
         "plan of round 3: budgets changed\n"
-        "client   examples   budget  split             ranks             recompute  predicted memory\n"
+        "client   examples   budget  split             ranks             checkpointing  predicted\n"
         "0             120  0.95 GB  blocks 0-9 of 30  4-32 (mean 14.2)  none       0.93 GB\n"
         "node-17       120  40.0 MB  left out: needs 512.3 MB more"
     )

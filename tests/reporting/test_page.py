@@ -32,7 +32,7 @@ RANKS = dict(zip(LAYERS, (2, 4, 8, 8, 8, 8), strict=True))
 
 def plan_row(client: str = "0", **changes: Any) -> dict[str, Any]:
     row = {"client": client, "examples": 12, "budget_bytes": 1_500_000_000, "blocks": 3, "left_out": "", "split": 1}
-    return row | {"ranks": RANKS, "recompute": "none", "predicted_bytes": 1_400_000_000} | changes
+    return row | {"ranks": RANKS, "checkpointing": "none", "predicted_bytes": 1_400_000_000} | changes
 
 
 def round_row(client: str, losses: list[float], measured: int) -> dict[str, Any]:

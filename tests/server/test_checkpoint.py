@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -25,7 +26,7 @@ from hsplitlora_flwr.client.handlers import split_client_app
 from hsplitlora_flwr.config import Config, ConfigError
 from hsplitlora_flwr.data.sources import load_text
 from hsplitlora_flwr.evaluation.perplexity import Evaluation
-from hsplitlora_flwr.lora.update import Delta
+from hsplitlora_flwr.lora.update import AccumulatedUpdate
 from hsplitlora_flwr.planning import Budget
 from hsplitlora_flwr.planning.planner import ClientPlan
 from hsplitlora_flwr.server import run as server_run
@@ -213,16 +214,16 @@ def config(tiny_folder: Path, tmp_path: Path) -> Config:
 
 @pytest.fixture
 def state(config: Config) -> RunState:
-    delta = Delta()
-    delta.add({"a": (torch.randn(8, 2), torch.randn(2, 8))})
+    accumulated = AccumulatedUpdate()
+    accumulated.add({"a": (torch.randn(8, 2), torch.randn(2, 8))})
     return RunState(
         1,
         config.to_run_config(),
-        delta,
+        accumulated,
         start={"a": (torch.zeros(8, 2), torch.randn(2, 8))},
         importance={"a": 0.1 + 0.2},
         planned_importance={"a": 1 / 3},
-        plans={"x": ClientPlan(2, {"a": 4}, 12345, recompute=True)},
+        plans={"x": ClientPlan(2, {"a": 4}, 12345, checkpointing=True)},
         planned_budgets={"x": Budget(10**9, up=1e6)},
     )
 
@@ -240,9 +241,20 @@ def test_what_is_written_is_read(old: Path, state: RunState, config: Config) -> 
     assert (found.server_round, found.settings, found.importance) == (1, state.settings, state.importance)
     assert (found.plans, found.planned_budgets) == (state.plans, state.planned_budgets)
     assert found.planned_importance == state.planned_importance
-    assert found.delta.held() == state.delta.held()
+    assert found.accumulated.held() == state.accumulated.held()
     assert all(torch.equal(x, y) for x, y in zip(found.start["a"], state.start["a"], strict=True))
     assert found.plans_hold(config)
+
+
+def test_plans_of_an_earlier_release_are_read(old: Path, state: RunState, config: Config) -> None:
+    file = old / "checkpoints" / "round-1" / "state.json"
+    content = json.loads(file.read_text())
+    names = {"checkpointing": "recompute", "server_checkpointing": "server_recompute"}
+    content["plans"] = {"x": {names.get(name, name): value for name, value in content["plans"]["x"].items()}}
+    del content["checksum"]
+    content["checksum"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    file.write_text(json.dumps(content))
+    assert load_state(config).plans == state.plans
 
 
 def rounds(folder: Path) -> list[str]:
@@ -256,15 +268,15 @@ def test_the_last_whole_round_and_the_one_before_are_there(old: Path, state: Run
     assert load_state(config).server_round == 1
     config = Config.from_run_config(config.to_run_config() | {"train.rounds": 3})
     for number, there in ((2, ["round-1", "round-2"]), (3, ["round-2", "round-3"]), (3, ["round-2", "round-3"])):
-        save_state(RunState(number, state.settings, state.delta), old)
+        save_state(RunState(number, state.settings, state.accumulated), old)
         assert rounds(old) == there
         assert load_state(config).server_round == number
 
 
 def test_checkpoints_of_a_run_that_was_in_the_folder_before_go(old: Path, state: RunState, config: Config) -> None:
     for number in (7, 8):
-        save_state(RunState(number, state.settings, state.delta), old)
-    save_state(RunState(1, state.settings, state.delta), old)
+        save_state(RunState(number, state.settings, state.accumulated), old)
+    save_state(RunState(1, state.settings, state.accumulated), old)
     assert rounds(old) == ["round-1"]
     (old / "checkpoints" / "round-of-tea").mkdir()
     assert load_state(config).server_round == 1
@@ -290,7 +302,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_bears_its_name(
 def test_where_the_last_round_is_damaged_the_one_before_is_named_and_can_be_gone_on_from(
     old: Path, state: RunState, config: Config
 ) -> None:
-    save_state(RunState(2, state.settings, state.delta), old)
+    save_state(RunState(2, state.settings, state.accumulated), old)
     (old / "checkpoints" / "round-2" / "delta.safetensors").write_bytes(b"")
     with pytest.raises(ResumeError, match=r"remove the folder round-2 to go on after round 1"):
         check_resume(config, Path(config.run.dir))
@@ -416,7 +428,7 @@ def test_the_number_of_rounds_may_come_with_the_start(tiny_folder: Path, tmp_pat
 def test_settings_that_do_not_fit_are_refused(key: str, value: Any, text: str, old: Path, config: Config) -> None:
     if (key, value) == ("train.rounds", 0):  # the schema asks for one round at least, so let two be finished
         state = load_state(config)
-        save_state(RunState(2, state.settings, state.delta), old)
+        save_state(RunState(2, state.settings, state.accumulated), old)
         value, text = 1, "train.rounds=1, and the run in .* has finished 2"
     with pytest.raises(ConfigError, match=text):
         check_resume(Config.from_run_config(config.to_run_config() | {key: value}), Path(config.run.dir))
@@ -479,7 +491,7 @@ def test_where_and_how_a_run_is_computed_may_change(old: Path, config: Config) -
 
 def test_a_setting_that_there_was_not_yet_has_its_default(old: Path, state: RunState, config: Config) -> None:
     older = {key: value for key, value in state.settings.items() if key != "server.half"}
-    save_state(RunState(2, older, state.delta), old)
+    save_state(RunState(2, older, state.accumulated), old)
     check_resume(config, Path(config.run.dir))
     own = Config.from_run_config(config.to_run_config() | {"server.half": "per_client"})
     with pytest.raises(ConfigError, match=r"server\.half='per_client' for 'shared'"):
@@ -488,7 +500,7 @@ def test_a_setting_that_there_was_not_yet_has_its_default(old: Path, state: RunS
 
 def test_adapters_that_go_on_keep_their_ranks(old: Path, state: RunState, config: Config) -> None:
     fedit = Config.from_run_config(config.to_run_config() | {"method.name": "fedit"})
-    save_state(RunState(2, fedit.to_run_config(), state.delta), old)
+    save_state(RunState(2, fedit.to_run_config(), state.accumulated), old)
     check_resume(fedit, Path(config.run.dir))
     with pytest.raises(ConfigError, match=r"lora\.rank=5, and the run in .* has 3"):
         check_resume(Config.from_run_config(fedit.to_run_config() | {"lora.rank": 5}), Path(config.run.dir))

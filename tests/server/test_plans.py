@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hsplitlora_flwr.config import Config
-from hsplitlora_flwr.lora.update import Delta
+from hsplitlora_flwr.lora.update import AccumulatedUpdate
 from hsplitlora_flwr.planning import Budget
 from hsplitlora_flwr.server.checkpoint import RunState
 from hsplitlora_flwr.server.plans import RoundPlanner
@@ -69,7 +69,7 @@ def test_what_an_earlier_run_left_holds_for_the_same_settings(config: Config, pl
     state = RunState(
         3,
         config.to_run_config(),
-        Delta(),
+        AccumulatedUpdate(),
         importance=planner.importance,
         planned_importance=planner.planned_importance,
         plans=planner.plans,

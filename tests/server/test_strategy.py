@@ -117,10 +117,10 @@ def started(
         for name, (b, a) in adapter.items()
         if name in specs
     }
-    if not method.carries:  # as long as a fresh row, and divided by the scale when it is put in
+    if not method.keeps_global_adapter:  # as long as a fresh row, and divided by the scale when it is put in
         start = {name: (b, a * specs[name].scale / 3**0.5) for name, (b, a) in start.items()}
     model = whole(fresh_model(config, {}))
-    inject(model, specs, f"{config.run.seed}/{'all' if method.carries else owner}", start)
+    inject(model, specs, f"{config.run.seed}/{'all' if method.keeps_global_adapter else owner}", start)
     scales = {name: spec.scale for name, spec in specs.items()}
     return {name: (b, a / scales[name]) for name, (b, a) in extract(model).items()}, scales
 
@@ -168,7 +168,7 @@ def expected_update(config: Config, summary: dict[str, Any]) -> dict[str, Matrix
         if before and keeps_half(config):
             earlier = before.factors[SERVER]
             going_on = {name for name, rank in above.items() if name in earlier and len(earlier[name][1]) == rank > 0}
-            written_out.go_on(before, going_on, in_weights=not method.carries)
+            written_out.go_on(before, going_on, in_weights=not method.keeps_global_adapter)
         batches = {
             client: training_batches(rows[int(client)], config.train.batch_size, int(client), first)
             for client in clients
@@ -180,7 +180,7 @@ def expected_update(config: Config, summary: dict[str, Any]) -> dict[str, Matrix
             }
             for owner in starts
         }
-        for name in going_on if before and not method.carries else ():  # of these the change
+        for name in going_on if before and not method.keeps_global_adapter else ():  # of these the change
             (b, a), (start_b, start_a) = trained[SERVER][name], before.adapters(SERVER)[name]
             trained[SERVER][name] = np.hstack([b, start_b.double()]), np.vstack([a, -start_a.double()])
         before = written_out
@@ -192,7 +192,7 @@ def expected_update(config: Config, summary: dict[str, Any]) -> dict[str, Matrix
                 held.append((together, trained[SERVER][name]))
             joined[name] = RULES[method.rule]([pair for _, pair in held], np.array([p for p, _ in held]))
         products = {name: b @ a for name, (b, a) in joined.items()}
-        if method.carries:
+        if method.keeps_global_adapter:
             adapter, update = joined, products
             for name, product in products.items() if method.residual else ():
                 exact = sum(shares[int(c)] * trained[c][name][0] @ trained[c][name][1] for c in clients)

@@ -27,7 +27,7 @@ from hsplitlora_flwr.data.collate import evaluation_batches, tokenize, training_
 from hsplitlora_flwr.data.partition import partition
 from hsplitlora_flwr.data.sources import load_text
 from hsplitlora_flwr.lora import AdapterSpec, extract, inject
-from hsplitlora_flwr.lora.export import DELTA_FILE, load_delta
+from hsplitlora_flwr.lora.export import DELTA_FILE, load_update
 from hsplitlora_flwr.models import split_model
 from hsplitlora_flwr.models.loading import with_model_dtype
 from tests.plain import SERVER, PlainRound, block_of
@@ -207,9 +207,9 @@ def test_a_run_ends_in_an_adapter_that_stock_peft_loads(done: Done, tiny_folder:
 
 def test_a_round_is_the_same_unsplit_in_whole_batches_and_without_flower(done: Done) -> None:
     summary = done.summary
-    delta = load_delta(done.first_round)
-    assert delta.version == 1
-    found = {name: change.dense().double() for name, change in delta.changes().items()}
+    accumulated = load_update(done.first_round)
+    assert accumulated.version == 1
+    found = {name: change.dense().double() for name, change in accumulated.changes().items()}
     expected = unsplit_round(done.config, summary["plans"][0]["clients"])
     assert found.keys() == expected.keys()
     for name, matrix in expected.items():

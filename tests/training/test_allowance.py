@@ -114,7 +114,9 @@ def test_a_client_that_trains_nothing_has_no_gradient() -> None:
     """What it says of one would shorten the server's steps."""
     served = Served(task=replace(TASK, forward_only=True))
     first, last = served.frames(FIRST, square=0.0)
-    served.refuses(replace(first, previous_square=0.25), r"previous_square is 0\.25, and the client trains nothing")
+    served.refuses(
+        replace(first, previous_grad_norm_sq=0.25), r"previous_grad_norm_sq is 0\.25, and the client trains nothing"
+    )
     assert [type(answer) for answer in served.take(first, last)] == [Loss, Loss]
     served.refuses(Finish(0.25), "the client trains nothing")
 
@@ -205,7 +207,7 @@ VALUES: list[tuple[str, Callable[[Activation], Activation], str]] = [
     ("endless label tokens", lambda f: replace(f, label_tokens=2**62), "at most 40 fit"),
     ("fewer label tokens than labels", lambda f: replace(f, label_tokens=1), "said 1"),
     *(
-        (f"square of {square}", lambda f, square=square: replace(f, previous_square=square), "no squared norm")
+        (f"square of {square}", lambda f, square=square: replace(f, previous_grad_norm_sq=square), "no squared norm")
         for square in (math.nan, math.inf, -math.inf, -1e-300)
     ),
 ]
@@ -294,7 +296,7 @@ def test_the_number_of_labels_is_one_for_all_micro_batches(more: int) -> None:
 def test_a_last_word_that_is_no_squared_norm(square: float) -> None:
     served = Served()
     served.steps(STEPS)
-    served.refuses(Finish(square), f"previous_square is {square}")
+    served.refuses(Finish(square), f"previous_grad_norm_sq is {square}")
 
 
 @pytest.mark.parametrize("frame", [Finished(), Loss(1.0), Ping(NONE, 0), Gradient(NONE, NONE, 0.0, 0.0)])

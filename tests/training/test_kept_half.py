@@ -18,7 +18,7 @@ from hsplitlora_flwr.config import TrainConfig
 from hsplitlora_flwr.lora import AdapterSpec, extract, inject
 from hsplitlora_flwr.lora.aggregation import Update, aggregate
 from hsplitlora_flwr.lora.kept import KeptHalf
-from hsplitlora_flwr.lora.update import Change, Delta
+from hsplitlora_flwr.lora.update import AccumulatedUpdate, Change
 from hsplitlora_flwr.models import split_model
 from hsplitlora_flwr.training.allowance import TRUSTED
 from hsplitlora_flwr.training.client import ClientTrainer, train_client
@@ -43,7 +43,7 @@ ROUNDS = (  # split points, and the rank of the half
 )
 
 
-class Exact(Delta):
+class Exact(AccumulatedUpdate):
     """The accumulated update in float64, which the real one keeps in fp32."""
 
     def __init__(self) -> None:
@@ -86,17 +86,17 @@ class Round:
         return {name: spec for name, spec in self.specs.items() if self.trained_by(name)}
 
 
-def split_round(round_: Round, kept: KeptHalf, delta: Exact, train: TrainConfig) -> None:
+def split_round(round_: Round, kept: KeptHalf, accumulated: Exact, train: TrainConfig) -> None:
     """A round by the product's parts."""
     kept.begin(round_.above)
-    beside = {name: change.dense() for name, change in kept.beside(delta).items()}
+    beside = {name: change.dense() for name, change in kept.beside(accumulated).items()}
     clients, servers = {}, {}
     model, first = changed(beside), round_.number * STEPS
     part = split_model(model, min(round_.splits.values()))[1]
     turns = Turns(list(round_.splits), "arrival")
     half = SharedHalf(part, round_.above, f"{round_.number}/server", {}, train, turns, kept.tensors)
     for number, (client, split) in enumerate(round_.splits.items()):
-        lower, upper = split_model(changed(delta.total), split)[0], split_model(model, split)[1]
+        lower, upper = split_model(changed(accumulated.total), split)[0], split_model(model, split)[1]
         half.attach(upper)
         optimizer = AdapterOptimizer(inject(lower, round_.specs, f"{round_.number}/{client}"), train)
         batches = islice(random_batches(number), first, None)
@@ -108,7 +108,7 @@ def split_round(round_: Round, kept: KeptHalf, delta: Exact, train: TrainConfig)
     update = aggregate([extract(each.model) for each in clients.values()], list(round_.shares.values()), shared=shared)
     kept.end(half.tensors(), half.adapters(), [])
     for name, (b, a) in update.items():
-        delta.total[name] = delta.total.get(name, torch.zeros(())) + b @ a
+        accumulated.total[name] = accumulated.total.get(name, torch.zeros(())) + b @ a
 
 
 def plain_round(
@@ -150,16 +150,16 @@ def plain_round(
 def test_rounds_of_a_kept_half_are_a_plain_loop(train: TrainConfig) -> None:
     """Unlike cuts and weights, clients that come and go, layers that leave the half and return, and another rank."""
     names = [name for part in split_model(tiny_model("llama"), 1) for name, _ in part.linears()]
-    kept, delta, total = KeptHalf(), Exact(), dict[str, Tensor]()
+    kept, accumulated, total = KeptHalf(), Exact(), dict[str, Tensor]()
     before: tuple[Round, PlainRound] | None = None
     for number, (splits, rank) in enumerate(ROUNDS):
         ranks = {name: rank if block_of(name) else 1 for name in names}
         specs = {name: AdapterSpec(each, SCALE * each) for name, each in ranks.items()}
         round_ = Round(number, splits, specs)
-        split_round(round_, kept, delta, train)
+        split_round(round_, kept, accumulated, train)
         before = round_, plain_round(round_, before, total, train)
         for name, expected in total.items():
-            torch.testing.assert_close(delta.total[name], expected, rtol=0, atol=1e-9)
+            torch.testing.assert_close(accumulated.total[name], expected, rtol=0, atol=1e-9)
             assert expected.abs().max() > 1e-7, "all have moved"
         assert max(float(matrix.abs().max()) for matrix in total.values()) > 1e-3
 
@@ -170,11 +170,11 @@ def test_what_is_kept_matters() -> None:
     specs = {name: AdapterSpec(2, 2 * SCALE) for name in names}
 
     def total(ending: str) -> Tensor:
-        kept, delta = KeptHalf(), Exact()
+        kept, accumulated = KeptHalf(), Exact()
         for number in range(2):
-            split_round(Round(number, {"a": 1, "b": 2}, specs), kept, delta, ADAMW)
+            split_round(Round(number, {"a": 1, "b": 2}, specs), kept, accumulated, ADAMW)
             kept.tensors = {key: tensor for key, tensor in kept.tensors.items() if key.endswith(ending)}
-        return delta.total[names[-1]]
+        return accumulated.total[names[-1]]
 
     assert torch.equal(total(""), total(""))
     assert (total("") - total("/adapter")).abs().max() > 1e-6, "without its optimizer"

@@ -12,15 +12,15 @@ import torch
 from transformers import PreTrainedModel
 
 from hsplitlora_flwr.evaluation.perplexity import evaluate
-from hsplitlora_flwr.lora import Delta
+from hsplitlora_flwr.lora import AccumulatedUpdate
 from hsplitlora_flwr.lora.base import SharedBase
 from hsplitlora_flwr.training.server import CorePool
 from hsplitlora_flwr.transport.frames import Finish, Finished, Frame
 from tests.tiny import random_batches, tiny_model
 
 
-def random_delta(model: PreTrainedModel, rounds: int) -> Delta:
-    delta, generator = Delta(), torch.Generator().manual_seed(0)
+def random_delta(model: PreTrainedModel, rounds: int) -> AccumulatedUpdate:
+    accumulated, generator = AccumulatedUpdate(), torch.Generator().manual_seed(0)
     names = [name for name, _ in model.named_modules() if name.endswith(("q_proj", "down_proj"))]
     for _ in range(rounds):
         update = {}
@@ -28,13 +28,13 @@ def random_delta(model: PreTrainedModel, rounds: int) -> Delta:
             rows, columns = model.get_submodule(name).weight.shape
             b = 0.1 * torch.randn(rows, 3, generator=generator)
             update[name] = b, 0.1 * torch.randn(3, columns, generator=generator)
-        delta.add(update)
-    return delta
+        accumulated.add(update)
+    return accumulated
 
 
-def expected_nll(model: PreTrainedModel, delta: Delta) -> tuple[float, int]:
+def expected_nll(model: PreTrainedModel, accumulated: AccumulatedUpdate) -> tuple[float, int]:
     """The unsplit model in fp64 with the dense update in its weights."""
-    for name, change in delta.changes().items():
+    for name, change in accumulated.changes().items():
         model.get_submodule(name).weight.data += change.dense()
     model = model.double()
     batch = next(random_batches())
@@ -52,10 +52,10 @@ def test_updates_reach_parts_and_start_from_the_original_weights(tmp_path: Path,
     base = SharedBase(str(tmp_path), dtype)
     before = base.whole()
     for rounds in (1, 2, 3):
-        delta = random_delta(stored, rounds)
-        base.update(delta.changes())
+        accumulated = random_delta(stored, rounds)
+        base.update(accumulated.changes())
         nll, tokens = expected_nll(
-            tiny_model("llama", dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32).float(), delta
+            tiny_model("llama", dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32).float(), accumulated
         )
         batches = [next(random_batches())]
         found = evaluate(base.whole(), batches)
@@ -64,17 +64,17 @@ def test_updates_reach_parts_and_start_from_the_original_weights(tmp_path: Path,
         if dtype != "bfloat16":  # parts made earlier share the weights that were updated
             assert evaluate(before, batches).nll == found.nll
     base.update({})
-    untouched, _ = expected_nll(stored.float(), Delta())
+    untouched, _ = expected_nll(stored.float(), AccumulatedUpdate())
     assert evaluate(base.whole(), batches).nll == pytest.approx(untouched, rel=tolerance)
 
 
 def test_the_merged_model_is_the_base_with_the_update(tmp_path: Path) -> None:
     stored = tiny_model("llama", dtype=torch.bfloat16)
     stored.save_pretrained(tmp_path)
-    base, delta = SharedBase(str(tmp_path), "bfloat16"), random_delta(stored, 2)
-    base.update(delta.changes())
+    base, accumulated = SharedBase(str(tmp_path), "bfloat16"), random_delta(stored, 2)
+    base.update(accumulated.changes())
     merged = base.merged()
-    for name, change in delta.changes().items():
+    for name, change in accumulated.changes().items():
         exact = stored.get_submodule(name).weight.float() + change.dense()
         assert torch.equal(merged.get_submodule(name).weight, exact.to(torch.bfloat16))
     assert merged.get_submodule("model.layers.0.self_attn.k_proj").weight.equal(

@@ -77,7 +77,7 @@ class Split:
         labels: Labels = "server",
         micro_batch_size: int = 0,
         order: str = "fixed",
-        recompute: bool = False,
+        checkpointing: bool = False,
         splits: Mapping[str, int] = SPLITS,
         train: TrainConfig = TRAIN,
         norms: dict[str, float] | None = None,
@@ -97,7 +97,7 @@ class Split:
         for number, (client, split) in enumerate(splits.items()):
             lower, upper, *head = split_model(self.base, split, labels)
             self.half.attach(upper)
-            if recompute:
+            if checkpointing:
                 checkpoint_blocks(upper)
             specs = {} if client in frozen else own_specs(names, number)
             self.clients[client] = ClientTrainer(
@@ -194,7 +194,7 @@ def test_a_round_of_several_clients_is_a_plain_loop(family: str) -> None:
         {"labels": "client"},
         {"micro_batch_size": 1},
         {"micro_batch_size": 3, "labels": "client"},
-        {"recompute": True},
+        {"checkpointing": True},
     ],
     ids=str,
 )
@@ -225,7 +225,12 @@ def test_clients_that_train_nothing_take_turns_with_those_that_do(family: str) -
 @pytest.mark.parametrize("frozen", ["a", "c", "abc"])
 @pytest.mark.parametrize(
     "changes",
-    [{"labels": "client"}, {"micro_batch_size": 1}, {"micro_batch_size": 3, "labels": "client"}, {"recompute": True}],
+    [
+        {"labels": "client"},
+        {"micro_batch_size": 1},
+        {"micro_batch_size": 3, "labels": "client"},
+        {"checkpointing": True},
+    ],
     ids=str,
 )
 def test_whoever_trains_nothing_and_whatever_travels(changes: dict[str, Any], frozen: str) -> None:

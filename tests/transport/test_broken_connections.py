@@ -38,8 +38,10 @@ class Server:
 
     def answer(self, frame: Frame) -> Frame:
         if isinstance(frame, Finish):
-            self.seen.append(frame.previous_square)
-            return Gradient(torch.full((1,), frame.previous_square), torch.empty(0), frame.previous_square, 0.0)
+            self.seen.append(frame.previous_grad_norm_sq)
+            return Gradient(
+                torch.full((1,), frame.previous_grad_norm_sq), torch.empty(0), frame.previous_grad_norm_sq, 0.0
+            )
         return frame
 
     def link(self, grace: float | None = None) -> StreamLink:

@@ -108,7 +108,7 @@ PREFIX = struct.Struct("<4sBBIQ")
 HEADER = GOOD[PREFIX.size : PREFIX.size + PREFIX.unpack_from(GOOD)[3]]
 
 
-def framed(header: bytes, *, total: int | None = None, said: int | None = None, version: int = 2) -> bytes:
+def framed(header: bytes, *, total: int | None = None, said: int | None = None, version: int = 3) -> bytes:
     """A frame with another header and true lengths, unless others are given."""
     rest = header + GOOD[PREFIX.size + len(HEADER) :]
     total = PREFIX.size + len(rest) if total is None else total
@@ -125,7 +125,7 @@ def shaped(shape: bytes) -> bytes:
         (b"", "shorter than its prefix"),
         (b"GET / HTTP/1.1\r\n\r\n", "not a frame"),
         (GOOD[:5] + b"\x63" + GOOD[6:], "frames have no kind 99"),
-        (framed(HEADER, version=1), "frame version 1, but this side speaks 2"),
+        (framed(HEADER, version=1), "frame version 1, but this side speaks 3"),
         (GOOD[:-8], f"should have {len(GOOD)} bytes, it has {len(GOOD) - 8}"),
         (GOOD + b"\0", f"should have {len(GOOD)} bytes, it has {len(GOOD) + 1}"),
         (framed(HEADER, total=2**63), f"should have {2**63} bytes"),
@@ -139,7 +139,7 @@ def shaped(shape: bytes) -> bytes:
         (framed(HEADER.replace(b'"loss": 0.5', b'"loss": 0.5, "loss": 0.5')), "a name stands twice"),
         (framed(HEADER.replace(b'"shape"', b'"dtype": "int8", "shape"', 1)), "a name stands twice"),
         *(
-            (framed(HEADER.replace(b"0.25", number)), "'square' is -?(nan|inf); frames carry finite numbers")
+            (framed(HEADER.replace(b"0.25", number)), "'grad_norm_sq' is -?(nan|inf); frames carry finite numbers")
             for number in (b"NaN", b"Infinity", b"-Infinity", b"1e999")
         ),
         (framed(HEADER.replace(b"0.25", b"true")), "must be a float"),
@@ -171,7 +171,7 @@ def test_whole_numbers_have_64_bits(number: int) -> None:
     good = encode(Ping(torch.empty(0, dtype=torch.uint8), 12345))
     header = good[PREFIX.size :].rstrip().replace(b"12345", b"%d" % number)
     with pytest.raises(FrameError, match="whole numbers have 64 bits") as caught:
-        decode(PREFIX.pack(b"HSPL", 2, 8, len(header), PREFIX.size + len(header)) + header)
+        decode(PREFIX.pack(b"HSPL", 3, 8, len(header), PREFIX.size + len(header)) + header)
     assert len(str(caught.value)) < 200
 
 
@@ -226,5 +226,5 @@ JSON = st.recursive(
 def test_headers_of_any_content_are_refused_or_fit(
     one: object, two: object, three: object, four: object, body: bytes
 ) -> None:
-    header = json.dumps({"gradient": one, "scale": two, "loss": three, "square": four}).encode()
-    check(PREFIX.pack(b"HSPL", 2, 1, len(header), PREFIX.size + len(header) + len(body)) + header + body)
+    header = json.dumps({"gradient": one, "scale": two, "loss": three, "grad_norm_sq": four}).encode()
+    check(PREFIX.pack(b"HSPL", 3, 1, len(header), PREFIX.size + len(header) + len(body)) + header + body)

@@ -53,8 +53,8 @@ def counting_app() -> ClientApp:
     @app.query()
     def count(message: Message, context: Context) -> Message:
         [frame] = read_frames(message.content)
-        assert isinstance(frame, Finish) and frame.previous_square >= 0, "cannot count that"
-        return Message(add_frames(RecordDict(), [Finish(frame.previous_square - 1)]), reply_to=message)
+        assert isinstance(frame, Finish) and frame.previous_grad_norm_sq >= 0, "cannot count that"
+        return Message(add_frames(RecordDict(), [Finish(frame.previous_grad_norm_sq - 1)]), reply_to=message)
 
     return app
 
@@ -68,7 +68,11 @@ def test_nodes_are_answered_until_each_has_said_its_last() -> None:
     def answer(reply: Message) -> Message | None:
         [frame] = read_frames(reply.content)
         assert isinstance(frame, Finish)
-        return message(reply.metadata.src_node_id, frame.previous_square) if frame.previous_square > 0 else None
+        return (
+            message(reply.metadata.src_node_id, frame.previous_grad_norm_sq)
+            if frame.previous_grad_norm_sq > 0
+            else None
+        )
 
     last = dict(converse(grid, [message(1, 4.0), message(2, 1.0), message(3, -1.0)], answer, timeout=300))
     assert last.keys() == {1, 2, 3}
