@@ -122,7 +122,7 @@ def _trace_model(
     except Exception as error:  # whatever the code of a model does with tensors that hold no values
         raise PlanError(
             f"what a '{model.config.model_type}' keeps in memory cannot be predicted: its blocks cannot be traced "
-            f"without values ({brief(error)}); choose another model"
+            f"without values ({brief(error)}); choose another model, or a newer release of transformers if there is one"
         ) from error
     head = trace_head(head_part(model, family), rows, length)
     return ModelTrace(kinds, traces, head, beside_blocks, embeddings)
@@ -144,9 +144,9 @@ def trace_block(client: ClientModel, rows: int, length: int, rank: int) -> Block
     parameters = _numel(client.blocks[0])
     with FakeTensorMode(allow_non_fake_inputs=True):
         client.to_empty(device="cpu").train()
+        client.decoder.training = False  # its blocks train; older releases throw dice over each of them where it does
         ids = torch.zeros(rows, length, dtype=torch.long)
-        # A finished mask: models look into the values of a plain one, and there are none here.
-        mask = torch.ones(rows, 1, length, length, dtype=torch.bool)
+        mask = torch.ones(rows, length, dtype=torch.long)
 
         def forward() -> Tensor:
             cut: Tensor = client.decoder(

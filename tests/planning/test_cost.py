@@ -138,10 +138,10 @@ def test_client_step_takes_what_is_predicted(name: str, dtype: str) -> None:
     assert parts["activations"] + parts["temporary"] == pytest.approx(allocated_peak(step), rel=0.1)
 
 
-@pytest.mark.parametrize(("dtype", "rows", "length", "least"), [("float32", 4, 24, 0.92), ("bfloat16", 8, 64, 0.8)])
+@pytest.mark.parametrize(("dtype", "rows", "length"), [("float32", 4, 24), ("bfloat16", 8, 64)])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_client_without_adapters_takes_the_forward_pass_of_one_block(
-    name: str, dtype: str, rows: int, length: int, least: float
+    name: str, dtype: str, rows: int, length: int
 ) -> None:
     model = tiny_model(name, dtype=getattr(torch, dtype))
     cost = CostModel(model.config, find_family(model.config), Workload(rows, length, dtype))
@@ -158,8 +158,7 @@ def test_a_client_without_adapters_takes_the_forward_pass_of_one_block(
         client, _ = split_model(model, split)
         parts = cost.memory_parts(split, {}, updated=False)
         assert parts["adapters"] == parts["activations"] == 0
-        # For a hidden size of 32 masks, of which some models have two kinds, weigh as much as an activation.
-        assert least < (parts["temporary"] - waiting) / allocated_peak(step) < 1.1
+        assert 0.98 < (parts["temporary"] - waiting) / allocated_peak(step) < 1.11
     one = {next(layer.name for layer in cost.layers if layer.block == 2): 1}
     assert cost.client_bytes(3, {}, updated=False) < cost.client_bytes(3, one, updated=False)
 

@@ -384,7 +384,7 @@ def test_the_shortest_round_is_found_where_clients_share_no_split_that_the_serve
         "dtype": "float32",
         "passes": None,
         "checkpointing": "off",
-        "budgets": {name: Budget(memory, 0, 1e6, 1e6, 1e6) for name, memory in {"a": 150_400, "b": 562_827}.items()},
+        "budgets": {name: Budget(memory, 0, 1e6, 1e6, 1e6) for name, memory in {"a": 151_424, "b": 563_851}.items()},
         "server": Budget(981_041, 0, 98_318_582.25129579),
         "importance": {name: float(name == names[-1]) for name in names},
         "steps": 1,
