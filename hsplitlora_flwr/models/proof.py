@@ -82,7 +82,7 @@ def _prove_unregistered(config: PretrainedConfig) -> Family:
         raise UnsupportedModelError("a token changes what the model says of earlier ones, as in an encoder like BERT")
     family = _read_layout(tiny, config.model_type)
     try:
-        family = dataclasses.replace(family, unadapted=_unadapted(tiny, family), alike=False)
+        family = dataclasses.replace(family, unadapted=find_unadapted(tiny, family), alike=False)
         prove(tiny, family)
     except UnsupportedModelError:
         raise
@@ -219,7 +219,8 @@ def prove(model: PreTrainedModel, family: Family) -> None:
             if not torch.allclose(split_loss, loss, rtol=0, atol=1e-9):
                 raise UnsupportedModelError(
                     f"{where}, its loss is {split_loss:.9f}, not {loss:.9f}: its code does something around the blocks "
-                    "that a part of them cannot leave out, such as scaling the embeddings or adding positions to them"
+                    "that a part of them cannot leave out, such as scaling the embeddings or adding positions to them; "
+                    "name a model of another type"
                 )
             got = torch.autograd.grad(split_loss, weights, retain_graph=True, allow_unused=True)
             if not all(map(_equal, got, expected)):
@@ -227,12 +228,29 @@ def prove(model: PreTrainedModel, family: Family) -> None:
     model.requires_grad_(False)
 
 
-def _unadapted(model: PreTrainedModel, family: Family) -> tuple[str, ...]:
+def find_unadapted(model: PreTrainedModel, family: Family) -> tuple[str, ...]:
     """Linear layers, by their name inside a block, that take no adapter.
 
-    Code that looks at a layer's weight and does not call it passes an adapter by, and a router that is a kind of linear
-    layer may return more than a product.
+    Code that looks at a layer's weight and does not call it passes an adapter by, perhaps where it trains alone, and a
+    router that is a kind of linear layer may return more than a product.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        As for :func:`prove`, in evaluation mode.
+    family : Family
+        Its layout.
     """
+    found = _passed_by(model, family)
+    model.train()
+    if torch.equal(_loss(model, *_batch(model)), _loss(model, *_batch(model))):  # else dice are thrown
+        found = tuple(dict.fromkeys((*found, *_passed_by(model, family))))
+    model.eval()
+    return found
+
+
+def _passed_by(model: PreTrainedModel, family: Family) -> tuple[str, ...]:
+    """The same in the mode, of training or evaluation, that the model is in."""
     whole = whole_model(model, family)
     terms = _terms(whole)
     inside = {name: name.removeprefix(f"{family.decoder}.{family.blocks}.").partition(".")[2] for name in terms}
