@@ -240,6 +240,8 @@ def _json_lines(path: Path) -> Rows:
             raise DataError(
                 f"{where}: not JSON ({error.msg} at column {error.colno}); write one object a line"
             ) from None
+        except RecursionError:
+            raise DataError(f"{where}: lists or objects inside one another that are too deep; delete the row") from None
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:

@@ -253,14 +253,16 @@ def _turn(turn: Any, where: str) -> Turn:
 def _content(turn: Row, name: str, where: str) -> str:
     """Text, or a list of parts that are all text."""
     parts = turn.get(name)
-    if not isinstance(parts, list):
-        try:
-            return text_in(turn, name)
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from None
-    if strange := [part for part in parts if not (isinstance(part, Mapping) and isinstance(part.get("text"), str))]:
-        raise DataError(f"{where} holds {json.dumps(strange[0], default=str)[:60]}, which is no text")
-    return "".join(part["text"] for part in parts)
+    if isinstance(parts, list):
+        if strange := [part for part in parts if not (isinstance(part, Mapping) and isinstance(part.get("text"), str))]:
+            raise DataError(f"{where} holds {json.dumps(strange[0], default=str)[:60]}, which is no text")
+        name = "text"
+    else:
+        parts = [turn]
+    try:
+        return "".join(text_in(part, name) for part in parts)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
 
 
 _MAKERS: dict[str, Callable[[Shape, Row, Group], Example]] = {

@@ -168,6 +168,7 @@ def test_text_file_is_one_text_a_line(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ('{"text": "a"', "not JSON"),
+        ("[" * 100_000, "lists or objects inside one another that are too deep"),
         ("[1]", "a row must be"),
         ('{"prompt": "a"}', "a row must be"),
         ('{"completion": "a"}', "a row must be"),
@@ -190,6 +191,10 @@ def test_text_file_is_one_text_a_line(tmp_path: Path) -> None:
             "turn 1 .* has 'tool_calls', which is no",
         ),
         ('{"messages": [{"role": "assistant", "content": [{"type": "image"}]}]}', "turn 1 .* which is no text"),
+        (
+            '{"messages": [{"role": "assistant", "content": [{"type": "text", "text": "\\ud83d"}]}]}',
+            "turn 1 of 'messages': 'text' holds half of a surrogate pair",
+        ),
         ('{"messages": [{"role": "assistant", "content": 5}]}', "turn 1 of 'messages': 'content' must be a string"),
         ('{"body": "a"}', "a row must be .* has 'body'"),
         ("{}", "a row must be .* has nothing"),
