@@ -61,6 +61,8 @@ def read_outcome(
         asked.check_sizes(records)
         outcome = Outcome.from_records(records)
         asked.check_figures(outcome)
+        if task.kind != TRAIN and outcome.adapters:
+            raise ReplyError("its reply holds adapters, and none were asked for")
         if task.kind == TRAIN:
             check_adapters(outcome.adapters, asked.adapters, asked.dtype)
             check_moves(outcome.adapters, start or {}, task)

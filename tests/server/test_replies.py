@@ -134,6 +134,12 @@ def test_flawed_scores(scores: dict[str, float], says: str) -> None:
         read(replace(SCORED, importance=scores), PROBING)
 
 
+@pytest.mark.parametrize(("outcome", "task"), [(SCORED, PROBING), (MEASURED, MEASURING)])
+def test_adapters_that_were_not_asked_for(outcome: Outcome, task: Task) -> None:
+    with pytest.raises(ReplyError, match="holds adapters, and none were asked for"):
+        read(replace(outcome, adapters=GOOD.adapters), task)
+
+
 @pytest.mark.parametrize(
     ("nll", "tokens", "says"),
     [
