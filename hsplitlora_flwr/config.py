@@ -165,7 +165,7 @@ _COUNT = 3
 
 @dataclass(frozen=True)
 class ClientsConfig:
-    """Who takes part, and what a client may weigh. ``memory_gb`` to ``mbit_down`` are of simulated clients; nodes of a
+    """Who takes part, and what a client may weigh. ``memory_gb`` to ``adapter_mb`` are of simulated clients; nodes of a
     deployment state theirs in their ``--node-config`` instead."""
 
     count: int = setting(
@@ -191,6 +191,11 @@ class ClientsConfig:
     )
     memory_gb: EachClient = setting(
         (), "memory of client 0, 1, ...; repeats when shorter; empty = what each states or measures", unit="1e9 bytes"
+    )
+    gpu_memory_gb: EachClient = setting(
+        (),
+        "the same on a GPU, for the tensors of clients that train on one; memory_gb is then for their processes alone",
+        unit="1e9 bytes",
     )
     process_mb: float = setting(
         0.0,
@@ -218,8 +223,8 @@ class ClientsConfig:
 
     @property
     def memory_bytes(self) -> tuple[int, ...]:
-        """``memory_gb`` in bytes."""
-        return tuple(int(gb * 1e9) for gb in self.memory_gb)
+        """``gpu_memory_gb``, or where that is empty ``memory_gb``, in bytes: where the model lies."""
+        return tuple(int(gb * 1e9) for gb in self.gpu_memory_gb or self.memory_gb)
 
 
 @dataclass(frozen=True)
@@ -302,6 +307,12 @@ class PlanConfig:
     )
     server_memory_gb: float = setting(
         0.0, "memory of the server; 0 = what is free at the start", unit="1e9 bytes", ge=0
+    )
+    server_gpu_memory_gb: float = setting(
+        0.0,
+        "the same of its GPUs together, where its half lies on them; server_memory_gb is then for its process alone",
+        unit="1e9 bytes",
+        ge=0,
     )
 
 

@@ -98,7 +98,7 @@ class Description:
     examples : int
         Its number of training examples.
     memory_bytes : int
-        Its memory budget.
+        Its memory budget where the model lies, on its GPU or in the machine.
     tokens : int
         Of its training examples, before any was cut to ``data.max_length``.
     cut_rows, cut_tokens : int
@@ -108,7 +108,9 @@ class Description:
     adapter_bytes : int
         Adapters that it may send in a round; 0 for no bound.
     process_bytes : int
-        What its process takes before a model is loaded.
+        What its process takes there before a model is loaded; 0 on a GPU.
+    host_bytes, host_process_bytes : int
+        With a GPU, what its process may take in the machine, 0 for no bound, and takes by itself; else 0.
     longest : int
         Tokens of its longest example.
     held : Mapping[str, str]
@@ -135,6 +137,8 @@ class Description:
     cut_rows: int = 0
     cut_tokens: int = 0
     cut_transform: str = ""
+    host_bytes: int = 0
+    host_process_bytes: int = 0
 
     @staticmethod
     def is_all_of(records: RecordDict) -> bool:
@@ -219,7 +223,9 @@ _CLAIMS: Mapping[str, _Number | _Text] = {
     "name": _Text(NAME_LENGTH, printable=True),
     "examples": _Number(int, 1, 1e12),
     "memory_bytes": _Number(int, 1, 1e15),
-    "process_bytes": _Number(int, 1, 1e15),
+    "process_bytes": _Number(int, 0, 1e15),
+    "host_bytes": _Number(int, 0, 1e15),
+    "host_process_bytes": _Number(int, 0, 1e15),
     "longest": _Number(int, 1, 1e9),
     "held": _Text(HELD_BYTES),
     "cut_transform": _Text(NAME_LENGTH, printable=True, or_empty=True),
@@ -477,8 +483,8 @@ class Progress:
         When it took the task up, in seconds since the epoch.
     before : float
         Seconds from then until the first step: reading text, weights and the update.
-    peak : int
-        Peak memory in bytes.
+    peak, host_peak : int
+        Peak memory where the model lies, and of the process in the machine, in bytes.
     bytes_up, bytes_down : int
         Frames to and from the server.
     """
@@ -486,6 +492,7 @@ class Progress:
     started: float = field(default_factory=time.time)
     before: float = 0.0
     peak: int = 0
+    host_peak: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
 
@@ -493,10 +500,15 @@ class Progress:
         """Training starts."""
         self.before = time.time() - self.started
 
+    def note_peaks(self, there: int, host: int) -> None:
+        """Memory at its peak meanwhile, in bytes: where the model lies, and of the process in the machine."""
+        self.peak, self.host_peak = max(self.peak, there), max(self.host_peak, host)
+
     def metrics(self, seconds: float) -> dict[str, float]:
         """For an :class:`Outcome`; ``seconds`` of training where one process knows them."""
         return {
             "measured-bytes": self.peak,
+            "host-bytes": self.host_peak,
             "bytes-up": self.bytes_up,
             "bytes-down": self.bytes_down,
             "seconds-before": self.before,

@@ -122,15 +122,19 @@ def forecast(config: Config) -> Forecast:
     if METHODS[config.method.name].central:
         raise ConfigError(f"method.name={config.method.name} trains in one place; there are no clients to plan for")
     if not config.clients.memory_bytes:
-        raise ConfigError("clients.memory_gb is empty; state the memory of the clients")
+        raise ConfigError(
+            "clients.memory_gb is empty; state the memory of the clients, or clients.gpu_memory_gb, that of their GPUs"
+        )
     rows = min(train.micro_batch_size or train.batch_size, train.batch_size)
     cost = cost_model(config, rows, config.data.max_length)
     check_quantiser(config.model.quantise)
     process = own_memory.stated(config) or own_memory.remembered(config) or own_memory.measured(config)
-    budgets = {str(client): _budget(config, client, process.bytes) for client in range(config.clients.count)}
+    own = 0 if config.clients.gpu_memory_gb else process.bytes  # beside a GPU the process takes nothing there
+    budgets = {str(client): _budget(config, client, own) for client in range(config.clients.count)}
     # Memory that is not stated shall not be that of the machine on which somebody plans.
-    memory = int(config.plan.server_memory_gb * 1e9) or sys.maxsize
-    server_process = int(config.plan.server_process_mb * 1e6) or process.bytes
+    on_gpus = bool(config.plan.server_gpu_memory_gb)
+    memory = int((config.plan.server_gpu_memory_gb or config.plan.server_memory_gb) * 1e9) or sys.maxsize
+    server_process = 0 if on_gpus else int(config.plan.server_process_mb * 1e6) or process.bytes
     server = Budget(memory, server_process, flops=config.plan.server_gflops * 1e9 or None)
     return Forecast(config, cost, budgets, server, process, make_round_plan(config, budgets, server, {}, cost))
 
@@ -155,7 +159,8 @@ def show(result: Forecast, console: Console) -> None:
 
     say(result.about)
     say("importance: uniform, as it is not known before training")
-    say(f"process: {format_bytes(result.process.bytes)} of a client's memory, {result.process.source}")
+    where = "in the machine, beside its GPU" if config.clients.gpu_memory_gb else "of a client's memory"
+    say(f"process: {format_bytes(result.process.bytes)} {where}, {result.process.source}")
     console.print(_table(result))
     for client, missing in plan.left_out.items():
         say(f"client {client} is left out: it misses {missing:,} bytes of its {format_bytes(_memory(result, client))}")
@@ -228,9 +233,10 @@ def over_budgets(config: Config, budgets: Sequence[float]) -> dict[float, Foreca
     plan. Whatever else is stated of clients is that of the first."""
     first = {f"clients.{name}": values[:1] for name, values in config.clients.lists.items()}
     alone = {"clients.count": 1, "clients.min": 1, "clients.per_round": 0, "clients.fraction": 1.0}
+    where = "gpu_memory_gb" if config.clients.gpu_memory_gb else "memory_gb"
     found: dict[float, Forecast | str] = {}
     for gb in sorted(budgets):
-        changes = first | alone | {"clients.memory_gb": (gb,)}
+        changes = first | alone | {f"clients.{where}": (gb,)}
         try:
             found[gb] = forecast(Config.from_run_config(config.to_run_config() | changes))
         except PlanError as error:
@@ -240,7 +246,7 @@ def over_budgets(config: Config, budgets: Sequence[float]) -> dict[float, Foreca
 
 def usual_budgets(config: Config) -> list[float]:
     """The memories that are stated, and some below and above them, in GB."""
-    stated = sorted(set(config.clients.memory_gb))
+    stated = sorted(set(config.clients.gpu_memory_gb or config.clients.memory_gb))
     around = (stated[0] / 2, stated[0] * 3 / 4, *stated, stated[-1] * 1.5, stated[-1] * 2)
     return sorted({float(f"{gb:.2g}") if gb not in stated else gb for gb in around})[:_MOST_BUDGETS]
 

@@ -155,7 +155,7 @@ class Launcher:
         wanted, cores = config.clients.count * self.client_cpus, all_cores()
         if wanted <= cores or not takes_turns(config):
             return cores
-        budgets = itertools.cycle(config.clients.memory_bytes or (_UNSTATED_BYTES,))
+        budgets = itertools.cycle([gb * 1e9 for gb in config.clients.memory_gb] or [_UNSTATED_BYTES])
         taken = sum(itertools.islice(budgets, config.clients.count))
         return wanted if taken <= _SHARE_OF_MEMORY * psutil.virtual_memory().available else cores
 
@@ -500,6 +500,7 @@ def prepare(config: Config, console: Listener, *, simulated: bool = True) -> Non
     """
     from hsplitlora_flwr.data.sources import load_text
     from hsplitlora_flwr.models.demo import DemoModelError, demo_model, is_demo_model
+    from hsplitlora_flwr.models.placement import check_gpu_memory
     from hsplitlora_flwr.server.checkpoint import check_resume
     from hsplitlora_flwr.server.preflight import check_model_settings, check_parts, check_run_folder, check_text
     from hsplitlora_flwr.server.shard import check_server
@@ -518,6 +519,7 @@ def prepare(config: Config, console: Listener, *, simulated: bool = True) -> Non
     check_model_settings(config)
     check_text(config, text)
     if simulated:
+        check_gpu_memory("clients.gpu_memory_gb", config.clients.gpu_memory_gb, config.model.device)
         try:
             check_server(config)
         except (StreamError, CertificateError) as error:

@@ -1,7 +1,11 @@
 """What a node may use: as its configuration states it, else as the run's settings do, else as measured.
 
 flower-supernode ... --node-config 'memory-gb=6 gflops=900 mbit-up=50 mbit-down=200 adapter-mb=20'
+flower-supernode ... --node-config 'gpu-memory-gb=24 memory-gb=4'
 flower-supernode ... --node-config 'budget="measured"'
+
+A plan is about the memory where the model lies. On a GPU that is what tensors take there; what the process takes in the
+machine is a second number, with a bound of its own.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import torch
 from flwr.app import Context
 
 from hsplitlora_flwr.config import Config, ConfigError
-from hsplitlora_flwr.models.placement import pick_device
+from hsplitlora_flwr.models.placement import check_gpu_memory, pick_device
 from hsplitlora_flwr.training.memory import free_bytes
 
 USABLE = 0.9
@@ -25,25 +29,32 @@ def is_measured(context: Context, config: Config) -> bool:
     stated = context.node_config.get("budget")
     if stated not in (None, "measured"):
         raise ConfigError(f'budget={stated!r} of the node is unknown; write budget="measured", or memory-gb=NUMBER')
-    says_something = any(name in context.node_config for name in ("memory-gb", *_SPEEDS))
-    return stated is not None or not (says_something or config.clients.memory_bytes)
+    says_something = any(name in context.node_config for name in ("memory-gb", "gpu-memory-gb", *_SPEEDS))
+    return stated is not None or not (says_something or config.clients.memory_gb or config.clients.gpu_memory_gb)
 
 
 def load_memory_budget(context: Context, config: Config) -> int:
-    """``memory-gb`` of the node's configuration, else the entry of ``clients.memory_gb`` for its partition, else 90 %
-    of what is free: on the GPU if it trains there, else in the machine.
+    """Memory for the model, in bytes: ``memory-gb`` of the node's configuration, else the entry of
+    ``clients.memory_gb`` for its partition, else 90 % of what is free.
+
+    On a GPU it is of the GPU: ``gpu-memory-gb`` and ``clients.gpu_memory_gb`` come first, and the others stand for
+    them where nobody states these.
 
     Raises
     ------
     ConfigError
-        If the node states something that is not a number above 0.
+        If the node states something that is not a number above 0, or memory of a GPU that it does not train on.
     """
-    stated = _stated(context, "memory-gb")
-    if stated:
-        return int(stated * 1e9)
-    if config.clients.memory_bytes and not is_measured(context, config):
-        return config.clients.memory_bytes[partition_of(context)[0] % len(config.clients.memory_bytes)]
-    return int(USABLE * free_bytes([pick_device(config.model.device)]))
+    device = config.model.device
+    there = _memory(context, config, "gpu-memory-gb")
+    check_gpu_memory("gpu-memory-gb", there and there / 1e9, device)
+    return there or _memory(context, config, "memory-gb") or int(USABLE * free_bytes([pick_device(device)]))
+
+
+def host_memory_budget(context: Context, config: Config) -> int:
+    """What the process of a node may take in the machine while its model lies on a GPU, in bytes: ``memory-gb`` beside
+    ``gpu-memory-gb``, or the same of ``clients``; 0 where nobody says both."""
+    return _memory(context, config, "gpu-memory-gb") and _memory(context, config, "memory-gb")
 
 
 def stated_speeds(context: Context, config: Config) -> tuple[float, float, float]:
@@ -105,6 +116,16 @@ def _stated(context: Context, name: str) -> float:
     if isinstance(stated, bool) or not isinstance(stated, int | float) or not stated > 0:
         raise ConfigError(f"{name}={stated!r} of the node must be a number above 0")
     return float(stated)
+
+
+def _memory(context: Context, config: Config, name: str) -> int:
+    """Of the node's configuration, else of ``clients`` where the node is not to be measured; 0 where nobody says it."""
+    if stated := _stated(context, name):
+        return int(stated * 1e9)
+    sizes: tuple[float, ...] = getattr(config.clients, name.replace("-", "_"))
+    if not sizes or is_measured(context, config):
+        return 0
+    return int(sizes[partition_of(context)[0] % len(sizes)] * 1e9)
 
 
 def _speed(context: Context, config: Config, name: str) -> float:

@@ -9,7 +9,13 @@ from dataclasses import dataclass
 
 from flwr.app import Context
 
-from hsplitlora_flwr.client.budget import adapter_bytes, is_measured, measured_flops, stated_speeds
+from hsplitlora_flwr.client.budget import (
+    adapter_bytes,
+    host_memory_budget,
+    is_measured,
+    measured_flops,
+    stated_speeds,
+)
 from hsplitlora_flwr.client.store import NodeStore
 from hsplitlora_flwr.client.task import Assignment, OwnText
 from hsplitlora_flwr.config import Config, ConfigError, Scalar
@@ -18,6 +24,7 @@ from hsplitlora_flwr.data.sources import Example
 from hsplitlora_flwr.messages import Description, Task
 from hsplitlora_flwr.methods import METHODS
 from hsplitlora_flwr.models.loading import read_config
+from hsplitlora_flwr.models.placement import on_gpus
 from hsplitlora_flwr.privacy.protection import protection
 from hsplitlora_flwr.registry import import_plugins
 from hsplitlora_flwr.training.cut import CutTransform, SeededCut, chained
@@ -35,7 +42,7 @@ OF_NODES = {
 LoadData = Callable[[Context, Config], Sequence[Example]]
 """Gives a client its examples."""
 LoadBudget = Callable[[Context, Config], int]
-"""Gives a client its memory budget in bytes."""
+"""Gives a client its memory budget in bytes, on the GPU where its model lies there."""
 
 
 @dataclass(frozen=True)
@@ -118,13 +125,21 @@ class Node:
             memory = int(store.steady("memory", memory))
             flops = flops or store.number("flops") or store.steady("flops", measured_flops(config))
             up, down = up or store.number("up"), down or store.number("down")
+        on_gpu, process, host = on_gpus(config.model.device), int(store.number("process")), 0
+        if on_gpu and 0 < (host := host_memory_budget(context, config)) < process:
+            raise ConfigError(
+                f"the process of client {self.name} takes {process:,} bytes in the machine by itself, and memory-gb "
+                f"lets it have {host:,}; raise that"
+            )
         version, held = store.held()
         cut = Cut.of(text.train)
         return Description(
             name=self.name,
             examples=len(text.train),
             memory_bytes=memory,
-            process_bytes=int(store.number("process")),
+            process_bytes=0 if on_gpu else process,
+            host_bytes=host,
+            host_process_bytes=process if on_gpu else 0,
             longest=max(map(len, (*text.train, *text.held_out))),
             held=held,
             version=version,

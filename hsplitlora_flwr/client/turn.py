@@ -15,6 +15,7 @@ from hsplitlora_flwr.lora.aggregation import Factors
 from hsplitlora_flwr.lora.update import Change, UpdateError
 from hsplitlora_flwr.messages import Progress, Task, take_patch, take_start
 from hsplitlora_flwr.models.fingerprint import check_part
+from hsplitlora_flwr.models.placement import pick_devices
 from hsplitlora_flwr.transport.frames import Failure, Frame
 from hsplitlora_flwr.transport.link import TRANSPORTS, Ticket
 from hsplitlora_flwr.transport.messages import add_frames, frame_bytes, read_frames
@@ -51,7 +52,7 @@ class Turn:
 
     def _begin(self, task: Task, progress: Progress) -> Message:
         node, text, frames = self._node, self._node.text(task.config), list[Frame]()
-        with node.process.peak_memory() as memory:
+        with node.process.peak_memory(pick_devices(task.config.model.device)) as memory:
             try:
                 changes = {} if task.from_base else node.store.update(take_patch(self._message.content))
             except UpdateError as error:  # then the server sends all of it
@@ -64,7 +65,7 @@ class Turn:
             done = task.method.split and bool(task.token) and self._over_stream(begun, progress)
             if not done:
                 frames, done = begun.take_turn([])
-        progress.peak = max(progress.peak, memory.bytes)
+        progress.note_peaks(memory.bytes, memory.host_bytes)
         return self._reply(begun, frames, done, progress)
 
     def go_on(self) -> Message:
@@ -76,12 +77,12 @@ class Turn:
         tensors, kept = node.store.load_training()
         config, progress = Config.from_run_config(kept["settings"]), Progress(**kept["progress"])
         task, text = Task.from_text(config, kept["task"]), node.text(config)
-        with node.process.peak_memory() as memory:
+        with node.process.peak_memory(pick_devices(config.model.device)) as memory:
             begun = self._load(task, text, {} if task.from_base else node.store.changes())
             begun.restore(tensors, kept["state"])
             frames, done = begun.take_turn(answers)
         progress.bytes_down += frame_bytes(self._message.content)
-        progress.peak = max(progress.peak, memory.bytes)
+        progress.note_peaks(memory.bytes, memory.host_bytes)
         return self._reply(begun, frames, done, progress)
 
     def _load(

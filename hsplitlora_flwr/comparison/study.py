@@ -42,12 +42,14 @@ CHOSEN_HERE = ("experiment", "method", "method.name", "run.seed", "run.dir", "tr
 """What is set for every run, and so not by the user."""
 _OF_CLIENTS = (
     "clients.memory_gb",
+    "clients.gpu_memory_gb",
     "clients.gflops",
     "clients.process_mb",
     "clients.mbit_up",
     "clients.mbit_down",
     "clients.adapter_mb",
     "plan.server_memory_gb",
+    "plan.server_gpu_memory_gb",
     "data.partition",
     "data.alpha",
 )

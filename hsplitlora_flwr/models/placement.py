@@ -38,6 +38,25 @@ def pick_devices(name: str) -> list[str]:
     return [pick_device(name)]
 
 
+def gpus_of(devices: Sequence[str]) -> list[str]:
+    """Those of these devices, by torch's names, that have memory of their own."""
+    return [name for name in devices if name.startswith("cuda")]
+
+
+def on_gpus(name: str) -> bool:
+    """Whether a model lies on GPUs by a name of :func:`pick_devices`."""
+    return bool(gpus_of(pick_devices(name)))
+
+
+def check_gpu_memory(setting: str, stated: object, name: str) -> None:
+    """Raise :class:`ConfigError` if memory of a GPU is stated where a name of :func:`pick_devices` is of none."""
+    if stated and not on_gpus(name):
+        raise ConfigError(
+            f"{setting}={stated} is of a GPU, and model.device={name} trains on the CPU here; state memory-gb "
+            "(clients.memory_gb, plan.server_memory_gb) in its place"
+        )
+
+
 def check_device(name: str) -> None:
     """Raise :class:`ConfigError` if a name of :func:`pick_devices` is of a GPU that is not here."""
     if not name.startswith("cuda"):

@@ -134,6 +134,7 @@ def _client_row(client: Mapping[str, Any], rounds: Iterable[Mapping[str, Any]]) 
         "mean_rank": sum(ranks) / len(ranks) if ranks else None,
         "trained": len(own),
         "measured_bytes": max((row["measured_bytes"] for row in own), default=None),
+        "beside_bytes": max((row["host_measured_bytes"] for row in own if row.get("host_process_bytes")), default=None),
         "tokens_per_second": sum(row["tokens_per_second"] for row in own) / len(own) if own else None,
         "loss": own[-1]["losses"][-1] if own and own[-1]["losses"] else None,
     }

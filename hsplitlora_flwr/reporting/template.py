@@ -106,13 +106,16 @@ perplexity {{ summary.smaller_adapter.perplexity | number(3) }}</p>
 <td>{{ client.mean_rank | number(1) }}</td><td>{{ client.checkpointing or "-" }}</td>
 {% endif %}
 <td>{{ client.budget_bytes | gb }}</td><td>{{ client.predicted_bytes | gb }}</td>
-<td>{{ client.measured_bytes | gb }}</td><td>{{ client.tokens_per_second | number(0) }}</td>
+<td>{{ client.measured_bytes | gb }}
+{{- " beside %s in the machine" | format(client.beside_bytes | gb) if client.beside_bytes }}</td>
+<td>{{ client.tokens_per_second | number(0) }}</td>
 <td>{{ client.trained }}</td><td>{{ client.loss | number(3) }}</td></tr>
 {% endfor %}
 </table></div>
 {% if more_clients %}<p class="soft">and {{ more_clients }} more, in summary.json</p>{% endif %}
 {{ memory }}
-<p class="soft">The peak is the highest of all rounds; plan and peak are of the whole process.</p>
+<p class="soft">The peak is the highest of all rounds; plan and peak are of the whole process, or of its
+tensors on a GPU.</p>
 {% endif %}
 
 {% if maps or importance %}

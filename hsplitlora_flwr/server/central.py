@@ -159,9 +159,9 @@ class CentralTraining(Run[Central]):
     def train_round(self, grid: Grid, server_round: int) -> MetricRecord:
         """As many steps as all clients together take in a round."""
         model, started = self.loaded.model, time.time()
-        with PeakMemory() as memory:
+        with PeakMemory(pick_devices(self.config.model.device)) as memory:
             record = self._train(server_round)
-        norm, row = model.take_update(), self._row(record, memory.bytes)
+        norm, row = model.take_update(), self._row(record, memory)
         self.report.client_finished(server_round, row)
         self.report.round_finished(server_round, time.time() - started, norm, [row], **model.dropped())
         return MetricRecord({"loss": record.losses[-1], "update-norm": norm, "clients": 1})
@@ -182,13 +182,14 @@ class CentralTraining(Run[Central]):
             report=lambda step: self.report.step(**step_row("all", server_round, train, step)),
         )
 
-    def _row(self, record: TrainingRecord, peak: int) -> dict[str, Any]:
+    def _row(self, record: TrainingRecord, memory: PeakMemory) -> dict[str, Any]:
         """The round as that of one client, who is all of them."""
         return {
             "client": "all",
             "examples": len(self._examples),
             "trainable_parameters": self.loaded.model.parameters,
-            "measured_bytes": peak,
+            "measured_bytes": memory.bytes,
+            "host_measured_bytes": memory.host_bytes,
             "predicted_bytes": 0,
             "tokens": record.tokens,
             "label_tokens": record.label_tokens,

@@ -51,7 +51,8 @@ _UNPLANNED = (
 _MAY_CHANGE = (
     *_UNPLANNED,
     # who takes part, with what machines
-    *("clients.count", "clients.wait", "clients.min", "clients.memory_gb", "clients.gflops", "clients.mbit_up"),
+    *("clients.count", "clients.wait", "clients.min", "clients.memory_gb", "clients.gpu_memory_gb"),
+    *("clients.gflops", "clients.mbit_up", "plan.server_gpu_memory_gb"),
     *("clients.mbit_down", "clients.adapter_mb", "plan.deadline", "plan.over_budget", "plan.server_gflops"),
     *("plan.server_memory_gb", "model.device", "clients.process_mb", "plan.server_process_mb"),
     # for how long, and how the same steps are computed, sent and measured

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.lora.limits import capped_weights
 from hsplitlora_flwr.methods import METHODS
-from hsplitlora_flwr.models.placement import pick_devices
-from hsplitlora_flwr.planning.budget import Budget
+from hsplitlora_flwr.models.placement import on_gpus, pick_devices
+from hsplitlora_flwr.planning.budget import Budget, PlanError
 from hsplitlora_flwr.planning.cost import CostModel, Layer
 from hsplitlora_flwr.planning.importance import combine, complete, drift, smooth
 from hsplitlora_flwr.planning.planner import ClientPlan, Plan, probe_plan
@@ -192,11 +192,23 @@ class RoundPlanner:
         return plan
 
     def server_budget(self) -> Budget:
-        """What the server may use: as ``plan.server_*`` states it, else the memory that is free now."""
-        plan = self._config.plan
-        stated = plan.server_memory_gb
-        memory = stated * 1e9 if stated else free_bytes(pick_devices(self._config.model.device))
-        return Budget(int(memory), self._process_bytes, flops=plan.server_gflops * 1e9 or None)
+        """What the server may use where its half lies: as ``plan.server_*`` states it, else the memory that is free
+        now. On GPUs its process takes none of that.
+
+        Raises
+        ------
+        PlanError
+            If the process by itself takes more of the machine than it may, beside GPUs.
+        """
+        plan, device = self._config.plan, self._config.model.device
+        stated, host = int(plan.server_gpu_memory_gb * 1e9), int(plan.server_memory_gb * 1e9)
+        if stated and 0 < host < self._process_bytes:
+            raise PlanError(
+                f"the server's process takes {self._process_bytes:,} bytes by itself, and "
+                f"plan.server_memory_gb={plan.server_memory_gb:g} lets it have {host:,}; raise that"
+            )
+        memory = stated or host or free_bytes(pick_devices(device))
+        return Budget(memory, 0 if on_gpus(device) else self._process_bytes, flops=plan.server_gflops * 1e9 or None)
 
 
 def _stated(budgets: Mapping[str, Budget]) -> dict[str, Budget]:

@@ -106,10 +106,11 @@ def check_model_settings(config: Config) -> None:
     if not method.split:
         needed, what = (0 if config.plan.over_budget else cost.whole_bytes({})), "all"
     missing = needed - max(clients.memory_bytes, default=0)
+    where = "clients.gpu_memory_gb" if clients.gpu_memory_gb else "clients.memory_gb"
     if clients.memory_bytes and missing > 0:
         raise PlanError(
-            f"clients.memory_gb={scalar(clients.memory_gb)}: even the largest budget misses {missing:,} bytes for "
-            f"{what} of {config.model.path}; raise it or choose a smaller model"
+            f"{where}={scalar(clients.gpu_memory_gb or clients.memory_gb)}: even the largest budget misses "
+            f"{missing:,} bytes for {what} of {config.model.path}; raise it or choose a smaller model"
             + ("" if method.split else f", or set plan.over_budget: method.name={config.method.name} does not split")
         )
 

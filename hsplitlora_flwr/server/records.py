@@ -23,14 +23,15 @@ class RoundFigures:
     ----------
     started : float
         Seconds since the epoch.
-    server_peak : int
-        Memory of the server's process while the clients trained, in bytes.
+    server_peak, server_host_peak : int
+        Memory of the server where its half lies while the clients trained, and of its process in the machine, in bytes.
     up, down : Counter[int]
         Bytes of each node besides those of its training: of its probe, and of the tensors in messages to it.
     """
 
     started: float = field(default_factory=time.time)
     server_peak: int = 0
+    server_host_peak: int = 0
     up: Counter[int] = field(default_factory=Counter)
     down: Counter[int] = field(default_factory=Counter)
 
@@ -50,6 +51,7 @@ def plan_rows(clients: Iterable[Description], plan: Plan, num_blocks: int) -> li
             "cut_rows": client.cut_rows,
             "cut_share": client.cut.share,
             "budget_bytes": client.memory_bytes,
+            "host_budget_bytes": client.host_bytes,
             "blocks": num_blocks,
             "cut_transform": client.cut_transform,
             "left_out": "",
@@ -123,6 +125,9 @@ def client_row(
         "predicted_bytes": plan.predicted_bytes,
         "measured_bytes": int(metrics["measured-bytes"]),
         "process_bytes": client.process_bytes,
+        "host_budget_bytes": client.host_bytes,
+        "host_process_bytes": client.host_process_bytes,
+        "host_measured_bytes": int(metrics["host-bytes"]),
         "tokens": int(metrics["tokens"]),
         "label_tokens": int(metrics["label-tokens"]),
         "tokens_per_second": metrics["tokens"] / metrics["seconds"],

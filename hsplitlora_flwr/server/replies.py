@@ -21,7 +21,16 @@ from hsplitlora_flwr.planning.cost import Layer
 from hsplitlora_flwr.training.schedule import farthest
 
 TRAFFIC = ("bytes-up", "bytes-down")
-TRAINING = ("resident-parameters", "measured-bytes", "tokens", "label-tokens", "seconds", "seconds-before", *TRAFFIC)
+TRAINING = (
+    "resident-parameters",
+    "measured-bytes",
+    "host-bytes",
+    "tokens",
+    "label-tokens",
+    "seconds",
+    "seconds-before",
+    *TRAFFIC,
+)
 FIGURES = {PROBE: TRAFFIC, TRAIN: TRAINING, EVALUATE: ("nll", "label-tokens")}
 """Metrics that the summary needs of a client, by kind of task."""
 MOST = 1e18

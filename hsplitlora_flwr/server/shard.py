@@ -17,7 +17,7 @@ from hsplitlora_flwr.lora.layers import AdapterSpec, extract, inject
 from hsplitlora_flwr.messages import EVALUATE, PROBE, TRAIN, Task
 from hsplitlora_flwr.methods import METHODS
 from hsplitlora_flwr.models.cores import all_cores
-from hsplitlora_flwr.models.placement import check_device, pick_devices
+from hsplitlora_flwr.models.placement import check_device, check_gpu_memory, pick_devices
 from hsplitlora_flwr.models.split import BodyModel, ServerModel
 from hsplitlora_flwr.planning.round import passes_at_once, takes_all
 from hsplitlora_flwr.training.activation_checkpointing import checkpoint_blocks
@@ -313,5 +313,6 @@ def check_server(config: Config) -> None:
         If it has not, or the certificate cannot be used.
     """
     check_device(config.model.device)
+    check_gpu_memory("plan.server_gpu_memory_gb", config.plan.server_gpu_memory_gb, config.model.device)
     if config.transport.kind != "messages" and not METHODS[config.method.name].central:
         open_stream(config.transport).stop()

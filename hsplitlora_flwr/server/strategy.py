@@ -37,6 +37,7 @@ from hsplitlora_flwr.lora.aggregation import Update
 from hsplitlora_flwr.lora.limits import SizeLimit, update_norm, update_size
 from hsplitlora_flwr.messages import EVALUATE, PROBE, TRAIN, Outcome, ReplyError
 from hsplitlora_flwr.models.loading import read_config
+from hsplitlora_flwr.models.placement import pick_devices
 from hsplitlora_flwr.models.quantisation import check_quantiser
 from hsplitlora_flwr.planning.importance import scoring
 from hsplitlora_flwr.planning.leakage import LeakageTable
@@ -241,11 +242,11 @@ class HSplitLoRA(Run[Federation], Strategy):
         """Let the clients of the round train, together with the server's half; returns their last replies."""
         dispatch = self.loaded.dispatch
         messages = self.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid)
-        with self._process.peak_memory() as memory:
+        with self._process.peak_memory(pick_devices(self.config.model.device)) as memory:
             replies = self.clients.exchange(
                 grid, messages, server_round, dispatch.answer, may_answer=dispatch.may_answer
             )
-        dispatch.figures.server_peak = memory.bytes
+        dispatch.figures.server_peak, dispatch.figures.server_host_peak = memory.bytes, memory.host_bytes
         return replies
 
     def configure_train(
@@ -284,6 +285,7 @@ class HSplitLoRA(Run[Federation], Strategy):
             rows,
             known_clients=self.clients.known,
             server_measured_bytes=dispatch.figures.server_peak,
+            server_host_measured_bytes=dispatch.figures.server_host_peak,
             steps_of_failed=failed,
             **model.dropped(),
         )

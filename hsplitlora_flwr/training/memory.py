@@ -1,4 +1,4 @@
-"""Peak memory of this process, from one point in time on.
+"""Peak memory of this process, from one point in time on: of the machine, and of the GPUs that its model lies on.
 
 A worker process of a simulation serves several clients in turn, so its lifetime peak would show the largest of them for
 all. The kernel's high-water mark is therefore reset before each client.
@@ -27,6 +27,7 @@ from hsplitlora_flwr.data.collate import Batch
 from hsplitlora_flwr.lora.layers import AdapterSpec, inject
 from hsplitlora_flwr.models.build import build_causal_lm
 from hsplitlora_flwr.models.families import Architecture, tiny_config
+from hsplitlora_flwr.models.placement import gpus_of
 from hsplitlora_flwr.models.proof import find_family
 from hsplitlora_flwr.models.split import client_part
 from hsplitlora_flwr.planning.budget import Budget
@@ -154,37 +155,68 @@ def _bring_code_in(architecture: Architecture) -> None:
     optimizer.step(0, optimizer.grad_norm())
 
 
-class PeakMemory:
-    """Context manager; ``bytes`` holds the peak of resident memory inside the block, and of the GPU if one is used."""
+class Gpus:
+    """What torch says of the memory of GPUs, in bytes."""
 
-    def __init__(self) -> None:
-        self.bytes = 0
+    def free(self, name: str) -> int:
+        """Memory that this process has or may have there: what its allocator holds is not free for others."""
+        return int(torch.cuda.mem_get_info(name)[0] + torch.cuda.memory_reserved(name))
+
+    def begin_peak(self, name: str) -> None:
+        """From now on :meth:`peak` counts anew."""
+        torch.cuda.reset_peak_memory_stats(name)
+
+    def peak(self, name: str) -> int:
+        """The most that this process's tensors took there. CUDA itself takes some 0.5 GB beside them."""
+        return int(torch.cuda.max_memory_allocated(name))
+
+
+class PeakMemory:
+    """Context manager that measures peaks inside the block.
+
+    Parameters
+    ----------
+    devices : Sequence[str]
+        Where the model lies, by torch's names.
+    gpus : Gpus
+        Who says what is taken there.
+
+    Attributes
+    ----------
+    host_bytes : int
+        Peak of the resident memory of this process.
+    bytes : int
+        Peak where the model lies: of tensors on its GPUs, or ``host_bytes``.
+    """
+
+    def __init__(self, devices: Sequence[str] = ("cpu",), gpus: Gpus | None = None) -> None:
+        self.bytes = self.host_bytes = 0
+        self._names, self._gpus = gpus_of(devices), gpus or Gpus()
         self._done = threading.Event()
         self._sampler: threading.Thread | None = None  # where the kernel does not keep the peak
 
     def __enter__(self) -> PeakMemory:
-        self.bytes = resting_bytes()
+        self.host_bytes = resting_bytes()
         if not _reset_high_water():
             self._sampler = threading.Thread(target=self._sample, daemon=True)
             self._sampler.start()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        for name in self._names:
+            self._gpus.begin_peak(name)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._sampler is None:
-            self.bytes = _status("VmHWM") - _status("RssShmem")
+            self.host_bytes = _status("VmHWM") - _status("RssShmem")
         else:
             self._done.set()
             self._sampler.join()
-        if torch.cuda.is_available():
-            self.bytes += torch.cuda.max_memory_allocated()
+        self.bytes = sum(map(self._gpus.peak, self._names)) if self._names else self.host_bytes
 
     def _sample(self) -> None:
         while not self._done.wait(0.005):
-            self.bytes = max(self.bytes, _resident())
+            self.host_bytes = max(self.host_bytes, _resident())
 
 
 def _reset_high_water() -> bool:
@@ -207,9 +239,8 @@ def _status(field: str) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), 0)
 
 
-def free_bytes(devices: Sequence[str]) -> int:
-    """Memory that this process has or may have, in bytes: on these GPUs, or in the machine."""
-    if devices[0].startswith("cuda"):
-        # what its allocator holds is not free for others
-        return sum(torch.cuda.mem_get_info(gpu)[0] + torch.cuda.memory_reserved(gpu) for gpu in devices)
+def free_bytes(devices: Sequence[str] = ("cpu",), gpus: Gpus | None = None) -> int:
+    """Memory that this process has or may have, in bytes: on the GPUs among these devices, or in the machine."""
+    if names := gpus_of(devices):
+        return sum(map((gpus or Gpus()).free, names))
     return int(psutil.virtual_memory().available) + resting_bytes()

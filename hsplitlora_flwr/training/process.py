@@ -5,7 +5,7 @@ Memory that a process takes, and how its C library deals it out, are one side's 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from threading import Lock
 from typing import TypeVar
@@ -42,9 +42,9 @@ class OwnProcess:
         """Around whatever makes a model."""
         return nullcontext()
 
-    def peak_memory(self) -> PeakMemory:
-        """A context manager; ``bytes`` holds the peak inside of it."""
-        return PeakMemory()
+    def peak_memory(self, devices: Sequence[str]) -> PeakMemory:
+        """A context manager that measures the peaks inside of it, with a model on these devices."""
+        return PeakMemory(devices)
 
 
 class SharedProcess(OwnProcess):
@@ -75,12 +75,12 @@ class SharedProcess(OwnProcess):
         """One at a time: a model is made without memory by changing torch for all threads."""
         return self._loading
 
-    def peak_memory(self) -> PeakMemory:
+    def peak_memory(self, devices: Sequence[str]) -> PeakMemory:
         return Unmeasured()
 
 
 class Unmeasured(PeakMemory):
-    """Measures nothing; ``bytes`` stays 0."""
+    """Measures nothing; the bytes stay 0."""
 
     def __enter__(self) -> Unmeasured:
         return self

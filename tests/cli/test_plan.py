@@ -158,3 +158,12 @@ def test_errors_are_one_clear_line(
 def test_settings_are_checked(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"clients\.gflops"):
         planned(folder, "clients.gflops=[-1]")
+
+
+def test_on_a_gpu_a_plan_counts_no_process(folder: Path) -> None:
+    overrides = ("clients.gpu_memory_gb=[24,80]", "clients.memory_gb=[4]", "plan.server_gpu_memory_gb=90")
+    result = planned(folder, *overrides)
+    assert [(b.memory_bytes, b.process_bytes) for b in result.budgets.values()] == [(24 * 10**9, 0), (80 * 10**9, 0)]
+    assert (result.server.memory_bytes, result.server.process_bytes) == (90 * 10**9, 0)
+    assert "process: 0.25 GB in the machine, beside its GPU" in shown(folder, *overrides)
+    assert "With 80 GB instead of 24" in shown(folder, *overrides)

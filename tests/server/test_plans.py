@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.lora.update import AccumulatedUpdate
-from hsplitlora_flwr.planning import Budget
+from hsplitlora_flwr.planning import Budget, PlanError
 from hsplitlora_flwr.server.checkpoint import RunState
 from hsplitlora_flwr.server.plans import RoundPlanner
 
@@ -79,3 +80,25 @@ def test_what_an_earlier_run_left_holds_for_the_same_settings(config: Config, pl
     other = replace(config, lora=replace(config.lora, ranks=(0, 4)))
     resumed = RoundPlanner(other, LENGTHS, 0, state)
     assert resumed.why_replan(BUDGETS) == "" and resumed.importance == planner.importance
+
+
+@pytest.mark.parametrize(
+    ("changes", "budget"),
+    [
+        ({"model.device": "cuda:0", "plan.server_gpu_memory_gb": 40, "plan.server_memory_gb": 4}, Budget(40 * 10**9)),
+        ({"model.device": "cuda:0", "plan.server_memory_gb": 4}, Budget(4 * 10**9)),
+        ({"model.device": "cpu", "plan.server_memory_gb": 4}, Budget(4 * 10**9, 10**9)),
+    ],
+)
+def test_the_server_s_process_counts_where_its_half_lies(
+    changes: dict[str, Any], budget: Budget, config: Config
+) -> None:
+    of_run = Config.from_run_config(config.to_run_config() | changes)
+    assert RoundPlanner(of_run, LENGTHS, process_bytes=10**9).server_budget() == budget
+
+
+def test_a_server_process_that_the_machine_does_not_hold_is_told(config: Config) -> None:
+    changes = {"model.device": "cuda:0", "plan.server_gpu_memory_gb": 40, "plan.server_memory_gb": 0.5}
+    planner = RoundPlanner(Config.from_run_config(config.to_run_config() | changes), LENGTHS, process_bytes=10**9)
+    with pytest.raises(PlanError, match=r"takes 1,000,000,000 bytes by itself, and plan.server_memory_gb=0.5 lets it"):
+        planner.server_budget()

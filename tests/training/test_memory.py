@@ -14,7 +14,9 @@ import torch
 from hsplitlora_flwr.planning import Budget
 from hsplitlora_flwr.training import memory
 from hsplitlora_flwr.training.memory import (
+    Gpus,
     PeakMemory,
+    free_bytes,
     keep_freed_memory,
     may_fragment,
     process_bytes,
@@ -40,6 +42,36 @@ def test_a_small_client_after_a_large_one(kernel: bool, monkeypatch: pytest.Monk
         torch.ones(1)
     assert 280 * MIB < peak_of(300) < 400 * MIB
     assert 80 * MIB < peak_of(100) < 200 * MIB
+
+
+class PretendedGpus(Gpus):
+    """Tensors on ``cuda:1`` once took 5 MiB more than those on ``cuda:0``, before the block."""
+
+    def __init__(self) -> None:
+        self.peaks = {"cuda:0": 70 * MIB, "cuda:1": 75 * MIB}
+
+    def free(self, name: str) -> int:
+        return 100 * MIB if name == "cuda:0" else 30 * MIB
+
+    def begin_peak(self, name: str) -> None:
+        self.peaks[name] = 0
+
+    def peak(self, name: str) -> int:
+        return self.peaks[name]
+
+
+def test_memory_of_the_machine_and_of_gpus_are_two_numbers() -> None:
+    gpus, rest = PretendedGpus(), resting_bytes()
+    with PeakMemory(["cuda:0", "cuda:1"], gpus) as peak:
+        gpus.peaks = {"cuda:0": 7 * MIB, "cuda:1": 2 * MIB}
+        torch.ones(300 * MIB // 4).sum()
+    assert peak.bytes == 9 * MIB
+    assert 280 * MIB < peak.host_bytes - rest < 400 * MIB
+    with PeakMemory(["cpu"], gpus) as peak:
+        pass
+    assert peak.bytes == peak.host_bytes > 0
+    assert free_bytes(["cuda:0", "cuda:1"], gpus) == 130 * MIB
+    assert free_bytes(["cpu"], gpus) > rest
 
 
 def test_the_process_keeps_no_less_than_it_rests_at_and_draws_no_random_number() -> None:
