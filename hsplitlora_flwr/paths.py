@@ -1,12 +1,19 @@
-"""Settings that name files and folders, for a process that works in another folder than the user."""
+"""Where things lie: settings that name files and folders, for a process that works in another folder than the user, and
+what nodes and runs leave, for one that has loaded nothing that reads it."""
 
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from pathlib import Path
 
-from hsplitlora_flwr.config import Config
+import platformdirs
+
+from hsplitlora_flwr.config import Config, ConfigError
 from hsplitlora_flwr.data.files import is_hub_name
+
+CHECKPOINTS = "checkpoints"
+"""The folder in that of a run in which ``round-N`` is what round ``N + 1`` goes on from."""
 
 
 def with_absolute_paths(config: Config) -> Config:
@@ -31,3 +38,36 @@ def _of_data(path: str) -> str:
 def absolute(path: str) -> str:
     """A path of the user's, ``~`` included, as an absolute one; "" stays."""
     return str(Path(path).expanduser().resolve()) if path else ""
+
+
+def check_run_folder(folder: Path) -> None:
+    """See that a run folder can be written, whether it is there yet or not.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot.
+    """
+    place = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    try:
+        tempfile.TemporaryFile(dir=place).close()  # permissions, and a disk that is full or read-only
+    except OSError as error:
+        raise ConfigError(
+            f"run.dir={folder} cannot be written: {place} takes no file ({error.strerror}); name another folder"
+        ) from error
+
+
+def kept_rounds(run_folder: Path) -> list[int]:
+    """The finished rounds that a run can be gone on from."""
+    numbers = (folder.name.removeprefix("round-") for folder in (run_folder / CHECKPOINTS).glob("round-*"))
+    return [int(number) for number in numbers if number.isdecimal()]
+
+
+def last_round(run_folder: Path) -> int:
+    """The last of :func:`kept_rounds`; 0 if there is none."""
+    return max(kept_rounds(run_folder), default=0)
+
+
+def nodes_folder() -> Path:
+    """Where nodes of this machine keep what is theirs of a run, a folder a run, unless ``state-dir`` says otherwise."""
+    return platformdirs.user_cache_path("hsplitlora_flwr") / "nodes"

@@ -14,11 +14,12 @@ from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.data.sources import load_text
 from hsplitlora_flwr.methods import METHODS
 from hsplitlora_flwr.models.loading import with_model_dtype
+from hsplitlora_flwr.paths import check_run_folder
 from hsplitlora_flwr.registry import import_plugins
 from hsplitlora_flwr.reporting.report import RunReport, cause_of, failed_outside, make_listeners
 from hsplitlora_flwr.server.central import CentralTraining
 from hsplitlora_flwr.server.checkpoint import check_resume
-from hsplitlora_flwr.server.preflight import check_model_settings, check_run_folder, check_text
+from hsplitlora_flwr.server.preflight import check_model_settings, check_text
 from hsplitlora_flwr.server.shard import check_server
 from hsplitlora_flwr.server.strategy import HSplitLoRA
 from hsplitlora_flwr.training.process import OwnProcess

@@ -34,10 +34,10 @@ from hsplitlora_flwr.lora.base import SharedBase
 from hsplitlora_flwr.lora.export import load_update
 from hsplitlora_flwr.models.loading import read_settled_config, with_model_dtype
 from hsplitlora_flwr.models.split import check_split
+from hsplitlora_flwr.paths import CHECKPOINTS, last_round
 from hsplitlora_flwr.privacy.attacks import ATTACKS
 from hsplitlora_flwr.privacy.leakage import measure
 from hsplitlora_flwr.privacy.protection import epsilon, protection
-from hsplitlora_flwr.server.checkpoint import CHECKPOINTS, last_round
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -33,9 +33,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
+from hsplitlora_flwr.cli.checks import prepare
 from hsplitlora_flwr.cli.interrupts import Interrupted, interruptible
 from hsplitlora_flwr.cli.overrides import check_keys, keys_of, literal, one_line, refuse_keys, renamed
-from hsplitlora_flwr.cli.run import PROJECT, Launcher, launch, prepare
+from hsplitlora_flwr.cli.run import PROJECT, Launcher, launch
 from hsplitlora_flwr.cli.settings import CONF, register, settings_text
 from hsplitlora_flwr.cli.superlink import SuperLink, open_superlink
 from hsplitlora_flwr.comparison.study import CHOSEN_HERE, EACH, Line, Options, Study, tuning_changes, vary

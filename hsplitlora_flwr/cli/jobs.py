@@ -26,22 +26,20 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.text import Text
 
+from hsplitlora_flwr.cli.checks import WRONG
 from hsplitlora_flwr.comparison.files import write
 from hsplitlora_flwr.comparison.points import FIGURES, JOB_FILE, QUALITY, Point, typed_axes
 from hsplitlora_flwr.config import Config, Scalar
-from hsplitlora_flwr.paths import absolute, with_absolute_paths
+from hsplitlora_flwr.paths import absolute, last_round, with_absolute_paths
 from hsplitlora_flwr.reporting import Listener, RunConsole
 from hsplitlora_flwr.reporting.events import Event
 
 EARLIER = "earlier"
 CONSOLE_FILE = "console.log"
 """What a job tells that shares the terminal with others."""
-WRONG = (ValueError, ModuleNotFoundError, OmegaConfBaseException)
-"""All errors of settings, data and models, and of packages for what was asked for."""
 _SWEEP = "HSPLITLORA_SWEEP"
 """The environment variable that tells jobs which command they belong to, which keys it varies, and how many they are.
 """
@@ -119,8 +117,6 @@ class Job:
 
     def again(self, config: Config) -> Config:
         """The settings with which it starts or goes on, once its folder has room for that."""
-        from hsplitlora_flwr.server.checkpoint import check_resume, last_round  # takes seconds
-
         earlier = self.folder / EARLIER
         if last_round(self.folder):
             shutil.rmtree(earlier, ignore_errors=True)
@@ -131,6 +127,8 @@ class Job:
             shutil.rmtree(each) if each.is_dir() else each.unlink()
         config = _in_folder(config, self.folder)
         if last_round(earlier):
+            from hsplitlora_flwr.server.checkpoint import check_resume  # takes seconds
+
             resumed = dataclasses.replace(config, run=dataclasses.replace(config.run, resume=str(earlier)))
             try:
                 check_resume(resumed, self.folder)

@@ -60,7 +60,7 @@ def stated(config: Config) -> OwnMemory | None:
 
 def remembered(config: Config) -> OwnMemory | None:
     """As measured before for this model, this text and these packages; None if it never was."""
-    entry = _entries().get(_key(config))
+    entry = _entries().get(key(config))
     if not entry:
         return None
     return OwnMemory(entry["bytes"], "the last run here" if entry["in_run"] else "measured before", entry["in_run"])
@@ -68,10 +68,14 @@ def remembered(config: Config) -> OwnMemory | None:
 
 def remember(config: Config, own: int, *, in_run: bool) -> None:
     """Keep a number; what a run measured is not replaced by anything else."""
-    entries, key = _entries(), _key(config)
-    if in_run or not entries.get(key, {}).get("in_run"):
-        entries.pop(key, None)
-        entries[key] = {"bytes": own, "in_run": in_run}
+    _keep(key(config), own, in_run=in_run)
+
+
+def _keep(name: str, own: int, *, in_run: bool) -> None:
+    entries = _entries()
+    if in_run or not entries.get(name, {}).get("in_run"):
+        entries.pop(name, None)
+        entries[name] = {"bytes": own, "in_run": in_run}
         youngest = dict(list(entries.items())[-_MOST:])
         _file().parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=_file().parent, delete=False, encoding="utf-8") as draft:
@@ -97,17 +101,19 @@ def measured(config: Config) -> OwnMemory:
     return OwnMemory(own, "measured now")
 
 
-def learn(config: Config, folder: Path) -> None:
+def learn(name: str, folder: Path) -> None:
     """Remember what the clients of a run measured before they began, the largest of it.
 
     Parameters
     ----------
+    name : str
+        What :func:`key` says of its settings.
     folder : Path
         The folder of the finished run.
     """
     summary = read_summary(folder)
     if summary["rounds"]:
-        remember(config, max(row["process_bytes"] for row in summary["rounds"][0]["clients"]), in_run=True)
+        _keep(name, max(row["process_bytes"] for row in summary["rounds"][0]["clients"]), in_run=True)
 
 
 def _entries() -> dict[str, Any]:
@@ -124,8 +130,8 @@ def _file() -> Path:
     return demo_folder().parent / _FILE
 
 
-def _key(config: Config) -> str:
-    """Whatever it depends on: packages, the model's kind and its vocabulary, and the text."""
+def key(config: Config) -> str:
+    """Under what it is remembered: a digest of packages, the model's kind and its vocabulary, and the text."""
     from hsplitlora_flwr.models.loading import read_config
 
     text = {key: value for key, value in config.to_run_config().items() if key.startswith("data.")}

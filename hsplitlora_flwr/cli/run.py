@@ -18,6 +18,7 @@ import dataclasses
 import itertools
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,8 +38,9 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import AfterValidator
 
 from hsplitlora_flwr.cli import own_memory
+from hsplitlora_flwr.cli.checks import WRONG, Checked, prepare_apart
 from hsplitlora_flwr.cli.interrupts import Interrupted, held, interruptible, obey
-from hsplitlora_flwr.cli.jobs import WRONG, Place, SweepCallback, do, failed_jobs, sweep_folder
+from hsplitlora_flwr.cli.jobs import Place, SweepCallback, do, failed_jobs, sweep_folder
 from hsplitlora_flwr.cli.overrides import keys_of, start
 from hsplitlora_flwr.cli.settings import CONF
 from hsplitlora_flwr.cli.settings import PROJECT as PROJECT
@@ -55,7 +57,7 @@ from hsplitlora_flwr.comparison.points import JOB_FILE
 from hsplitlora_flwr.config import Config, ConfigError, unknown_key
 from hsplitlora_flwr.methods import METHODS
 from hsplitlora_flwr.models.cores import all_cores
-from hsplitlora_flwr.paths import with_absolute_paths
+from hsplitlora_flwr.paths import last_round, nodes_folder, with_absolute_paths
 from hsplitlora_flwr.reporting import EVENTS_FILE, RunConsole, read_events
 from hsplitlora_flwr.reporting.events import Listener, format_bytes
 from hsplitlora_flwr.schema import checked, setting
@@ -215,8 +217,6 @@ def _launch(
     superlink: SuperLink | None,
     stopping: threading.Event,
 ) -> int:
-    from hsplitlora_flwr.client.store import forget_run
-
     folder = Path(config.run.dir)
     settled = launcher.in_order(config)
     if settled != config:
@@ -235,7 +235,8 @@ def _launch(
         raise
     finally:
         if superlink is None and not launcher.superlink and (run_id := started_run(folder / _LOG)):
-            forget_run(int(run_id))  # its nodes were here, and may have been killed before they could
+            # its nodes were here, and may have been killed before they could
+            shutil.rmtree(nodes_folder() / run_id, ignore_errors=True)
     if cause or events.final is None:
         _end(config, console, cause)
         return 1
@@ -293,21 +294,20 @@ def _on_flower(config: Config, app: Path, launcher: Launcher, events: _Shown, su
     folder, console = events.folder, events.console
     run_config = folder / "run_config.toml"
     run_config.write_text(run_config_toml(config), encoding="utf-8")
-    _say(console, "starting Flower")
+    _phase(console, "starting Flower")
     opened = nullcontext(superlink) if superlink else None
     log = folder / _SUPERLINK_LOG
     with opened or open_superlink(launcher.superlink, app, log, launcher.ray_address) as link:
         with link.stream(app, run_config, launcher.federation(config), folder / _LOG) as stream:
             status = _follow(link, stream, events, stays=superlink is not None)
         if link.own and not opened:
-            _say(console, "stopping Flower")
+            _phase(console, "stopping Flower")
     return failure_cause(folder, status, events.final)
 
 
 def _end(config: Config, console: Listener, cause: str) -> None:
     """Tell the end of a run that has no results: what is kept, how to go on, and last of all the cause."""
     from hsplitlora_flwr.reporting.report import failed_outside
-    from hsplitlora_flwr.server.checkpoint import last_round
 
     folder = Path(config.run.dir)
     if folder.is_dir():
@@ -344,7 +344,7 @@ def _follow(superlink: SuperLink, stream: subprocess.Popen[bytes], events: _Show
                 watch.heard()
             time.sleep(0.2)
     except BaseException:
-        _say(events.console, "stopping")
+        _phase(events.console, "stopping")
         if run_id and (stays or not superlink.own):
             superlink.stop(run_id)
         raise
@@ -473,6 +473,10 @@ def _say(console: Listener, text: str) -> None:
     console.handle({"kind": "status", "text": text})
 
 
+def _phase(console: Listener, text: str) -> None:
+    console.handle({"kind": "phase", "text": text})
+
+
 def _read(composed: DictConfig) -> tuple[Config, Launcher]:
     """The checked settings, with every path absolute: the run works in another folder than the user."""
     values: Any = OmegaConf.to_container(composed, resolve=True)
@@ -490,43 +494,6 @@ def _check_new(config: Config) -> None:
         raise ConfigError(f"run.dir={folder} already holds a run; choose another folder or remove it")
 
 
-def prepare(config: Config, console: Listener, *, simulated: bool = True) -> None:
-    """Fail on what cannot work before anything starts; fetch the model that comes without one's own.
-
-    Parameters
-    ----------
-    simulated : bool
-        The server and its clients will be on this machine, and share its devices, its ports and the training text.
-    """
-    from hsplitlora_flwr.data.sources import load_text
-    from hsplitlora_flwr.models.demo import DemoModelError, demo_model, is_demo_model
-    from hsplitlora_flwr.models.placement import check_gpu_memory
-    from hsplitlora_flwr.server.checkpoint import check_resume
-    from hsplitlora_flwr.server.preflight import check_model_settings, check_parts, check_run_folder, check_text
-    from hsplitlora_flwr.server.shard import check_server
-    from hsplitlora_flwr.transport.certificates import CertificateError
-    from hsplitlora_flwr.transport.stream import StreamError
-
-    check_run_folder(Path(config.run.dir))
-    check_resume(config, Path(config.run.dir))
-    text = load_text(config.data, config.run.seed)
-    if is_demo_model(config.model.path):
-        _say(console, f"fetching the model {config.model.path}, unless it is here already")
-        try:
-            demo_model()
-        except DemoModelError as error:
-            raise ConfigError(str(error)) from error
-    check_model_settings(config)
-    check_text(config, text)
-    if simulated:
-        check_gpu_memory("clients.gpu_memory_gb", config.clients.gpu_memory_gb, config.model.device)
-        try:
-            check_server(config)
-        except (StreamError, CertificateError) as error:
-            raise ConfigError(str(error)) from error
-        check_parts(config, text)
-
-
 def _start(config: Config, launcher: Launcher, console: Listener) -> int:
     """Check and launch; returns the exit status.
 
@@ -535,18 +502,18 @@ def _start(config: Config, launcher: Launcher, console: Listener) -> int:
     ValueError, ModuleNotFoundError
         If something is wrong with what was asked for.
     """
-    _say(console, "checking settings, text and model")
+    _phase(console, "checking settings, text and model")
     if launcher.superlink:
         check_connection(launcher.superlink, PROJECT)
-    prepare(config, console, simulated=not launcher.superlink)
+    checked = prepare_apart(config, console, simulated=not launcher.superlink)
     if launcher.superlink or config.clients.process_mb or METHODS[config.method.name].central:
         return launch(config, PROJECT, launcher, console)
-    return _with_known_process(config, launcher, console)
+    return _with_known_process(config, launcher, console, checked)
 
 
-def _with_known_process(config: Config, launcher: Launcher, console: Listener) -> int:
+def _with_known_process(config: Config, launcher: Launcher, console: Listener, checked: Checked) -> int:
     """Launch with what is known of a client's process; what a run through Flower measures is known from then on."""
-    known = own_memory.remembered(config)
+    known = checked.memory
     settled = config
     if known and (known.in_run or launcher.engine == "process"):
         _say(console, f"a client's process takes {format_bytes(known.bytes)} by itself ({known.source})")
@@ -556,7 +523,7 @@ def _with_known_process(config: Config, launcher: Launcher, console: Listener) -
         _say(console, f"a client's process takes {format_bytes(known.bytes)} by the forecast; now clients measure it")
     status = launch(settled, PROJECT, launcher, console)
     if status == 0 and settled is config and launcher.engine == "flower":
-        own_memory.learn(config, Path(config.run.dir))
+        own_memory.learn(checked.key, Path(config.run.dir))
     return status
 
 

@@ -16,7 +16,6 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 from flwr.app import ConfigRecord, Context
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from hsplitlora_flwr.lora.export import DELTA_FILE, load_held, load_update, save_update
 from hsplitlora_flwr.lora.update import BASE, AccumulatedUpdate, Change, Patch, UpdateError
+from hsplitlora_flwr.paths import nodes_folder
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class NodeStore:
 
     def __init__(self, context: Context) -> None:
         wanted = context.node_config.get("state-dir")
-        self._root = Path(str(wanted)) if wanted else _usual_root()
+        self._root = Path(str(wanted)) if wanted else nodes_folder()
         self.folder = self._root / str(context.run_id) / str(context.node_id)
         self._context = context
 
@@ -179,12 +179,3 @@ class NodeStore:
                     shutil.rmtree(node, ignore_errors=True)
             if run.is_dir() and not any(run.iterdir()):
                 run.rmdir()
-
-
-def forget_run(run_id: int) -> None:
-    """Remove what all nodes of a run kept on this machine, where they lie at the usual place; they must have ended."""
-    shutil.rmtree(_usual_root() / str(run_id), ignore_errors=True)
-
-
-def _usual_root() -> Path:
-    return platformdirs.user_cache_path("hsplitlora_flwr") / "nodes"

@@ -1,16 +1,20 @@
 """A run on the terminal: what is going on, the plan, progress with time left, perplexity, and where the results are.
 
-In a terminal the bars of the current round stay at the bottom and everything final scrolls above them. Elsewhere
-(a file, a CI log) the same facts come as plain lines, progress about every five seconds.
+In a terminal the bars of the current round, or what is going on meanwhile, stay at the bottom, and everything final
+scrolls above them. Elsewhere (a file, a CI log) the same facts come as plain lines, progress about every five seconds.
+Losses are means over a quarter of a client's round: those of single batches say more about the batch.
 """
 
 from __future__ import annotations
 
+import math
+import textwrap
 import time
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, Self
+from typing import NamedTuple, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -25,10 +29,15 @@ from hsplitlora_flwr.reporting.events import (
     Event,
     client_order,
     event_text,
+    format_bytes,
     lost_clients,
     plan_rows,
     plan_title,
+    quarter,
 )
+
+_CHECKPOINTING = PLAN_COLUMNS.index("checkpointing")
+_LONGEST_NAME = 20
 
 
 class RunConsole:
@@ -59,8 +68,9 @@ class RunConsole:
         """Show one event. Events of an unknown kind are passed over."""
         if self._live:
             self._live.start()
-            self._live.wait_for({"status": event.get("text", ""), "step": ""}.get(event["kind"], "working"))
         match event["kind"]:
+            case "phase":
+                self._phase(event["text"])
             case "status":
                 self._line(event["text"])
             case "step":
@@ -77,10 +87,9 @@ class RunConsole:
                 self._progress.client_failed(event)
                 self._line(event_text(event) or "", "red")
             case "client_finished":
-                self._line(event_text(event) or "", "dim")
+                self._client_finished(event)
             case "round_finished":
-                self._progress.round_finished()
-                self._line(event_text(event) or "", "dim")
+                self._round_finished(event)
         if self._live:
             self._live.show(self._progress)
 
@@ -90,8 +99,16 @@ class RunConsole:
             self._live.stop()
 
     def _line(self, text: str, style: str = "") -> None:
+        if self._live:
+            text = "\n".join(_broken(line, self._console.width) for line in text.splitlines())
         # soft_wrap: a line in a file must not be broken at the 80 columns that rich assumes there
         self._console.print(Text(text, style=style), soft_wrap=True)
+
+    def _phase(self, text: str) -> None:
+        if self._live:
+            self._live.wait_for(text)
+        else:
+            self._line(text)
 
     def _evaluated(self, event: Event) -> None:
         new, old = event["perplexity"], self._perplexity
@@ -105,23 +122,31 @@ class RunConsole:
         if not self._live:
             self._line(event_text(event) or "")
             return
-        table = Table(title=plan_title(event), title_justify="left", header_style="bold")
-        for i, name in enumerate(PLAN_COLUMNS):
-            table.add_column(name, justify="right" if i in (1, 2) else "left", overflow="fold")
-        for row in plan_rows(event):
-            table.add_row(*(Text(cell, style="yellow" if cell.startswith("left out") else "") for cell in row))
-        self._console.print(table)
+        self._console.print(Text(plan_title(event)))
+        self._console.print(_plan_table(plan_rows(event)))
 
     def _step(self, event: Event) -> None:
         starts_round = event["round"] != self._progress.round
         self._progress.step(event)
         if self._live:
+            self._live.wait_for("clients send their adapters" if self._progress.round_done else "")
             return
         if starts_round:  # nothing to tell yet: speeds are known from the second step on
             self._line_time = event["time"]
         if event["time"] - self._line_time >= STEP_LOG_SECONDS:
             self._line_time = event["time"]
             self._line(self._progress.line())
+
+    def _client_finished(self, event: Event) -> None:
+        self._progress.finished.append(event)
+        if not (self._live and self._live.is_crowd(self._progress.members)):  # whose sum comes with the round
+            self._line(event_text(event) or "", "dim")
+
+    def _round_finished(self, event: Event) -> None:
+        if self._live and self._live.is_crowd(self._progress.members) and self._progress.finished:
+            self._line(_sum_text(self._progress.finished), "dim")
+        self._progress.round_finished()
+        self._line(event_text(event) or "", "dim")
 
     def _finished(self, event: Event) -> None:
         self.close()
@@ -151,9 +176,15 @@ class _Client:
     first_step: int
     step: int
     steps: int
-    loss: float
     last_time: float
+    losses: list[float] = field(default_factory=list)
     tokens: int = 0  # of the steps after the first seen one: its own duration is unknown
+
+    @property
+    def loss(self) -> float:
+        """Mean of its last steps, as many as a quarter of the round has."""
+        last = self.losses[-quarter(self.steps) :]
+        return sum(last) / len(last)
 
     @property
     def rate(self) -> float:
@@ -174,6 +205,7 @@ class _RunProgress:
         self.clients: dict[str, _Client] = {}
         self.round, self.rounds = 0, 0
         self.members: list[str] = []
+        self.finished: list[Event] = []
         self._done_before = 0  # steps of the rounds before this one
         self._first: tuple[float, int] | None = None
         self._last_time = 0.0
@@ -194,11 +226,12 @@ class _RunProgress:
         client = self.clients.get(event["client"])
         if client is None:
             now, step = event["time"], event["step"]
-            client = _Client(now, step, step, event["steps"], event["loss"], now)
+            client = _Client(now, step, step, event["steps"], now)
             self.clients[event["client"]] = client
         else:
             client.tokens += event["all_tokens"]
-        client.step, client.loss, client.last_time = event["step"], event["loss"], event["time"]
+        client.step, client.last_time = event["step"], event["time"]
+        client.losses.append(event["loss"])
         self._first = self._first or (event["time"], self.done)
 
     def client_failed(self, event: Event) -> None:
@@ -209,6 +242,12 @@ class _RunProgress:
     def round_finished(self) -> None:
         self._done_before += self._round_total
         self.clients.clear()
+        self.finished.clear()
+
+    @property
+    def round_done(self) -> bool:
+        """All clients of the round have made all steps."""
+        return self._round_total == sum(client.step for client in self.clients.values())
 
     @property
     def done(self) -> int:
@@ -250,15 +289,30 @@ class _RunProgress:
         return steps * max(len(self.members), len(self.clients))
 
 
+class _Bar(NamedTuple):
+    """What stands in a line of the terminal that moves."""
+
+    text: str
+    done: int
+    total: int
+    told: str = ""
+    rate: float = 0.0
+    left: float | None = None
+
+
 class _LiveView:
-    """The part of the terminal that changes: what is being waited for, a bar for the run, a bar a client."""
+    """The part of the terminal that changes: what is going on, or a bar for the run and a bar a client.
+
+    Of more clients than half of the terminal holds there are those that the round waits for, and the sum of the others.
+    """
 
     def __init__(self, console: Console) -> None:
+        self._console = console
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None, table_column=Column(ratio=1)),
             MofNCompleteColumn(),
-            *(TextColumn("{task.fields[" + name + "]}", justify="right") for name in ("loss", "rate", "left")),
+            *(TextColumn("{task.fields[" + name + "]}", justify="right") for name in ("told", "rate", "left")),
             console=console,
             expand=True,
         )
@@ -277,32 +331,49 @@ class _LiveView:
         """Show a spinner and the seconds since now under everything; empty text takes it away."""
         self._waiting = (Spinner("dots"), text, time.monotonic()) if text else None
 
+    def is_crowd(self, clients: Collection[str]) -> bool:
+        """Whether there are too many of them for a line each."""
+        return len(clients) > self._room
+
+    @property
+    def _room(self) -> int:
+        return max(self._console.height // 2 - 2, 3)
+
     def show(self, progress: _RunProgress) -> None:
         """Bring the bars to where ``progress`` is."""
         if not progress.rounds:
             return
         text = f"round {progress.round} of {progress.rounds}"
-        self._bar("", text, progress.done, progress.total, "", progress.rate, progress.left)
-        names = sorted({*progress.members, *progress.clients}, key=client_order) if progress.clients else []
-        steps = max((client.steps for client in progress.clients.values()), default=0)
-        for name in names:
-            if client := progress.clients.get(name):
-                loss = f"loss {client.loss:.3f}"
-                self._bar(name, f"client {name}", client.step, client.steps, loss, client.rate, client.left)
-            else:  # on a small machine clients take turns
-                self._bar(name, f"client {name}", 0, steps, "waiting", 0.0, None)
-        for name in set(self._tasks) - {"", *names}:
-            self._bars.remove_task(self._tasks.pop(name))
+        bars = {"": _Bar(text, progress.done, progress.total, "", progress.rate, progress.left)}
+        if progress.clients:
+            bars |= self._of_clients(progress)
+        if list(bars) != list(self._tasks):
+            for task in self._tasks.values():
+                self._bars.remove_task(task)
+            self._tasks = {key: self._bars.add_task("", told="", rate="", left="") for key in bars}
+        for key, bar in bars.items():
+            self._bars.update(
+                self._tasks[key],
+                description=bar.text,
+                completed=bar.done,
+                total=bar.total,
+                told=bar.told,
+                rate=f"{bar.rate:.0f} tokens/s" if bar.rate else "",
+                left="done" if bar.done == bar.total else f"{_clock(bar.left)} left",
+            )
 
-    def _bar(self, key: str, text: str, done: int, total: int, loss: str, rate: float, left: float | None) -> None:
-        fields: dict[str, Any] = {
-            "loss": loss,
-            "rate": f"{rate:.0f} tokens/s" if rate else "",
-            "left": "done" if done == total else f"{_clock(left)} left",
-        }
-        if key not in self._tasks:
-            self._tasks[key] = self._bars.add_task(text, **fields)
-        self._bars.update(self._tasks[key], description=text, completed=done, total=total, **fields)
+    def _of_clients(self, progress: _RunProgress) -> dict[str, _Bar]:
+        known = progress.clients
+        names = sorted({*progress.members, *known}, key=client_order)
+        steps = max(client.steps for client in known.values())
+        shown = names
+        if self.is_crowd(names):
+            first = sorted(names, key=lambda name: _urgency(known.get(name)))
+            shown = sorted(first[: self._room - 1], key=client_order)
+        bars = {name: _bar_of(name, known.get(name), steps) for name in shown}
+        if others := set(names) - set(shown):
+            bars["\n"] = _bar_of_others(others, known, steps)  # which is nobody's name
+        return bars
 
     def _render(self) -> RenderableType:
         parts: list[RenderableType] = [self._bars] if self._tasks else []
@@ -311,6 +382,65 @@ class _LiveView:
             spinner.update(text=Text(f"{text}  {_clock(time.monotonic() - since)}", style="dim"))
             parts.append(spinner)
         return Group(*parts)
+
+
+def _urgency(client: _Client | None) -> tuple[int, float]:
+    """Sorts those first that a round waits for: who trains, by the time left; then who waits; then who is done."""
+    if client is None:
+        return 1, 0.0
+    return (2, 0.0) if client.step == client.steps else (0, -(client.left or float("inf")))
+
+
+def _bar_of(name: str, client: _Client | None, steps: int) -> _Bar:
+    text = f"client {name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + '…'}"
+    if client is None:  # on a small machine clients take turns
+        return _Bar(text, 0, steps, "waiting")
+    return _Bar(text, client.step, client.steps, f"loss {client.loss:.3f}", client.rate, client.left)
+
+
+def _bar_of_others(names: Collection[str], known: Mapping[str, _Client], steps: int) -> _Bar:
+    there = [known[name] for name in names if name in known]
+    told = f"loss {sum(client.loss for client in there) / len(there):.3f}" if there else "waiting"
+    left = [client.left for client in there if client.left is not None]
+    made = sum(client.step for client in there)
+    text = f"{len(names)} others"
+    return _Bar(text, made, steps * len(names), told, sum(client.rate for client in there), max(left, default=None))
+
+
+def _plan_table(rows: Sequence[tuple[str, ...]]) -> Table:
+    """In 80 columns, as long as names are short; what no client does has no column."""
+    hidden = {_CHECKPOINTING} if all(row[_CHECKPOINTING] in ("", "none") for row in rows) else set()
+    names = [*PLAN_COLUMNS[:-1], "memory"]
+    table = Table(box=None, padding=(0, 2 if hidden else 1, 0, 0), pad_edge=False, header_style="bold")
+    for i, name in enumerate(names):
+        if i not in hidden:
+            table.add_column(name, justify="right" if i in (1, 2) else "left", overflow="fold")
+    for row in rows:
+        style = "yellow" if any(cell.startswith("left out") for cell in row) else ""
+        table.add_row(*(Text(cell) for i, cell in enumerate(row) if i not in hidden), style=style)
+    return table
+
+
+def _sum_text(finished: Sequence[Event]) -> str:
+    """A round of many clients in a line."""
+
+    def mean(name: str) -> float:
+        return math.fsum(event[name] for event in finished) / len(finished)
+
+    slowest = max(finished, key=lambda event: float(event["seconds"]))
+    largest = max(finished, key=lambda event: int(event["measured_bytes"]))
+    memory = f", memory {format_bytes(largest['measured_bytes'])} at most" if largest["measured_bytes"] else ""
+    return (
+        f"round {slowest['round']}, {len(finished)} clients: loss {mean('loss_first'):.3f} → {mean('loss_last'):.3f}, "
+        f"client {slowest['client']} took longest, {slowest['seconds']:.1f} s{memory}"
+    )
+
+
+def _broken(line: str, width: int) -> str:
+    """Broken between words, and within none, so that a path can be copied."""
+    if len(line) <= width:
+        return line
+    return textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
 
 
 def _remaining(elapsed: float, made: int, missing: int) -> float | None:

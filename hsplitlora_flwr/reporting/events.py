@@ -5,12 +5,14 @@ it afterwards, and a :class:`Listener` in the server's process hears every event
 be added to: pass over what you do not know. Every event has a ``kind`` and a ``time`` (unix seconds) beside its own
 fields:
 
-- ``status``: text
+- ``phase``: text; what goes on from now until another event says what came of it
+- ``status``: text; a fact
 - ``evaluated``: round (0 = before training), perplexity, tokens, seconds
 - ``planned``: round, reason ("" for the first plan), clients (a list of: client, examples, budget_bytes, split, blocks,
   cut_transform ("" for none), ranks (mean, min, max), predicted_bytes, left_out ("" or the reason))
 - ``step``: round, rounds, client, step (from 1), steps, loss, tokens (label tokens), all_tokens (non-padding tokens)
-- ``client_finished``: round, client, seconds, loss_first, loss_last, measured_bytes, predicted_bytes
+- ``client_finished``: round, client, seconds, loss_first, loss_last (means of the first and of the last quarter of its
+  steps), measured_bytes, predicted_bytes
 - ``client_failed``: round, client, error
 - ``round_finished``: round, seconds, update_norm
 - ``finished``: folder, results (files relative to it), perplexity_before, perplexity_after, and where clients train
@@ -22,6 +24,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -139,7 +142,7 @@ def event_text(event: Event) -> str | None:
     """An event as plain text, a plan as an aligned table; None for a kind that this version does not know."""
     round_ = f"round {event.get('round')}"
     match event["kind"]:
-        case "status":
+        case "phase" | "status":
             return str(event["text"])
         case "evaluated":
             when = round_ if event["round"] else "before training"
@@ -205,6 +208,11 @@ def client_order(name: str) -> tuple[int, str]:
     return len(name), name
 
 
+def quarter(steps: int) -> int:
+    """Over how many steps a loss is told: single batches differ more than a round changes."""
+    return max(math.ceil(steps / 4), 1)
+
+
 def format_bytes(count: float) -> str:
     """Bytes as GB (1e9 bytes, as budgets are given) or, below a tenth of it, as MB."""
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
@@ -214,7 +222,7 @@ def _memory(event: Event) -> str:
     if not event["measured_bytes"]:
         return ""
     predicted = f" (predicted {format_bytes(event['predicted_bytes'])})" if event["predicted_bytes"] else ""
-    return f", memory {format_bytes(event['measured_bytes'])}{predicted}"
+    return f", {format_bytes(event['measured_bytes'])}{predicted}"
 
 
 def _align(rows: list[tuple[str, ...]]) -> str:

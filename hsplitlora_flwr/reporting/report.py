@@ -6,16 +6,18 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hsplitlora_flwr.config import KNOWN_LISTENERS, Config
-from hsplitlora_flwr.data.example import Example
-from hsplitlora_flwr.data.fit import Cut
 from hsplitlora_flwr.registry import Registry
-from hsplitlora_flwr.reporting.events import EVENTS_FILE, EventLog, Listener, read_events
+from hsplitlora_flwr.reporting.events import EVENTS_FILE, EventLog, Listener, quarter, read_events
 from hsplitlora_flwr.reporting.page import PAGE_FILE, write_page
 from hsplitlora_flwr.reporting.summary import STOPPED, SUMMARY_FILE, Summary, end_as_failed, write_rows
 from hsplitlora_flwr.reporting.trackers import TrackerListener
+
+if TYPE_CHECKING:  # who only writes how a run ended, such as the launcher, shall not load torch for it
+    from hsplitlora_flwr.data.example import Example
+    from hsplitlora_flwr.data.fit import Cut
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +90,12 @@ class RunReport:
         """The run has other settings than those that it was made with."""
         self._summary.save(config=dict(config))
 
+    def phase(self, text: str) -> None:
+        """Say what goes on from now."""
+        self._events.emit("phase", text=text)
+
     def status(self, text: str) -> None:
-        """Say what happens next."""
+        """Say what has come to be known."""
         self._events.emit("status", text=text)
 
     def warning(self, text: str) -> None:
@@ -142,9 +148,10 @@ class RunReport:
 
     def client_finished(self, server_round: int, row: Mapping[str, Any]) -> None:
         """A client's part of a round."""
-        losses = row["losses"]
+        losses, some = row["losses"], quarter(len(row["losses"]))
+        first, last = (sum(part) / some for part in (losses[:some], losses[-some:]))
         told = {name: row[name] for name in ("client", "seconds", "measured_bytes", "predicted_bytes")}
-        self._events.emit("client_finished", round=server_round, **told, loss_first=losses[0], loss_last=losses[-1])
+        self._events.emit("client_finished", round=server_round, **told, loss_first=first, loss_last=last)
 
     def client_failed(self, server_round: int, client: str, error: str) -> None:
         """A client that could not do its part."""

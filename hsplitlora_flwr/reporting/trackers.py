@@ -116,7 +116,7 @@ def _start(name: str, folder: Path) -> Any:
     if name == "mlflow" and not os.environ.get("MLFLOW_TRACKING_URI"):
         import mlflow
 
-        mlflow.set_tracking_uri((folder / "mlruns").as_uri())
+        mlflow.set_tracking_uri(f"sqlite:///{folder.resolve() / 'mlflow.db'}")  # it takes no folder any more
     tracker: Any = LOGGER_TYPE_TO_CLASS[name](**options[name])
     tracker.start()
     return tracker

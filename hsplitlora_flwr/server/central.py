@@ -28,9 +28,10 @@ from hsplitlora_flwr.lora.limits import update_norm
 from hsplitlora_flwr.models.loading import load_tokenizer
 from hsplitlora_flwr.models.placement import pick_devices
 from hsplitlora_flwr.models.split import WholeModel
+from hsplitlora_flwr.paths import CHECKPOINTS
 from hsplitlora_flwr.planning.round import cost_model
 from hsplitlora_flwr.reporting.events import Listener
-from hsplitlora_flwr.server.checkpoint import CHECKPOINTS, RunState, save_state
+from hsplitlora_flwr.server.checkpoint import RunState, save_state
 from hsplitlora_flwr.server.model import TunedModel
 from hsplitlora_flwr.server.records import step_row
 from hsplitlora_flwr.server.run import Run
@@ -149,7 +150,7 @@ class CentralTraining(Run[Central]):
         config, train = self.config, self.config.train
         tokens = fit_text(self._examples, config)
         self._report_text(Cut.of(tokens), Cut.of(self.held_out))
-        self.report.status(f"loading {config.model.path}")
+        self.report.phase(f"loading {config.model.path}")
         model = config.model
         base = SharedBase(model.path, model.dtype, pick_devices(model.device), model.quantise)
         done = state.server_round * train.steps if state else 0

@@ -35,11 +35,11 @@ from hsplitlora_flwr.lora.export import DELTA_FILE, load_update, save_update
 from hsplitlora_flwr.lora.update import AccumulatedUpdate, Change, pack, unpack
 from hsplitlora_flwr.methods import METHODS, keeps_half
 from hsplitlora_flwr.models.loading import with_model_dtype
+from hsplitlora_flwr.paths import CHECKPOINTS, kept_rounds, last_round
 from hsplitlora_flwr.planning.budget import Budget
 from hsplitlora_flwr.planning.planner import ClientPlan
 from hsplitlora_flwr.reporting.summary import SUMMARY_FILE
 
-CHECKPOINTS = "checkpoints"
 _STATE, _START, _OPTIMIZER = "state.json", "start.safetensors", "optimizer.safetensors"
 _TENSORS = (DELTA_FILE, _START, _OPTIMIZER)
 _UNPLANNED = (
@@ -148,7 +148,7 @@ def save_state(state: RunState, run_folder: Path) -> None:
     (draft / _STATE).write_text(text, encoding="utf-8")
     for path in (*draft.iterdir(), draft):
         _sync(path)
-    target, rounds = folder / f"round-{state.server_round}", _rounds(run_folder)
+    target, rounds = folder / f"round-{state.server_round}", kept_rounds(run_folder)
     if target.exists():  # of a run that was in this folder before
         shutil.rmtree(target)
     draft.rename(target)
@@ -157,16 +157,6 @@ def save_state(state: RunState, run_folder: Path) -> None:
     for number in rounds:
         if number not in (before, state.server_round):
             shutil.rmtree(folder / f"round-{number}")
-
-
-def last_round(run_folder: Path) -> int:
-    """The last finished round that a run can be gone on from; 0 if there is none."""
-    return max(_rounds(run_folder), default=0)
-
-
-def _rounds(run_folder: Path) -> list[int]:
-    numbers = (folder.name.removeprefix("round-") for folder in (run_folder / CHECKPOINTS).glob("round-*"))
-    return [int(number) for number in numbers if number.isdecimal()]
 
 
 def _sync(path: Path) -> None:
@@ -377,7 +367,7 @@ def _reading(file: Path) -> Iterator[Path]:
     except Exception as error:
         number, before = file.parent.name.removeprefix("round-"), list[int]()
         if number.isdecimal():
-            before = [each for each in _rounds(file.parents[2]) if each < int(number)]
+            before = [each for each in kept_rounds(file.parents[2]) if each < int(number)]
         other = f", remove the folder {file.parent.name} to go on after round {max(before)}" if before else ""
         raise ResumeError(
             f"{file} is damaged or not of a run ({str(error)[:200] or type(error).__name__}); restore it from a "

@@ -123,7 +123,7 @@ class Clients:
             If they are not within ``clients.wait`` seconds.
         """
         wanted, patience = self._config.clients.count, self._config.clients.wait
-        self._report.status(f"waiting for {wanted} clients")
+        self._report.phase(f"waiting for {wanted} clients")
         deadline = time.monotonic() + patience
         while len(nodes := list(grid.get_node_ids())) < wanted:
             if time.monotonic() > deadline:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
-from pathlib import Path
 
 from hsplitlora_flwr.config import Config, ConfigError
 from hsplitlora_flwr.data.fit import check_positions, fit_text
@@ -19,23 +17,6 @@ from hsplitlora_flwr.planning.budget import PlanError
 from hsplitlora_flwr.planning.round import cost_model, split_bounds
 from hsplitlora_flwr.reporting.trackers import check_trackers
 from hsplitlora_flwr.schema import scalar
-
-
-def check_run_folder(folder: Path) -> None:
-    """See that a run folder can be written, whether it is there yet or not.
-
-    Raises
-    ------
-    ConfigError
-        If it cannot.
-    """
-    place = next(each for each in (folder, *folder.absolute().parents) if each.exists())
-    try:
-        tempfile.TemporaryFile(dir=place).close()  # permissions, and a disk that is full or read-only
-    except OSError as error:
-        raise ConfigError(
-            f"run.dir={folder} cannot be written: {place} takes no file ({error.strerror}); name another folder"
-        ) from error
 
 
 def check_text(config: Config, text: TextData) -> None:

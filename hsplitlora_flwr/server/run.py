@@ -32,12 +32,13 @@ from hsplitlora_flwr.evaluation.perplexity import MAX_NLL, evaluate
 from hsplitlora_flwr.lora.export import write_manifest
 from hsplitlora_flwr.methods import METHODS
 from hsplitlora_flwr.models.loading import load_tokenizer, with_model_dtype
+from hsplitlora_flwr.paths import last_round
 from hsplitlora_flwr.reporting.card import shrunk_facts, write_card
 from hsplitlora_flwr.reporting.events import Listener
 from hsplitlora_flwr.reporting.report import RunReport
 from hsplitlora_flwr.schema import scalar
 from hsplitlora_flwr.server.best import replace_best, take_best
-from hsplitlora_flwr.server.checkpoint import RunState, check_resume, last_round, load_state
+from hsplitlora_flwr.server.checkpoint import RunState, check_resume, load_state
 from hsplitlora_flwr.server.model import TunedModel, files_of
 
 
@@ -203,6 +204,8 @@ class Run(ABC, Generic[L]):
         FloatingPointError
             If there is none. The round is not kept then: the checkpoint is that of the round before.
         """
+        when = f"after round {server_round}" if server_round else "before training"
+        self.report.phase(f"measuring the perplexity {when}")
         started = time.time()
         batches = evaluation_batches(self.held_out, self.config.evaluation.batch_size)
         found = evaluate(self.loaded.model.whole(), batches)
@@ -230,6 +233,7 @@ class Run(ABC, Generic[L]):
         if not (options.texts and prompted):
             return
         count = min(options.texts, len(prompted))
+        self.report.phase(f"answering {count} held-out prompts")
         asked = [prompted[place * len(prompted) // count] for place in range(count)]
         written = answer(
             self.loaded.model.whole().causal_lm,
@@ -246,7 +250,7 @@ class Run(ABC, Generic[L]):
         options = self.config.evaluation
         if not options.generate:
             return
-        self.report.status("writing a text for every held-out prompt")
+        self.report.phase("writing a text for every held-out prompt")
         scores = generate_and_score(
             self.loaded.model.whole().causal_lm,
             load_tokenizer(self.config.model.path),
@@ -261,7 +265,7 @@ class Run(ABC, Generic[L]):
     def export(self) -> None:
         """Write what the run leaves; then it is finished."""
         model, smaller = self.loaded.model, self._at_rank()
-        self.report.status(f"writing the {'adapter' if model.has_adapter else 'model'}")
+        self.report.phase(f"writing the {'adapter' if model.has_adapter else 'model'}")
         files, facts = model.export(self.folder, merged=self.config.run.merged)
         if model.has_adapter:
             self._describe(self.folder / "adapter")
@@ -280,7 +284,7 @@ class Run(ABC, Generic[L]):
         """On request, the adapter at a rank beside the exact one, measured; returns its files."""
         if not (rank := self.config.run.adapter_rank):
             return []
-        self.report.status(f"measuring the adapter at rank {rank}")
+        self.report.phase(f"measuring the adapter at rank {rank}")
         name = f"adapter-rank-{rank}"
         whole, dropped = self.loaded.model.save_at_rank(rank, self.folder / name)
         found = evaluate(whole, evaluation_batches(self.held_out, self.config.evaluation.batch_size))

@@ -171,7 +171,7 @@ class HSplitLoRA(Run[Federation], Strategy):
             self.report.warning(
                 "transport.tls=false, so activations, labels and tokens can be read by anyone on the way"
             )
-        self.report.status(f"loading {config.model.path}")
+        self.report.phase(f"loading {config.model.path}")
         shard = Shard(config)
         opened.callback(shard.stop)  # a client that still trains learns of the end, and is free to hear what follows
         clients.on_failure = shard.leave
@@ -202,7 +202,7 @@ class HSplitLoRA(Run[Federation], Strategy):
         split, the server those above."""
         if not self.loaded.planner.scores_due(server_round):
             return
-        self.report.status("measuring which weights matter")
+        self.report.phase("measuring which weights matter")
         dispatch, shard, messages = self.loaded.dispatch, self.loaded.shard, list[Message]()
         above: dict[int, dict[str, float]] = {}
         with ExitStack() as watched:
@@ -230,6 +230,7 @@ class HSplitLoRA(Run[Federation], Strategy):
         planner, budgets = self.loaded.planner, self.clients.budgets
         moved, reason = planner.drift, planner.why_replan(budgets)
         if reason is not None:
+            self.report.phase("planning who holds what")
             server = planner.server_budget()
             shares = self.clients.shares(self.clients.descriptions)
             plan = planner.replan(budgets, dict(zip(budgets, shares, strict=True)), server)
@@ -241,6 +242,7 @@ class HSplitLoRA(Run[Federation], Strategy):
     def train(self, grid: Grid, server_round: int) -> list[Message]:
         """Let the clients of the round train, together with the server's half; returns their last replies."""
         dispatch = self.loaded.dispatch
+        self.report.phase(f"round {server_round}: clients load their blocks")
         messages = self.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid)
         with self._process.peak_memory(pick_devices(self.config.model.device)) as memory:
             replies = self.clients.exchange(
@@ -262,6 +264,7 @@ class HSplitLoRA(Run[Federation], Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Add the clients' adapters and the server's half up: noise-free, or by the method's rule."""
         dispatch, model = self.loaded.dispatch, self.loaded.model
+        self.report.phase(f"round {server_round}: adding the clients' adapters up")
         outcomes = dict(self.clients.outcomes(replies, server_round, dispatch.read))
         self._refuse_outliers(server_round, outcomes)
         shares = self.clients.shares(outcomes)
@@ -296,7 +299,7 @@ class HSplitLoRA(Run[Federation], Strategy):
         """On request, the perplexity of what the clients keep out of training, measured where it lies."""
         if not self.config.evaluation.client_rows:
             return None
-        self.report.status("measuring the clients' own text")
+        self.report.phase("measuring the clients' own text")
         messages = self.configure_evaluate(server_round, ArrayRecord(), ConfigRecord(), grid)
         replies = self.clients.exchange(grid, messages, server_round, self.loaded.dispatch.answer, needed=0)
         return self.aggregate_evaluate(server_round, replies)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from hsplitlora_flwr.cli import own_memory, run
+from hsplitlora_flwr.cli.checks import Checked
 from hsplitlora_flwr.cli.own_memory import learn, measured, remember, remembered
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.reporting.events import Event
@@ -69,7 +70,7 @@ def test_a_damaged_file_is_none(config: Config, cache: Path) -> None:
 def test_a_run_teaches_the_largest_of_its_first_round(config: Config, tmp_path: Path) -> None:
     rounds = [{"clients": [{"process_bytes": 7}, {"process_bytes": 9}]}, {"clients": [{"process_bytes": 99}]}]
     (tmp_path / "summary.json").write_text(json.dumps({"rounds": rounds}))
-    learn(config, tmp_path)
+    learn(own_memory.key(config), tmp_path)
     assert known(config) == 9
 
 
@@ -116,7 +117,9 @@ def test_a_run_takes_what_is_known(
         return 0
 
     monkeypatch.setattr(run, "launch", launch)
-    monkeypatch.setattr(run, "prepare", lambda *_, **__: None)
+    monkeypatch.setattr(
+        run, "prepare_apart", lambda config, *_, **__: Checked(own_memory.key(config), remembered(config))
+    )
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(tmp_path)))
     remember(config, 570_000_000, in_run=in_run)
     console = Console()

@@ -466,7 +466,7 @@ def test_before_flower_starts_an_interrupted_run_says_so(number, tmp_path):
     code = (
         f"import signal, sys; signal.signal({int(number)}, signal.SIG_DFL)  # as it is without nohup\n"
         "from hsplitlora_flwr.cli import run\n"
-        "run.prepare = lambda *settings, **more: (print('preparing', flush=True), sys.stdin.read())\n"
+        "run.prepare_apart = lambda *settings, **more: (print('preparing', flush=True), sys.stdin.read())\n"
         f"sys.argv = ['run', 'run.dir={tmp_path / 'run'}']\nrun.command()"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

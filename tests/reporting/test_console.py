@@ -2,6 +2,7 @@
 
 import io
 import re
+from collections.abc import Sequence
 
 import pytest
 from rich.console import Console
@@ -27,7 +28,7 @@ FINISHED = {
 }
 
 
-def planned(round_: int, clients: str = "01") -> dict[str, object]:
+def planned(round_: int, clients: Sequence[str] = "01") -> dict[str, object]:
     members = [PLAN | {"client": name} for name in clients]
     left_out = PLAN | {"client": "9", "left_out": "needs 512.3 MB more [of memory]"}
     return {"kind": "planned", "round": round_, "reason": "", "clients": [*members, left_out]}
@@ -62,9 +63,32 @@ def plain() -> tuple[RunConsole, io.StringIO]:
 @pytest.fixture
 def terminal() -> tuple[RunConsole, io.StringIO]:
     """A console that is a terminal."""
+    return on_a_terminal(100, 25)
+
+
+def on_a_terminal(width: int, height: int) -> tuple[RunConsole, io.StringIO]:
     output = io.StringIO()
-    console = Console(file=output, force_terminal=True, force_interactive=True, width=100, color_system=None)
+    options = {"force_terminal": True, "force_interactive": True, "color_system": None}
+    console = Console(file=output, width=width, height=height, **options)
     return RunConsole(console), output
+
+
+def plainly(output: io.StringIO) -> str:
+    """What was written, without the codes that move the cursor."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", output.getvalue())
+
+
+def finished_client(client: str, seconds: float = 10.0) -> dict[str, object]:
+    return {
+        "kind": "client_finished",
+        "round": 1,
+        "client": client,
+        "seconds": seconds,
+        "loss_first": 3.0,
+        "loss_last": 2.0,
+        "measured_bytes": 1.2e9,
+        "predicted_bytes": 1.3e9,
+    }
 
 
 def bars(output: io.StringIO) -> list[str]:
@@ -93,8 +117,8 @@ def test_a_file_gets_progress_every_five_seconds(plain):
         console.handle(step(1000.0 + i, i + 1, "1"))
     lines = output.getvalue().splitlines()[before:]
     # At 5 s the first client has 6 steps, the second 5: after the first step of all, 10 steps of 100 tokens in 5 s,
-    # and 29 of the 40 steps of the run to go.
-    assert lines == ["round 1/2  steps 11/20  loss 2.950 (mean of 2 clients)  200 tokens/s  0:00:14 left"]
+    # and 29 of the 40 steps of the run to go. Means of three steps are 2.5 and 3.6.
+    assert lines == ["round 1/2  steps 11/20  loss 3.050 (mean of 2 clients)  200 tokens/s  0:00:14 left"]
 
 
 def test_the_time_left_counts_the_rounds_to_come(plain):
@@ -103,7 +127,7 @@ def test_the_time_left_counts_the_rounds_to_come(plain):
     console.handle(step(0.0, 1))
     console.handle(step(10.0, 2))
     line = output.getvalue().splitlines()[-1]
-    assert line == "round 1/2  steps 2/10  loss 2.800 (mean of 1 clients)  10 tokens/s  0:03:00 left"
+    assert line == "round 1/2  steps 2/10  loss 2.850 (mean of 1 clients)  10 tokens/s  0:03:00 left"
     console.handle({"kind": "round_finished", "round": 1, "seconds": 100.0, "update_norm": 1.0})
     console.handle(step(100.0, 1, round_=2))
     console.handle(step(110.0, 2, round_=2))
@@ -160,8 +184,8 @@ def test_a_terminal_shows_a_bar_for_every_client_and_one_for_the_run(terminal):
         console._live._live.refresh()  # the frame that a tick of the clock would draw
         lines = [" ".join(re.sub("[━╸╺]", "", line).split()) for line in bars(output)]
     assert "round 1 of 2 8/40 233 tokens/s 0:00:14 left" in lines
-    assert "client 0 4/10 loss 2.600 100 tokens/s 0:00:06 left" in lines
-    assert "client 1 4/10 loss 3.600 100 tokens/s 0:00:06 left" in lines
+    assert "client 0 4/10 loss 2.700 100 tokens/s 0:00:06 left" in lines
+    assert "client 1 4/10 loss 3.700 100 tokens/s 0:00:06 left" in lines
 
 
 def test_a_client_that_has_not_started_has_its_bar_too(terminal):
@@ -178,9 +202,12 @@ def test_a_terminal_shows_the_plan_as_a_table(terminal):
     console, output = terminal
     with console:
         console.handle(planned(1))
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.getvalue().splitlines() if "│" in line]
-    assert rows[0] == ["0", "120", "0.95 GB", "blocks 0-9 of 30", "4-32 (mean 14.2)", "none", "0.93 GB"]
-    assert " ".join(row[3] for row in rows[2:]) == "left out: needs 512.3 MB more [of memory]"
+    lines = [" ".join(line.split()) for line in plainly(output).splitlines()]
+    assert lines[lines.index("plan of round 1") :][1:3] == [
+        "client examples budget split ranks memory",
+        "0 120 0.95 GB blocks 0-9 of 30 4-32 (mean 14.2) 0.93 GB",
+    ]
+    assert "left out: needs 512.3 MB more [of memory]" in " ".join(lines)
 
 
 def test_the_bars_go_when_the_console_closes(terminal):
@@ -195,3 +222,81 @@ def test_an_unknown_event_is_passed_over(plain):
     console, output = plain
     console.handle({"kind": "of a later version", "time": 0.0})
     assert output.getvalue() == ""
+
+
+def test_what_goes_on_is_named_where_it_moves_and_does_not_stay(terminal):
+    console, output = terminal
+    with console:
+        console.handle({"kind": "phase", "text": "measuring the perplexity"})
+        console._live._live.refresh()
+        assert any("measuring the perplexity  0:00:00" in line for line in bars(output))
+        console.handle({"kind": "status", "text": "a fact"})
+        console._live._live.refresh()
+        assert any("measuring the perplexity" in line for line in bars(output))  # it still goes on
+    left = output.getvalue().rpartition("\x1b[?25l")[2]
+    assert left.count("a fact") == 1 and "measuring" not in left.rpartition("\x1b[2K")[2]
+
+
+def test_in_a_file_what_goes_on_is_a_line(plain):
+    console, output = plain
+    console.handle({"kind": "phase", "text": "measuring the perplexity"})
+    assert output.getvalue() == "measuring the perplexity\n"
+
+
+def test_between_the_last_step_and_the_sum_something_is_waited_for(terminal):
+    console, output = terminal
+    with console:
+        console.handle(planned(1, "0"))
+        console.handle(step(0.0, 9))
+        console._live._live.refresh()
+        assert not any("send their adapters" in line for line in bars(output))
+        console.handle(step(1.0, 10))
+        console._live._live.refresh()
+        assert any("clients send their adapters" in line for line in bars(output))
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "server"])
+def test_a_plan_fits_80_columns(checkpointing):
+    console, output = on_a_terminal(80, 24)
+    with console:
+        clients = [PLAN | {"client": name, "split": 15, "checkpointing": checkpointing} for name in ("0", "10")]
+        console.handle({"kind": "planned", "round": 1, "reason": "", "clients": clients})
+        console.handle(finished_client("10", 112.3))
+    lines = [line.rstrip() for line in plainly(output).splitlines()]
+    assert "blocks 0-14 of 30" in next(line for line in lines if line.startswith("10 "))
+    assert ("checkpointing" in next(line for line in lines if line.startswith("client"))) == (checkpointing != "none")
+    assert max(map(len, lines)) <= 80
+
+
+def test_a_line_is_broken_between_words_and_a_path_never():
+    console, output = on_a_terminal(80, 24)
+    path = "/runs/" + "long/" * 20
+    with console:
+        console.handle({"kind": "status", "text": f"{'word ' * 20}results in {path}"})
+    lines = plainly(output).splitlines()
+    assert any(line.strip() == path for line in lines) and "word word" in lines[0]
+
+
+def test_of_forty_clients_on_24_lines_the_slowest_and_a_sum_are_shown():
+    console, output = on_a_terminal(80, 24)
+    with console:
+        console.handle(planned(1, [str(number) for number in range(40)]))
+        for number in range(30):
+            console.handle(step(0.0, 1, str(number)) | {"loss": 2.0})
+            console.handle(step(2.0 if number in (3, 17) else 1.0, 2, str(number)) | {"loss": 2.0})
+        for number in range(20, 30):
+            console.handle(step(3.0, 10, str(number)) | {"loss": 2.0})
+        console._live._live.refresh()
+        frame = [" ".join(re.sub("[━╸╺]", "", line).split()) for line in bars(output)]
+        for number in range(40):
+            console.handle(finished_client(str(number), 99.0 if number == 17 else 10.0))
+        console.handle({"kind": "round_finished", "round": 1, "seconds": 100.0, "update_norm": 1.0})
+    shown = [line.split()[1] for line in frame if line.startswith("client ") and "/10" in line]
+    assert len(shown) == 9 and {"3", "17"} <= set(shown) and not {str(n) for n in range(20, 40)} & set(shown)
+    # 11 that train with 2 steps, 10 that are done and 10 that wait
+    assert any(line.startswith("31 others 122/310 loss 2.000") for line in frame)
+    # a bar of the round, nine of clients and the sum
+    assert len([line for line in frame if re.search(r"\d/\d", line)]) == 11
+    told = " ".join(plainly(output).split())
+    assert "round 1, client" not in told
+    assert "round 1, 40 clients: loss 3.000 → 2.000, client 17 took longest, 99.0 s, memory 1.20 GB at most" in told

@@ -166,6 +166,7 @@ def test_a_plan_with_nobody_in_it_still_reads():
     ("event", "text"),
     [
         ({"kind": "status", "text": "loading"}, "loading"),
+        ({"kind": "phase", "text": "planning"}, "planning"),
         (
             {"kind": "evaluated", "round": 0, "perplexity": 15.403, "tokens": 1200, "seconds": 3.21},
             "before training: perplexity 15.40 (1200 tokens in 3.2 s)",
@@ -186,7 +187,7 @@ def test_a_plan_with_nobody_in_it_still_reads():
                 "measured_bytes": 910e6,
                 "predicted_bytes": 930e6,
             },
-            "round 1, client 2: loss 3.100 → 2.200 in 12.3 s, memory 0.91 GB (predicted 0.93 GB)",
+            "round 1, client 2: loss 3.100 → 2.200 in 12.3 s, 0.91 GB (predicted 0.93 GB)",
         ),
         ({"kind": "client_failed", "round": 1, "client": "2", "error": "gone"}, "round 1, client 2 failed: gone"),
         (

@@ -14,9 +14,10 @@ from hsplitlora_flwr.config import Config, ConfigError
 from hsplitlora_flwr.data.sources import DataError, Example, TextData
 from hsplitlora_flwr.models import ModelFilesError, SplitError, quantisation
 from hsplitlora_flwr.models.placement import check_device
+from hsplitlora_flwr.paths import check_run_folder
 from hsplitlora_flwr.planning import PlanError
 from hsplitlora_flwr.planning.round import cost_model
-from hsplitlora_flwr.server.preflight import check_model_settings, check_parts, check_run_folder, check_text
+from hsplitlora_flwr.server.preflight import check_model_settings, check_parts, check_text
 from tests.tiny import tiny_model
 
 
