@@ -190,6 +190,9 @@ def _adapter(section: Any) -> TypeAdapter[Any]:
     return TypeAdapter(section)
 
 
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
 def _explained(setting: Setting, value: Any, problem: ErrorDetails) -> str:
     said = f"{setting.key}={scalar(value)!r}"
     if problem["type"] == "value_error":
@@ -201,8 +204,8 @@ def _explained(setting: Setting, value: Any, problem: ErrorDetails) -> str:
     if problem["type"] == "literal_error":
         return f"{said} {_not_among(setting.choices)}"
     if problem["type"] not in _OUT_OF_RANGE:
-        kind = "text separated by commas" if isinstance(setting.default, tuple) else type(setting.default).__name__
-        return f"{said} is of type {type(value).__name__}; it must be a {kind}"
+        kind = "text separated by commas" if isinstance(setting.default, tuple) else _KINDS[type(setting.default)]
+        return f"{said} is of type {type(value).__name__}; it must be {kind}"
     if math.isfinite(value) and abs(value) > _LARGEST:
         return f"{said} is out of range; Flower carries whole numbers of 64 bits"
     finite = "finite and " if isinstance(setting.default, float) else ""

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import sys
 from collections.abc import Callable, Collection, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -18,7 +20,7 @@ from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException, OverrideParseException
 
 from hsplitlora_flwr.cli.settings import help_text, register
-from hsplitlora_flwr.config import RENAMED, Config, ConfigError, unknown_key
+from hsplitlora_flwr.config import RENAMED, SETTINGS, Config, ConfigError, unknown_key
 from hsplitlora_flwr.registry import PluginError
 
 PATHS = (
@@ -26,6 +28,9 @@ PATHS = (
     *("transport.certificate", "transport.private_key"),
 )
 """Settings that name a file or folder."""
+LISTS = tuple(each.key for each in SETTINGS if isinstance(each.default, tuple))
+"""Settings with several values, which may be written as such: ``clients.memory_gb=1,1.3,1.8``."""
+_MULTIRUN = {"-m", "--multirun"}
 
 
 def start(main: Callable[[], None], launcher: type[Any], about: str) -> int:
@@ -43,9 +48,12 @@ def start(main: Callable[[], None], launcher: type[Any], about: str) -> int:
         if {"-h", "--help"} & set(sys.argv[1:]):
             print(help_text(about, launcher), end="")
             return 0
+        undashed(sys.argv[1:])
         register(launcher)
         sys.argv[1:] = literal(renamed(sys.argv[1:]))
         check_keys(sys.argv[1:], keys_of("launcher", launcher))
+        if not _MULTIRUN & set(sys.argv[1:]):
+            check_single(sys.argv[1:])
         main()
     except (HydraException, ConfigError, PluginError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
@@ -55,8 +63,16 @@ def start(main: Callable[[], None], launcher: type[Any], about: str) -> int:
 
 def literal(arguments: Sequence[str]) -> list[str]:
     """The arguments with those values in quotes that Hydra would misread."""
-    sweeps = any(argument in ("-m", "--multirun") for argument in arguments)
+    sweeps = bool(_MULTIRUN & set(arguments))
     return [_literal(argument, sweeps) for argument in arguments]
+
+
+def undashed(arguments: Sequence[str]) -> None:
+    """Raise :class:`ConfigError` for ``--train.rounds=4``, as other programs take it."""
+    for argument in arguments:
+        key = argument.lstrip("-").partition("=")[0]
+        if argument.startswith("--") and "." in key:
+            raise ConfigError(f"{argument}: settings stand without dashes: {argument.lstrip('-')}")
 
 
 def renamed(arguments: Sequence[str]) -> list[str]:
@@ -81,6 +97,15 @@ def check_keys(arguments: Sequence[str], more_keys: Sequence[str] = ()) -> None:
             raise unknown_key(key, known)
 
 
+def check_single(arguments: Sequence[str]) -> None:
+    """Raise :class:`ConfigError` if an override of a single run has several values."""
+    for override in filter(None, map(_parse, arguments)):
+        if override.is_sweep_override():
+            raise ConfigError(
+                f"{override.input_line} has several values, which -m takes one after the other; or name one"
+            )
+
+
 def refuse_keys(arguments: Sequence[str], keys: Collection[str], why: str) -> None:
     """Raise :class:`ConfigError` if an override sets one of ``keys``."""
     for override in filter(None, map(_parse, arguments)):
@@ -96,7 +121,7 @@ def _literal(argument: str, sweeps: bool) -> str:
     if override is not None:
         read = override.value()
         misread = key in PATHS and isinstance(read, bool | int | float | list | dict)
-        split = key in PATHS and override.is_sweep_override() and not sweeps
+        split = key in (*PATHS, *LISTS) and override.is_sweep_override() and not sweeps
         if not (misread or split):
             return argument
     parts = value.split(",") if sweeps else [value]
@@ -117,8 +142,12 @@ def one_line(error: Exception) -> str:
     """What is wrong, without where Hydra looked for files."""
     if isinstance(error, OverrideParseException):
         return f"{error.override!r} cannot be read; write KEY=VALUE, such as train.rounds=4"
-    text = str(error).partition("\nConfig search path")[0]
-    return " ".join(text.split())
+    text = " ".join(str(error).partition("\nConfig search path")[0].split())
+    if found := re.search(r"Could not find '([^']+)/([^']+)' Available options in '[^']+': (.*)", text):
+        group, typed, options = found.groups()
+        if close := get_close_matches(typed, options.split(), 1):
+            text += f"; did you mean {group}={close[0]}?"
+    return text
 
 
 def keys_of(section: str, schema: type) -> list[str]:

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from hsplitlora_flwr.cli.__main__ import main
-from hsplitlora_flwr.cli.overrides import PATHS, check_keys, keys_of, literal, renamed
+from hsplitlora_flwr.cli.overrides import PATHS, check_keys, check_single, keys_of, literal, one_line, renamed, undashed
 from hsplitlora_flwr.cli.run import PROJECT, Launcher
 from hsplitlora_flwr.cli.settings import CONF, register
 from hsplitlora_flwr.config import ConfigError
@@ -65,6 +66,27 @@ def test_what_hydra_reads_stays_as_it_is() -> None:
     assert literal(arguments) == arguments
     assert literal(["data.path=a,b"]) == ["data.path='a,b'"], "without a sweep it is one path"
     assert literal(["--multirun", "data.path=a,ü"])[1] == "data.path='a','ü'"
+
+
+def test_a_list_may_be_written_as_such() -> None:
+    assert composed("clients.memory_gb=1,1.3,1.8")["clients"]["memory_gb"] == "1,1.3,1.8"
+    assert literal(["-m", "clients.memory_gb=1,2"]) == ["-m", "clients.memory_gb=1,2"], "a sweep"
+
+
+def test_what_others_write_is_told_as_it_is_written_here() -> None:
+    with pytest.raises(ConfigError, match=r"without dashes: train\.rounds=4$"):
+        undashed(["--train.rounds=4"])
+    undashed(["--cfg", "job", "--config-dir=a.b", "train.rounds=4"])
+    with pytest.raises(ConfigError, match=r"train\.lr=1e-3,2e-3 has several values, which -m takes"):
+        check_single(["train.lr=1e-3,2e-3"])
+    check_single(["train.lr=1e-3", "clients.memory_gb=[1,2]", *literal(["clients.memory_gb=1,2", "data.path=a,b"])])
+
+
+def test_an_option_that_is_meant_is_named() -> None:
+    text = (
+        "Could not find 'method/hsplitlra'\n\nAvailable options in 'method':\n\tffa\n\thsplitlora\nConfig search path:"
+    )
+    assert one_line(HydraException(text)).endswith("ffa hsplitlora; did you mean method=hsplitlora?")
 
 
 def test_former_names_are_the_new_ones_for_hydra(capsys: pytest.CaptureFixture[str]) -> None:
