@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -49,6 +50,7 @@ COMMANDS = {
     "generate": Command("generate", "texts, with the model of a finished run"),
     "export": Command("export", "the model of a finished run, merged or as a smaller adapter"),
     "attack": Command("attack", "how much of a client's text a curious server reads off the cut", ("hydra",)),
+    "new": Command("new", "the beginning of a Flower app with data of one's own"),
     "doctor": Command("doctor", "what of this machine would be in a run's way, and what to do"),
 }
 
@@ -60,6 +62,7 @@ examples:
   hsplitlora compare data.path=E2E_FOLDER --methods hsplitlora,splitlora --seeds 1,2
   hsplitlora generate RUN_FOLDER "What is a cell?"
   hsplitlora export RUN_FOLDER --merged
+  hsplitlora new my-app
 
 `hsplitlora COMMAND --help` says what a command takes. The exit status is 0 if it did what it was to do, 1 if a run
 failed, 2 if what was typed is wrong.
@@ -77,7 +80,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "hsplitlora {}")
         What the user typed in place of the command ``{}``, as usage lines show it.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    name = _parser().parse_args(arguments[:1] or ["--help"]).command
+    name = _parser().parse_args(_meant(arguments)[:1]).command
     command = COMMANDS[name]
     if missing := [package for package in command.needs if find_spec(package) is None]:
         print(f"error: this command needs {', '.join(missing)}: {EXTRA}", file=sys.stderr)
@@ -86,6 +89,24 @@ def main(arguments: Sequence[str] | None = None, program: str = "hsplitlora {}")
     with Console(stderr=True).status(f"{name}: loading"):
         module = import_module(f"hsplitlora_flwr.cli.{command.module}")
     module.command()
+
+
+def _meant(arguments: Sequence[str]) -> Sequence[str]:
+    """The arguments; where they begin with no command, the error says which one may be meant.
+
+    Nothing, and ``help``, ask for the help.
+    """
+    first = next(iter(arguments), "help")
+    if first == "help":
+        return ["--help"]
+    if first in COMMANDS or first.startswith("-"):
+        return arguments
+    close = get_close_matches(first, COMMANDS, 1)
+    meant = ["run", first] if "=" in first else close
+    if not meant:
+        return arguments
+    print(f"error: there is no command {first!r}; did you mean `hsplitlora {' '.join(meant)}`?", file=sys.stderr)
+    sys.exit(2)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -14,7 +14,7 @@ from hsplitlora_flwr.cli import __main__ as cli
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in ([], ["--help"]):
+    for arguments in ([], ["--help"], ["help"]):
         with pytest.raises(SystemExit) as end:
             cli.main(arguments)
         assert end.value.code == 0
@@ -32,6 +32,21 @@ def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> No
         cli.main(["trian", "train.rounds=4"])
     assert end.value.code == 2
     assert "'trian'" in (told := capsys.readouterr().err) and "'run'" in told
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("pln", "hsplitlora plan"),
+        ("train.rounds=4", "hsplitlora run train.rounds=4"),
+        ("model=x", "hsplitlora run model=x"),
+    ],
+)
+def test_what_may_be_meant_is_said(typed: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main([typed])
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"error: there is no command {typed!r}; did you mean `{meant}`?\n"
 
 
 def test_what_follows_the_command_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
