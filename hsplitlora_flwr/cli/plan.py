@@ -1,15 +1,17 @@
 """The plan of a run, without running it: ``hsplitlora plan [overrides]``.
 
 Reads only the configuration of the model, so it answers in seconds for models that this machine could never hold. What
-training would measure is not known yet: the importance of weights is taken as uniform, and texts as long as
-``data.max_length``. What a client's process takes by itself is that of the last run here, else measured once, in a
-process for it. The exit status is 0, or 2 if there is no plan or the settings are wrong.
+a run would measure is not known yet: the importance of weights is taken as uniform, texts as long as
+``data.max_length``, and clients as alike. ``--like RUN`` takes what a run has measured, and so comes to the plan that
+it had. What a client's process takes by itself is that of the last run here, else measured once, in a process for it.
+The exit status is 0, or 2 if there is no plan or the settings are wrong.
 
 ::
 
     hsplitlora plan                                                       # three clients, SmolLM2-135M
     hsplitlora plan model.path=llama-70b/ model.dtype=bfloat16 clients.memory_gb=[24,40,80]
     hsplitlora plan clients.gflops=[500,2000,2000] plan.server_gflops=1e4 # with predicted seconds
+    hsplitlora plan --like runs/2026-11-22_12-00-00                       # for texts and weights as that run found them
     hsplitlora plan --budgets 6,8,12 --page plan.html                     # what other budgets gain, in the picture
 """
 
@@ -31,22 +33,70 @@ from rich.console import Console
 from rich.table import Table
 
 from hsplitlora_flwr.cli import own_memory
+from hsplitlora_flwr.cli.outcome import Outcome
 from hsplitlora_flwr.cli.overrides import start
 from hsplitlora_flwr.cli.own_memory import OwnMemory
 from hsplitlora_flwr.cli.run import Launcher
 from hsplitlora_flwr.cli.settings import CONF
 from hsplitlora_flwr.comparison.files import write
 from hsplitlora_flwr.config import Config, ConfigError
+from hsplitlora_flwr.lora.limits import capped_shares
 from hsplitlora_flwr.methods import METHODS
 from hsplitlora_flwr.models.quantisation import check_quantiser
 from hsplitlora_flwr.planning import Budget, CostModel, Plan, PlanError
 from hsplitlora_flwr.planning.leakage import LeakageTable
-from hsplitlora_flwr.planning.round import cost_model, make_round_plan
+from hsplitlora_flwr.planning.round import cost_model, make_round_plan, own_costs
 from hsplitlora_flwr.reporting.events import format_bytes
 
 _MOST_BUDGETS = 12
 PARTS = ("weights", "adapters", "activations", "update", "temporary", "process")
 """Of :meth:`hsplitlora_flwr.planning.CostModel.memory_parts`."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a run has found out and a plan before it cannot know; by client where it differs among them.
+
+    Parameters
+    ----------
+    folder : Path
+        Of the run.
+    importance : Mapping[str, float]
+        Of every weight when its last plan was made.
+    lengths, examples : Mapping[str, int]
+        Tokens of the longest example, and how many there are.
+    """
+
+    folder: Path
+    importance: Mapping[str, float]
+    lengths: Mapping[str, int]
+    examples: Mapping[str, int]
+
+    @classmethod
+    def read(cls, folder: str, config: Config) -> Measured:
+        """Of a run whose clients are those of these settings.
+
+        Raises
+        ------
+        ConfigError
+            If it is none, or has made no plan.
+        """
+        found = Outcome.read(folder)
+        plans = found.summary.get("plans") or [{"clients": ()}]
+        rows = {row["client"]: row for row in plans[-1]["clients"]}
+        named = {str(client) for client in range(config.clients.count)}
+        if not all("longest" in row for row in rows.values()) or rows.keys() != named:
+            raise ConfigError(
+                f"--like {folder}: its last plan is for {', '.join(sorted(rows)) or 'nobody'}, and these settings for "
+                f"{', '.join(sorted(named))}; name a run with the same clients, of this release"
+            )
+        lengths = {client: int(row["longest"]) for client, row in rows.items()}
+        examples = {client: int(row["examples"]) for client, row in rows.items()}
+        return cls(found.folder, plans[-1].get("importance", {}), lengths, examples)
+
+    def shares(self, cap: float) -> dict[str, float]:
+        """The weights ``p_i`` by client, none above ``cap``."""
+        return dict(zip(self.examples, capped_shares(list(self.examples.values()), cap), strict=True))
 
 
 @dataclass(frozen=True)
@@ -65,7 +115,8 @@ class Forecast:
     process : OwnMemory
         What a process takes by itself.
     plan : Plan
-        For uniform importance.
+    measured : Measured, optional
+        What a run found, where it is a plan for that; else importance is uniform and texts are of ``data.max_length``.
     """
 
     config: Config
@@ -74,6 +125,7 @@ class Forecast:
     server: Budget
     process: OwnMemory
     plan: Plan
+    measured: Measured | None = None
 
     @property
     def about(self) -> str:
@@ -85,6 +137,13 @@ class Forecast:
             f"in {workload.dtype}{quantised}; {workload.batch_size} x {workload.sequence_length} tokens at a time; "
             f"{self.config.method.name}"
         )
+
+    @property
+    def of_importance(self) -> str:
+        """What is taken of what only a run can know."""
+        if self.measured:
+            return f"with texts' lengths and amounts, as {self.measured.folder} found them"
+        return "uniform, as it is not known before training; --like RUN takes that of a run"
 
     @property
     def timed(self) -> bool:
@@ -105,8 +164,13 @@ class Forecast:
         return f"worth: {share:.1%} of the most that any plan can be worth with these budgets{given_up}"
 
 
-def forecast(config: Config) -> Forecast:
+def forecast(config: Config, like: str = "") -> Forecast:
     """Plan the first round of a run.
+
+    Parameters
+    ----------
+    like : str
+        The folder of a run whose measurements are to be taken; "" for none.
 
     Raises
     ------
@@ -126,7 +190,9 @@ def forecast(config: Config) -> Forecast:
             "clients.memory_gb is empty; state the memory of the clients, or clients.gpu_memory_gb, that of their GPUs"
         )
     rows = min(train.micro_batch_size or train.batch_size, train.batch_size)
-    cost = cost_model(config, rows, config.data.max_length)
+    measured = Measured.read(like, config) if like else None
+    longest = max(measured.lengths.values()) if measured else config.data.max_length
+    cost = cost_model(config, rows, longest, config.clients.count)
     check_quantiser(config.model.quantise)
     process = own_memory.stated(config) or own_memory.remembered(config) or own_memory.measured(config)
     own = 0 if config.clients.gpu_memory_gb else process.bytes  # beside a GPU the process takes nothing there
@@ -136,7 +202,13 @@ def forecast(config: Config) -> Forecast:
     memory = int((config.plan.server_gpu_memory_gb or config.plan.server_memory_gb) * 1e9) or sys.maxsize
     server_process = 0 if on_gpus else int(config.plan.server_process_mb * 1e6) or process.bytes
     server = Budget(memory, server_process, flops=config.plan.server_gflops * 1e9 or None)
-    return Forecast(config, cost, budgets, server, process, make_round_plan(config, budgets, server, {}, cost))
+    if not measured:
+        plan = make_round_plan(config, budgets, server, {}, cost)
+    else:
+        own_cost = own_costs(config, rows, measured.lengths, config.clients.count)
+        shares = measured.shares(config.clients.max_share)
+        plan = make_round_plan(config, budgets, server, measured.importance, cost, shares, own_cost)
+    return Forecast(config, cost, budgets, server, process, plan, measured)
 
 
 def _budget(config: Config, client: int, own: int) -> Budget:
@@ -158,7 +230,7 @@ def show(result: Forecast, console: Console) -> None:
         console.print(text, soft_wrap=True, markup=False)
 
     say(result.about)
-    say("importance: uniform, as it is not known before training")
+    say(f"importance: {result.of_importance}")
     where = "in the machine, beside its GPU" if config.clients.gpu_memory_gb else "of a client's memory"
     say(f"process: {format_bytes(result.process.bytes)} {where}, {result.process.source}")
     console.print(_table(result))
@@ -261,10 +333,13 @@ class Options:
         The file of the picture; "" for none.
     budgets : Sequence[float]
         Memories of a client in GB that are laid side by side in it; empty = :func:`usual_budgets`.
+    like : str
+        The folder of a run to plan after; "" for none.
     """
 
     page: str = ""
     budgets: Sequence[float] = ()
+    like: str = ""
 
     @classmethod
     def take(cls, arguments: Sequence[str]) -> tuple[Options, list[str]]:
@@ -272,8 +347,9 @@ class Options:
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         parser.add_argument("--page", default="plan.html")
         parser.add_argument("--budgets", type=_gigabytes, default=())
+        parser.add_argument("--like", default="")
         known, rest = parser.parse_known_args(arguments)
-        return cls(known.page, known.budgets), rest
+        return cls(known.page, known.budgets, known.like), rest
 
 
 def _gigabytes(text: str) -> tuple[float, ...]:
@@ -291,7 +367,7 @@ def run(composed: DictConfig, console: Console, options: Options | None = None) 
     try:
         values: Any = OmegaConf.to_container(composed, resolve=True)
         del values["launcher"]
-        result = forecast(Config.from_mapping(values))
+        result = forecast(Config.from_mapping(values), options.like)
         show(result, console)
         if options.page:
             others = over_budgets(result.config, options.budgets or usual_budgets(result.config))

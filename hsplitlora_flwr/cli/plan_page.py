@@ -44,6 +44,7 @@ def plan_page(result: Forecast, others: Mapping[float, Forecast | str]) -> str:
         style=Markup(STYLE),
         title=f"Plan: {result.config.model.path}",
         about=result.about,
+        importance=result.of_importance,
         process=result.process,
         server=plan.server_bytes if METHODS[result.config.method.name].split else 0,
         worth=result.worth[:1].upper() + result.worth[1:],
@@ -191,7 +192,7 @@ td.text { white-space: normal; }
 </head>
 <body>
 <h1>{{ title }}</h1>
-<p class="soft">{{ about }}. Importance is uniform, as it is not known before training. A client's process takes
+<p class="soft">{{ about }}. Importance: {{ importance }}. A client's process takes
 {{ process.bytes | bytes }} by itself ({{ process.source }}).</p>
 <p>{% if server %}The server takes {{ server | bytes }}. {% endif %}
 {% if timed %}A round takes {{ "%.3g" | format(seconds) }} s.

@@ -48,6 +48,7 @@ def plan_rows(clients: Iterable[Description], plan: Plan, num_blocks: int) -> li
         row: dict[str, Any] = {
             "client": client.name,
             "examples": client.examples,
+            "longest": client.longest,
             "cut_rows": client.cut_rows,
             "cut_share": client.cut.share,
             "budget_bytes": client.memory_bytes,

@@ -373,7 +373,9 @@ class HSplitLoRA(Run[Federation], Strategy):
         )
 
     def _report_plan(self, server_round: int, reason: str, plan: Plan) -> None:
-        figures = {"objective": plan.objective, "server_predicted_bytes": plan.server_bytes}
+        figures: dict[str, Any] = {"objective": plan.objective, "server_predicted_bytes": plan.server_bytes}
+        if self.method.importance:
+            figures["importance"] = dict(self.loaded.planner.importance)
         if self.method.ranks == "plan":
             figures |= {"greedy_objective": plan.greedy_objective, "bound": plan.bound, "seconds": plan.seconds}
         rows = plan_rows(self.clients.descriptions.values(), plan, self.loaded.planner.num_blocks)

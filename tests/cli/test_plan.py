@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from hsplitlora_flwr.cli.plan import PARTS, Forecast, forecast, run
 from hsplitlora_flwr.cli.run import Launcher
 from hsplitlora_flwr.cli.settings import CONF, register
 from hsplitlora_flwr.config import Config, ConfigError
+from hsplitlora_flwr.lora.limits import capped_shares
 from hsplitlora_flwr.planning import make_plan
+from hsplitlora_flwr.server.plans import RoundPlanner
 from tests.tiny import tiny_model
 
 PROCESS_BYTES = 250_000_000
@@ -74,6 +77,43 @@ def test_the_plan_is_that_of_the_planner_for_uniform_importance(folder: Path) ->
     again = make_plan(result.budgets, uniform, result.cost, ranks=result.config.lora.ranks, steps=3, **bounds)
     assert result.plan.clients == again.clients
     assert result.plan.seconds == again.seconds
+
+
+LENGTHS, EXAMPLES = {"0": 5, "1": 16, "2": 9}, {"0": 10, "1": 90, "2": 20}
+
+
+def summary_of_a_run(folder: Path, **first: Any) -> Path:
+    rows = [{"client": name, "longest": LENGTHS[name], "examples": EXAMPLES[name]} for name in LENGTHS]
+    rows[0] |= first
+    plans = [{"clients": rows, "importance": {"none": 1.0}}, {"clients": rows, "importance": IMPORTANCE}]
+    (folder / "run").mkdir()
+    settings = {"status": "finished", "config": {}, "rounds": [], "started": 0.0, "plans": plans}
+    (folder / "run" / "summary.json").write_text(json.dumps(settings))
+    return folder / "run"
+
+
+IMPORTANCE = {f"model.layers.{block}.mlp.down_proj": 1.0 + block for block in range(4)}
+
+
+def test_a_plan_after_a_run_is_the_one_that_the_run_makes(folder: Path, tmp_path: Path) -> None:
+    """By the server's own planner, with what clients told it."""
+    settings = planned(folder, "clients.memory_gb=[0.2504,0.251,0.3]", "data.max_length=16")
+    config = settings.config
+    server = RoundPlanner(config, LENGTHS, PROCESS_BYTES)
+    server.importance = dict(IMPORTANCE)
+    shares = dict(zip(EXAMPLES, capped_shares(list(EXAMPLES.values()), config.clients.max_share), strict=True))
+    wanted = server.replan(settings.budgets, shares, settings.server)
+    found = forecast(config, str(summary_of_a_run(tmp_path)))
+    assert found.plan.clients == wanted.clients
+    assert found.plan.clients != settings.plan.clients, "and not the one before it"
+
+
+def test_a_run_of_other_clients_is_refused(folder: Path, tmp_path: Path) -> None:
+    run = summary_of_a_run(tmp_path, client="st-mary")
+    with pytest.raises(ConfigError, match=r"its last plan is for 1, 2, st-mary, and these settings for 0, 1, 2; name"):
+        forecast(planned(folder).config, str(run))
+    with pytest.raises(ConfigError, match=r"nowhere is no folder of a run"):
+        forecast(planned(folder).config, "nowhere")
 
 
 def test_clients_that_train_nothing_are_shown(folder: Path) -> None:
