@@ -35,8 +35,8 @@ def help_texts() -> dict[str, str]:
 def commands() -> list[list[str]]:
     """Of the services, and of the page that explains them."""
     page = (DEPLOY.parent / "docs" / "deployment.md").read_text()
-    blocks = re.findall(r"^```\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    lines = "".join(block for language, block in blocks if not language).replace("\\\n", " ").splitlines()
     return [service["command"] for service in SERVICES.values()] + [shlex.split(line) for line in lines if line]
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from pathlib import Path
 from string import Template
 
@@ -151,7 +150,7 @@ def command() -> None:
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="a new folder; its name is that of the app")
     options = parser.parse_args()
     ends(
-        lambda: sys.stdout.write(
-            f"{options.folder} is an app; notes.py is where to begin. To run it:\n\n{new(options.folder)}"
+        lambda: print(
+            f"{options.folder} is an app; notes.py is where to begin. To run it:\n\n{new(options.folder)}", end=""
         )
     )

@@ -132,7 +132,7 @@ def test_a_plan_reads_as_an_aligned_table():
     assert text == (
         "plan of round 3: budgets changed\n"
         "client   examples   budget  split             ranks             checkpointing  predicted\n"
-        "0             120  0.95 GB  blocks 0-9 of 30  4-32 (mean 14.2)  none       0.93 GB\n"
+        "0             120  0.95 GB  blocks 0-9 of 30  4-32 (mean 14.2)  none           0.93 GB\n"
         "node-17       120  40.0 MB  left out: needs 512.3 MB more"
     )
 
