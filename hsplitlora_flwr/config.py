@@ -262,7 +262,7 @@ class SplitConfig:
 class LoraConfig:
     """Adapters."""
 
-    ranks: Ranks = setting((0, 2, 4, 8), "the ranks that a plan may choose from; 0 = no adapter")
+    ranks: Ranks = setting((0, 1, 2), "the ranks that a plan may choose from; 0 = no adapter")
     rank: int = setting(8, "methods with one rank for all: that rank", ge=1)
     rank_cap: int = setting(0, "largest rank of the accumulated update of a layer; 0 = exact, whatever it is", ge=0)
     alpha: Alpha = setting(
