@@ -21,6 +21,7 @@ from hsplitlora_flwr.models.demo import demo_model, is_demo_model
 
 ADAPTER_FILE = "adapter_config.json"
 """Says that a folder holds a PEFT adapter."""
+_POINTER = b"version https://git-lfs"
 _FEW = 16
 """As many integers at most are taken for a shape, or the like, and not for packed weights."""
 
@@ -58,7 +59,7 @@ class Checkpoint:
                 self._shard_of: dict[str, str] = dict.fromkeys(tensors.keys(), single.name)
             self._shards[single.name] = single
         elif (index := self._file("model.safetensors.index.json")) is not None:
-            self._shard_of = json.loads(index.read_text())["weight_map"]
+            self._shard_of = self._read_index(index)
         else:
             raise ModelFilesError(
                 f"model.path={path}: there are no weights (model.safetensors or model.safetensors.index.json); "
@@ -103,6 +104,15 @@ class Checkpoint:
                     found[name] = tensor.clone() if is_shape else tensor.to("meta")
         return found
 
+    def _read_index(self, file: Path) -> dict[str, str]:
+        """Which file holds each tensor."""
+        try:
+            return {str(name): str(shard) for name, shard in json.loads(file.read_bytes())["weight_map"].items()}
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ModelFilesError(
+                f"model.path={self.path}: {file.name} names no file for each tensor; restore it from a copy"
+            ) from error
+
     def _tensor(self, tensors: Any, name: str) -> Tensor:
         try:
             tensor: Tensor = tensors.get_tensor(name)
@@ -124,7 +134,11 @@ class Checkpoint:
         try:
             return safe_open(file, framework="pt")
         except SafetensorError as error:
-            raise ModelFilesError(f"model.path={self.path}: the weight file {file.name} is damaged: {error}") from error
+            why = f"damaged: {error}"
+            with file.open("rb") as stream:
+                if stream.read(len(_POINTER)) == _POINTER:
+                    why = "a pointer of Git LFS and no weights; fetch them with git lfs pull"
+            raise ModelFilesError(f"model.path={self.path}: the weight file {file.name} is {why}") from error
 
     def _file(self, name: str) -> Path | None:
         folder = Path(local_path(self.path))

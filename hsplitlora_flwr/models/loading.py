@@ -18,7 +18,7 @@ from typing import Any, Literal, overload
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import get_hf_file_metadata, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers import __version__ as transformers_version
@@ -244,7 +244,7 @@ def _full_config(path: str) -> PretrainedConfig:
     away = "" if Path(folder).is_dir() else _hub_is_away(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=bool(away))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         what = f"no folder of that name, and not readable as a hub name: {error}"
         if away:
             what = (
@@ -351,9 +351,20 @@ def empty_model(
 
     With ``quantise`` the linear layers of its blocks quantise what they load; ``experts`` is that of
     :func:`~hsplitlora_flwr.models.build.build_causal_lm`.
+
+    Raises
+    ------
+    ModelFilesError
+        If its class makes no model of the configuration.
     """
-    with no_init_weights(), init_empty_weights(include_buffers=False):
-        model = build_causal_lm(config, getattr(torch, dtype), experts)
+    try:
+        with no_init_weights(), init_empty_weights(include_buffers=False):
+            model = build_causal_lm(config, getattr(torch, dtype), experts)
+    except Exception as error:  # each class has its own for a value that it does not know
+        raise ModelFilesError(
+            f"no '{config.model_type}' can be made as its config.json says ({brief(error)}); correct that value, or "
+            "restore the file from a copy"
+        ) from error
     _keep_in_fp32(model)
     _compute_buffers(model)
     if quantise != "none":

@@ -453,6 +453,42 @@ def test_an_adapter_is_not_left_out(tmp_path: Path) -> None:
         check_model(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("num_hidden_layers", "4", "its config.json is not one of a 'llama': .*num_hidden_layers"),
+        (
+            "hidden_size",
+            33,
+            "its config.json is not one of a 'llama': .*not a multiple of the number of attention",
+        ),
+        ("hidden_act", "swish9", r"no 'llama' can be made as its config\.json says \(KeyError: 'swish9'\); correct"),
+        ("rope_parameters", {"rope_type": "unknown"}, r"no 'llama' can be made .*KeyError: 'unknown'"),
+    ],
+)
+def test_a_configuration_that_no_model_can_be_made_of(field: str, value: object, says: str, tmp_path: Path) -> None:
+    save(tiny_config(CONFIGS["llama"], BLOCKS), tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
+    with pytest.raises(ModelFilesError, match=says):
+        check_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("index", ["[]", "{}", '{"weight_map": []}', "{", "\xff"])
+def test_an_index_that_names_no_files(index: str, tmp_path: Path) -> None:
+    save(tiny_config(CONFIGS["llama"], BLOCKS), tmp_path, max_shard_size="20KB")
+    (tmp_path / "model.safetensors.index.json").write_bytes(index.encode("latin1"))
+    with pytest.raises(ModelFilesError, match=r"model\.safetensors\.index\.json names no file"):
+        check_model(str(tmp_path))
+
+
+def test_pointers_in_the_place_of_weights(tmp_path: Path) -> None:
+    save(tiny_config(CONFIGS["llama"], BLOCKS), tmp_path)
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ModelFilesError, match=r"model\.safetensors is a pointer of Git LFS .*git lfs pull"):
+        check_model(str(tmp_path))
+
+
 def test_pythia_s_name_for_its_head(tmp_path: Path) -> None:
     save(tiny_config(CONFIGS["gpt_neox"], BLOCKS), tmp_path)
     file = tmp_path / "model.safetensors"
