@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 
 from hsplitlora_flwr.cli import own_memory
 from hsplitlora_flwr.cli.own_memory import OwnMemory
-from hsplitlora_flwr.cli.plan import PARTS, Forecast, forecast, run
+from hsplitlora_flwr.cli.plan import PARTS, Forecast, forecast, over_budgets, run, usual_budgets
 from hsplitlora_flwr.cli.run import Launcher
 from hsplitlora_flwr.cli.settings import CONF, register
 from hsplitlora_flwr.config import Config, ConfigError
@@ -206,4 +206,7 @@ def test_on_a_gpu_a_plan_counts_no_process(folder: Path) -> None:
     assert [(b.memory_bytes, b.process_bytes) for b in result.budgets.values()] == [(24 * 10**9, 0), (80 * 10**9, 0)]
     assert (result.server.memory_bytes, result.server.process_bytes) == (90 * 10**9, 0)
     assert "process: 0.25 GB in the machine, beside its GPU" in shown(folder, *overrides)
-    assert "With 80 GB instead of 24" in shown(folder, *overrides)
+    others = over_budgets(result.config, usual_budgets(result.config))
+    assert {24.0, 80.0} < others.keys()
+    found = {gb: each for gb, each in others.items() if isinstance(each, Forecast)}
+    assert found and all(each.budgets["0"].memory_bytes == gb * 10**9 for gb, each in found.items())
