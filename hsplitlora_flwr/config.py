@@ -244,6 +244,15 @@ class SplitConfig:
     noise: float = setting(
         0.0, "norm of the noise that clients add to a token's cut activation, in units of split.clip", ge=0
     )
+    bottleneck: str = setting(
+        "", "file of the directions that matter for the loss (hsplitlora bottleneck), for split.width"
+    )
+    width: int = setting(
+        0, "directions of split.bottleneck in which clients send a token's cut activation; 0 = all of it", ge=0
+    )
+    decorrelate: float = setting(
+        0.0, "weight of a penalty by which clients' adapters learn to make the cut tell less of the tokens", ge=0
+    )
     max: int = setting(
         0,
         "most blocks on a client; 0 = half of them where server.half=shared, else all but one",
@@ -593,6 +602,16 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield (
             f"split.noise={config.split.noise:g} needs split.clip, in units of which it is; hsplitlora attack says how "
             "long activations are"
+        )
+    if config.split.decorrelate and config.lora.clients == "none":
+        yield (
+            f"split.decorrelate={config.split.decorrelate:g} is learnt by clients' adapters, and lora.clients=none "
+            "gives them none"
+        )
+    if config.split.width and not config.split.bottleneck:
+        yield (
+            f"split.width={config.split.width} needs split.bottleneck, the file of directions for this model that "
+            "hsplitlora bottleneck --out FILE learns"
         )
     if config.split.max_leakage < 1 and not config.split.leakage:
         yield (

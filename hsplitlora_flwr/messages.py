@@ -120,6 +120,10 @@ class Description:
         The version that it held last.
     cut_transform : str
         What it does to its cut activation before that leaves; "" for nothing.
+    cut_width : int
+        Numbers in which it sends a token's, by a file of directions; 0 for all of it.
+    cut_directions : str
+        Digest of that file; "" where it needs none.
     """
 
     name: str
@@ -139,6 +143,8 @@ class Description:
     cut_transform: str = ""
     host_bytes: int = 0
     host_process_bytes: int = 0
+    cut_width: int = 0
+    cut_directions: str = ""
 
     @staticmethod
     def is_all_of(records: RecordDict) -> bool:
@@ -229,6 +235,8 @@ _CLAIMS: Mapping[str, _Number | _Text] = {
     "longest": _Number(int, 1, 1e9),
     "held": _Text(HELD_BYTES),
     "cut_transform": _Text(NAME_LENGTH, printable=True, or_empty=True),
+    "cut_width": _Number(int, 0, 1e6),
+    "cut_directions": _Text(NAME_LENGTH, printable=True, or_empty=True),
     "version": _Number(int, 0, 1e9),
     "flops": _Number(float, 1e6, 1e18, or_zero=True),
     "up": _Number(float, 1, 1e15, or_zero=True),

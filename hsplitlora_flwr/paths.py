@@ -26,7 +26,11 @@ def with_absolute_paths(config: Config) -> Config:
         run=dataclasses.replace(config.run, dir=absolute(config.run.dir), resume=absolute(config.run.resume)),
         data=dataclasses.replace(config.data, path=path, eval_path=eval_path),
         model=dataclasses.replace(config.model, path=model),
-        split=dataclasses.replace(config.split, leakage=absolute(config.split.leakage)),
+        split=dataclasses.replace(
+            config.split,
+            leakage=absolute(config.split.leakage),
+            bottleneck=absolute(config.split.bottleneck),
+        ),
     )
 
 

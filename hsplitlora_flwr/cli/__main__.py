@@ -51,6 +51,9 @@ COMMANDS = {
     "export": Command("export", "the model of a finished run, merged or as a smaller adapter"),
     "attack": Command("attack", "how much of a client's text a curious server reads off the cut", ("hydra",)),
     "new": Command("new", "the beginning of a Flower app with data of one's own"),
+    "bottleneck": Command(
+        "bottleneck", "the directions of the cut that matter for the loss, from public text", ("hydra",)
+    ),
     "doctor": Command("doctor", "what of this machine would be in a run's way, and what to do"),
 }
 

@@ -20,6 +20,7 @@ import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -32,11 +33,14 @@ from hsplitlora_flwr.data.fit import fit_text
 from hsplitlora_flwr.data.sources import Example, load_text
 from hsplitlora_flwr.lora.base import SharedBase
 from hsplitlora_flwr.lora.export import load_update
+from hsplitlora_flwr.lora.update import Change
 from hsplitlora_flwr.models.loading import read_settled_config, with_model_dtype
 from hsplitlora_flwr.models.split import check_split
 from hsplitlora_flwr.paths import CHECKPOINTS, last_round
 from hsplitlora_flwr.privacy.attacks import ATTACKS
+from hsplitlora_flwr.privacy.labels import measure_labels
 from hsplitlora_flwr.privacy.leakage import measure
+from hsplitlora_flwr.privacy.membership import ACCUSED, measure_membership
 from hsplitlora_flwr.privacy.protection import epsilon, protection
 
 
@@ -44,8 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and write; returns the exit status, 2 where the command line is wrong."""
     options = _parser().parse_args(arguments)
     try:
-        config = _config(options.overrides)
+        config = read_settings(options.overrides)
         splits = _splits(config, options.splits)
+        if options.membership and not options.run:
+            raise ConfigError("--membership is told from the update of a run; name its folder, --run FOLDER")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -58,18 +64,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "private_rows": options.private_rows,
         "clip": config.split.clip,
         "noise": config.split.noise,
+        "width": config.split.width,
+        "crossings": options.crossings,
         "seeds": options.seeds,
         "recovered": best_by_split(found),
         "attacks": found,
+        **_beside(config, options),
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(page, indent=1) + "\n", encoding="utf-8")
     show(found, Console())
     if config.split.noise:
-        hidden = int(read_settled_config(config.model.path).hidden_size)
+        numbers_sent = config.split.width or int(read_settled_config(config.model.path).hidden_size)
+        hidden = epsilon(config.split.noise, numbers_sent, options.crossings)
         print(
-            f"a token's own vector that crosses once is hidden with epsilon {epsilon(config.split.noise, hidden):.3g} "
-            "at delta 1e-5; see docs/privacy.md for what that is worth"
+            f"a token's own vector is hidden with epsilon {hidden:.3g} at delta 1e-5 after {options.crossings} "
+            "crossing(s); see docs/privacy.md for what that is worth"
         )
     print(f"written to {options.out}")
     return 0
@@ -119,18 +129,52 @@ def _measured(
 ) -> Iterator[dict[str, Any]]:
     public, private = deal(load_text(config.data, config.run.seed).train, seed)
     config = with_model_dtype(config)
-    base = SharedBase(config.model.path, config.model.dtype, quantise=config.model.quantise)
+    base = _base(config)
     if options.run:
-        last = options.run / CHECKPOINTS / f"round-{last_round(options.run)}"
-        base.update(load_update(last).changes())
+        base.update(_update(options.run))
     learn, recover = fit_text(public[: options.public_rows], config), fit_text(private[: options.private_rows], config)
-    for leakage in measure(base, learn, recover, splits, options.attacks, seed, protection(config.split)):
+    protect = partial(protection, config.split)
+    for leakage in measure(base, learn, recover, splits, options.attacks, seed, protect, options.crossings):
         print(
             f"seed {seed}, split {leakage.split}, {leakage.attack}: "
             f"{leakage.recovered:.1%} of {leakage.tokens:,} tokens",
             flush=True,
         )
         yield asdict(leakage)
+
+
+def _beside(config: Config, options: argparse.Namespace) -> dict[str, Any]:
+    """What else was asked for: labels from gradients, and membership, of the training rows against held-out ones."""
+    if not (options.labels or options.membership):
+        return {}
+    text, config = load_text(config.data, config.run.seed), with_model_dtype(config)
+    base, found = _base(config), {}
+    if options.labels:
+        rows = fit_text(deal(text.train, options.seeds[0])[1][: options.private_rows], config)
+        labels = measure_labels(base, rows, config.transport.up)
+        print(
+            f"labels that stay with the client, from its gradients: {labels.recovered:.1%} of {labels.labels:,}; they "
+            f"are {labels.labels / labels.tokens:.0%} of the tokens"
+        )
+        found["labels"] = asdict(labels)
+    if options.membership:
+        rows, others = (fit_text(each[: options.private_rows], config) for each in (text.train, text.held_out))
+        told = measure_membership(base, _update(options.run), rows, others)
+        print(
+            f"rows that were trained on, told from others by the update: area under the curve {told.area:.2f}, and "
+            f"{told.found:.0%} of them where {ACCUSED:.0%} of others are taken for such"
+        )
+        found["membership"] = asdict(told)
+    return found
+
+
+def _base(config: Config) -> SharedBase:
+    return SharedBase(config.model.path, config.model.dtype, quantise=config.model.quantise)
+
+
+def _update(run: Path) -> Mapping[str, Change]:
+    """Of the last round of a run."""
+    return load_update(run / CHECKPOINTS / f"round-{last_round(run)}").changes()
 
 
 def deal(examples: Sequence[Example], seed: int) -> tuple[list[Example], list[Example]]:
@@ -150,7 +194,14 @@ def deal(examples: Sequence[Example], seed: int) -> tuple[list[Example], list[Ex
     return public, private
 
 
-def _config(overrides: Sequence[str]) -> Config:
+def read_settings(overrides: Sequence[str]) -> Config:
+    """Settings from ``key=value``, over the defaults of the schema.
+
+    Raises
+    ------
+    ConfigError
+        If one is unknown or wrong.
+    """
     pairs = [override.partition("=") for override in overrides]
     if wrong := [key for key, equals, _ in pairs if not equals]:
         raise ConfigError(f"{wrong[0]!r} is no setting; write key=value, such as model.path=FOLDER")
@@ -169,14 +220,16 @@ def _splits(config: Config, wanted: Sequence[int]) -> list[int]:
     return splits
 
 
+def numbers(text: str) -> list[int]:
+    """A list as it is typed, such as ``1,4,8``."""
+    return [int(number) for number in text.split(",")]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__.split("::")[0] if __doc__ else "",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-
-    def numbers(text: str) -> list[int]:
-        return [int(number) for number in text.split(",")]
 
     def attacks(text: str) -> list[str]:
         names = text.split(",")
@@ -191,6 +244,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=numbers, default=[0], help="each deals the groups anew (0)")
     parser.add_argument("--public-rows", type=int, default=1000, help="rows that the attacker learns from (1000)")
     parser.add_argument("--private-rows", type=int, default=200, help="rows to recover (200)")
+    parser.add_argument(
+        "--crossings", type=int, default=1, help="how often each row has crossed the cut, with other noise (1)"
+    )
+    parser.add_argument(
+        "--labels", action="store_true", help="also read labels off the gradients of split.labels=client"
+    )
+    parser.add_argument(
+        "--membership", action="store_true", help="with --run: also tell rows that it trained on from held-out ones"
+    )
     parser.add_argument("--run", type=Path, help="folder of a run, whose update the model has")
     parser.add_argument("--out", type=Path, default=Path("leakage.json"), help="where to write (leakage.json)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of model and data")

@@ -24,7 +24,7 @@ from hsplitlora_flwr.config import RENAMED, SETTINGS, Config, ConfigError, unkno
 from hsplitlora_flwr.registry import PluginError
 
 PATHS = (
-    *("model.path", "data.path", "data.eval_path", "split.leakage", "run.dir", "run.resume"),
+    *("model.path", "data.path", "data.eval_path", "split.leakage", "split.bottleneck", "run.dir", "run.resume"),
     *("transport.certificate", "transport.private_key"),
 )
 """Settings that name a file or folder."""
@@ -90,7 +90,7 @@ def renamed(arguments: Sequence[str]) -> list[str]:
 def check_keys(arguments: Sequence[str], more_keys: Sequence[str] = ()) -> None:
     """Raise :class:`ConfigError` if an override names a key that there is not, with the one that may be meant."""
     known = [*Config().to_run_config(), *more_keys]
-    sections = {key.partition(".")[0] for key in known} | {"hydra", "experiment", "sweep"}
+    sections = {key.partition(".")[0] for key in known} | {"hydra", "experiment", "privacy", "sweep"}
     for override in filter(None, map(_parse, arguments)):
         key = override.key_or_group
         if key not in known and not (key in sections or key.startswith(("hydra.", "hydra/"))):

@@ -45,7 +45,7 @@ from hsplitlora_flwr.methods import METHODS
 from hsplitlora_flwr.models.quantisation import check_quantiser
 from hsplitlora_flwr.planning import Budget, CostModel, Plan, PlanError
 from hsplitlora_flwr.planning.leakage import LeakageTable
-from hsplitlora_flwr.planning.round import cost_model, make_round_plan, own_costs
+from hsplitlora_flwr.planning.round import Size, cost_model, make_round_plan, own_costs
 from hsplitlora_flwr.reporting.events import format_bytes
 
 _MOST_BUDGETS = 12
@@ -205,7 +205,8 @@ def forecast(config: Config, like: str = "") -> Forecast:
     if not measured:
         plan = make_round_plan(config, budgets, server, {}, cost)
     else:
-        own_cost = own_costs(config, rows, measured.lengths, config.clients.count)
+        sizes = {name: Size(length, config.split.width) for name, length in measured.lengths.items()}
+        own_cost = own_costs(config, rows, sizes, config.clients.count)
         shares = measured.shares(config.clients.max_share)
         plan = make_round_plan(config, budgets, server, measured.importance, cost, shares, own_cost)
     return Forecast(config, cost, budgets, server, process, plan, measured)

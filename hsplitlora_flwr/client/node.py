@@ -6,6 +6,7 @@ import random
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from flwr.app import Context
 
@@ -25,10 +26,11 @@ from hsplitlora_flwr.messages import Description, Task
 from hsplitlora_flwr.methods import METHODS
 from hsplitlora_flwr.models.loading import read_config
 from hsplitlora_flwr.models.placement import on_gpus
-from hsplitlora_flwr.privacy.protection import protection
+from hsplitlora_flwr.privacy.protection import protection, protection_name
 from hsplitlora_flwr.registry import import_plugins
 from hsplitlora_flwr.training.cut import CutTransform, SeededCut, chained
 from hsplitlora_flwr.training.process import OwnProcess
+from hsplitlora_flwr.transport.bottleneck import digest
 
 OF_NODES = {
     "model-path": "model.path",
@@ -36,6 +38,9 @@ OF_NODES = {
     "proxy": "transport.proxy",
     "cut-clip": "split.clip",
     "cut-noise": "split.noise",
+    "cut-width": "split.width",
+    "cut-bottleneck": "split.bottleneck",
+    "cut-decorrelate": "split.decorrelate",
 }
 """What a node may say in its ``--node-config`` in place of a setting."""
 
@@ -150,18 +155,31 @@ class Node:
             tokens=cut.tokens,
             cut_rows=cut.cut_rows,
             cut_tokens=cut.cut_tokens,
-            cut_transform=changed.name if (changed := self.change_of_cut(config)) else "",
+            **self._protections(config),
         )
 
-    def change_of_cut(self, config: Config) -> CutTransform | None:
+    def _protections(self, config: Config) -> dict[str, Any]:
+        """What a description says of the change of the cut activation; nothing where the model is not cut."""
+        if not METHODS[config.method.name].split:
+            return {}
+        own, width = self._means.cut_transform, config.split.width
+        names = own.name if own else "", protection_name(config.split)
+        return {
+            "cut_transform": ", ".join(filter(None, names)),
+            "cut_width": width,
+            "cut_directions": digest(config.split.bottleneck) if width else "",
+        }
+
+    def change_of_cut(self, task: Task) -> CutTransform | None:
         """What is done to the cut activation before it leaves: the app's own change, then that of the settings."""
-        split = METHODS[config.method.name].split
-        return chained(self._means.cut_transform, protection(config.split)) if split else None
+        if not task.method.split:
+            return None
+        return chained(self._means.cut_transform, protection(task.config.split, task.split))
 
     def assignment(self, task: Task, text: OwnText) -> Assignment:
         """A task with what this node does it with."""
         transform = None
-        if change := self.change_of_cut(task.config):
+        if change := self.change_of_cut(task):
             own = "" if change.reproducible else self.store.secret()
             transform = SeededCut(change, f"{task.config.run.seed}/{task.client}/{task.kind}/{task.round}/{own}")
         return Assignment(task, text, data_seed(task.config, task.client), transform)

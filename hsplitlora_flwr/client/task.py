@@ -237,6 +237,7 @@ class SplitTraining(SplitTask):
             up=transport.up,
             down=transport.down,
             transform=self.given.transform,
+            decorrelate=0.0 if task.kind == PROBE else task.config.split.decorrelate,
             forward_only=task.forward_only,
         )
 

@@ -69,6 +69,8 @@ class Workload:
         Clients whose activations the server keeps at once; those of all when None. Of a shared half there is one.
     half : {"shared", "per_client"}
         Whether the server has one adapter for each of its weights, or one for each of its weights and clients.
+    width : int
+        Numbers in which a token crosses the cut; 0 for all of its hidden state.
 
     Raises
     ------
@@ -86,6 +88,7 @@ class Workload:
     quantise: str = "none"
     passes: int | None = None
     half: Literal["shared", "per_client"] = "shared"
+    width: int = 0
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
@@ -216,7 +219,11 @@ class CostModel:
         # kept, computed again; of the block that keeps most
         self._block_bytes = in_flight * max(trace.kept for trace in traces.values()), in_flight * self.cut_bytes
         # A micro-batch on the wire: one frame as sent, one as received, and a copy of each inside the stream.
-        frames = 4 * self.cut_bytes // workload.item * workload.adapter_item
+        # Where the labels stay, hidden states go to and fro as well.
+        hidden = int(config.hidden_size)
+        self._sent = workload.width or hidden
+        on_wire = self.rows * (hidden if self._client_has_labels else self._sent)
+        frames = 4 * on_wire * workload.adapter_item
         every = {layer.name: adapter_rank for layer in self.all_layers}
         # one block, all of it
         dequantised = dequantised_bytes(self._largest_matrix, workload.item, workload.quantise)
@@ -228,17 +235,20 @@ class CostModel:
             for kind, trace in traces.items()
         )
         # All but one may be on the wire while that one is computed on; or all are, and nothing is computed.
-        waiting, all_waiting = (in_flight - 1) * frames, self.cut_bytes + in_flight * frames
+        # of a bottleneck: two matrices of directions, and what they make of the cut
+        directions = workload.adapter_item * (2 * hidden + self.rows) * workload.width
+        waiting, all_waiting = (in_flight - 1) * frames + directions, self.cut_bytes + in_flight * frames + directions
         self.temporary_bytes = max(step + waiting, all_waiting)
         self._temporary_again = max(again + waiting, all_waiting)
         self.head_bytes = model.head + waiting
         # Forward alone one micro-batch more may wait, but nothing is on its way down, unless labels stay.
-        sent = waiting if self._client_has_labels else in_flight * frames // 2
+        sent = waiting if self._client_has_labels else in_flight * frames // 2 + directions
         # beside the block that computes, what went into the first one
         forward = dequantised + self.cut_bytes + max(trace.forward for trace in traces.values())
         self.forward_bytes = max(forward + sent, all_waiting if self._client_has_labels else sent + frames // 2)
         # The server's, whose frames wait as long as its client is under way.
-        self._frames, on_top = in_flight * frames, max(self.cut_bytes, 0 if self._client_has_labels else model.head)
+        self._frames = in_flight * frames + directions
+        on_top = max(self.cut_bytes, 0 if self._client_has_labels else model.head)
         self._pass_temporary = max(step, on_top), max(again, on_top)
         self._head_flops = 2.0 * self.rows * int(config.vocab_size) * int(config.hidden_size)
         first = block_config(config, 0)
@@ -450,19 +460,22 @@ class CostModel:
         PlanError
             If they are none of these.
         """
-        tensors = 2 if self._client_has_labels else 1
+        hidden = self.cut_bytes // self.workload.item // self.rows if self._client_has_labels else 0
         ids = 8 * self.rows  # int64, of the attention mask and of the labels
         return (
-            tensors * self._packed_bytes(up) + ids + (0 if self._client_has_labels else ids),
-            (tensors - forward_only) * self._packed_bytes(down),
+            self._packed_bytes(self._sent, up)
+            + self._packed_bytes(hidden, up)
+            + ids
+            + (0 if self._client_has_labels else ids),
+            (0 if forward_only else self._packed_bytes(self._sent, down)) + self._packed_bytes(hidden, down),
         )
 
-    def _packed_bytes(self, wire: str) -> int:
-        """A hidden state on the wire."""
+    def _packed_bytes(self, numbers: int, wire: str) -> int:
+        """So many numbers of every token on the wire."""
         if wire not in CODECS:
             raise PlanError(f"numbers on the wire cannot be {wire!r}; choose one of {', '.join(CODECS)}")
         batch, length = self.workload.batch_size, self.workload.sequence_length
-        return packed_bytes((batch, length, self.cut_bytes // self.workload.item // self.rows), wire)
+        return packed_bytes((batch, length, numbers), wire) if numbers else 0
 
     def _block_flops(
         self,

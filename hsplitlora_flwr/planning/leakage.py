@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hsplitlora_flwr.config import Config, ConfigError
+from hsplitlora_flwr.config import Config, ConfigError, ModelConfig
 from hsplitlora_flwr.planning.budget import PlanError
 
 READABLE = 0.5
 """A cut from which more than this share of the tokens is recovered is warned of."""
+DEMONSTRATION = {1: 0.90, 2: 0.88, 4: 0.82, 8: 0.72, 15: 0.67, 22: 0.63, 29: 0.49}
+"""Of the demonstration model and the dialogues, as docs/privacy.md has it: known without an attack of one's own."""
+PROTECTIONS = ("clip", "noise", "width")
+"""Settings of the section ``split`` under which a table was made."""
 
 
 @dataclass(frozen=True)
@@ -28,19 +32,23 @@ class LeakageTable:
 
     @classmethod
     def of(cls, config: Config) -> LeakageTable | None:
-        """What ``hsplitlora attack`` wrote into ``split.leakage``; None where nothing is named.
+        """What ``hsplitlora attack`` wrote into ``split.leakage``; what is known of the demonstration model where
+        nothing is named, and None of others, or where clients protect what they send.
 
         Raises
         ------
         ConfigError
-            If there is no such file, or it holds something else.
+            If there is no such file, or it holds something else, or was made under other protections.
         """
+        protections = {name: getattr(config.split, name) for name in PROTECTIONS}
         if not config.split.leakage:
-            return None
+            known = config.model.path == ModelConfig().path and not any(protections.values())
+            return cls(DEMONSTRATION) if known else None
         file = Path(config.split.leakage).expanduser()
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))["recovered"]
-            table = {int(split): float(share) for split, share in found.items()}
+            page = json.loads(file.read_text(encoding="utf-8"))
+            table = {int(split): float(share) for split, share in page["recovered"].items()}
+            made = {name: page.get(name, 0) for name in PROTECTIONS}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
                 f"split.leakage={file} is no table of an attack ({type(error).__name__}: {error}); write one with "
@@ -48,6 +56,12 @@ class LeakageTable:
             ) from error
         if not table or not all(split >= 1 and 0 <= share <= 1 for split, share in table.items()):
             raise ConfigError(f"split.leakage={file} must hold shares from 0 to 1 by split point, and at least one")
+        for name, value in protections.items():
+            if made[name] != value:
+                raise ConfigError(
+                    f"split.leakage={file} was made with split.{name}={made[name]:g}, and the run has "
+                    f"split.{name}={value:g}; attack what clients send: hsplitlora attack split.{name}={value:g}"
+                )
         return cls(table)
 
     def at(self, split: int) -> float:
@@ -55,11 +69,14 @@ class LeakageTable:
         return self.recovered[max(below)] if (below := [known for known in self.recovered if known <= split]) else 1.0
 
     def warnings(self, splits: Mapping[str, int]) -> list[str]:
-        """A line for every client, by name, whose split point leaks more than :data:`READABLE`."""
+        """A line for every split point that leaks more than :data:`READABLE`, with the clients that have it."""
+        clients: dict[int, list[str]] = {}
+        for name, split in splits.items():
+            clients.setdefault(split, []).append(name)
         return [
-            f"client {name} keeps {split} block(s) to itself, behind which an attack recovered {self.at(split):.0%} of "
-            "the tokens (split.leakage); split.max_leakage sets a floor"
-            for name, split in splits.items()
+            f"behind {split} block(s), which client {_some(names)} keeps, an attack recovered {self.at(split):.0%} of "
+            "the tokens; docs/privacy.md says what to do"
+            for split, names in sorted(clients.items())
             if self.at(split) > READABLE
         ]
 
@@ -83,3 +100,9 @@ class LeakageTable:
                 "tokens were recovered; raise it, or attack deeper splits"
             )
         return floor
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first names of a list that may be long."""
+    shown = ", ".join(names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown

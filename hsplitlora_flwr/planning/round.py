@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.methods import METHODS, shares_half
@@ -16,9 +17,10 @@ from hsplitlora_flwr.planning.cost import CostModel, Workload
 from hsplitlora_flwr.planning.leakage import LeakageTable
 from hsplitlora_flwr.planning.planner import Plan, make_plan
 from hsplitlora_flwr.planning.uniform import equal_plan, whole_plan
+from hsplitlora_flwr.transport.bottleneck import check_directions
 
 
-def cost_model(config: Config, rows: int, length: int, clients: int = 0) -> CostModel:
+def cost_model(config: Config, rows: int, length: int, clients: int = 0, width: int | None = None) -> CostModel:
     """What plans of a run cost, from the configuration of its model.
 
     Parameters
@@ -27,6 +29,8 @@ def cost_model(config: Config, rows: int, length: int, clients: int = 0) -> Cost
         Of a micro-batch.
     clients : int
         How many may add to the update in a round; 0 = ``clients.count``.
+    width : int, optional
+        Numbers in which a token crosses the cut, 0 for all of it; ``split.width`` when None.
 
     Raises
     ------
@@ -49,6 +53,7 @@ def cost_model(config: Config, rows: int, length: int, clients: int = 0) -> Cost
         half="shared" if shares_half(config) else "per_client",
         # in a joint pass all clients meet; where the labels stay, activations wait for gradients
         passes=None if config.split.labels == "client" or takes_all(config) else passes_at_once(config),
+        width=(config.split.width if width is None else width) if method.split else 0,
     )
     highest = max(*config.lora.ranks, config.lora.rank)
     update_rank = config.lora.rank_cap or train.rounds * (clients or config.clients.count) * highest
@@ -66,23 +71,32 @@ def cost_model(config: Config, rows: int, length: int, clients: int = 0) -> Cost
     return CostModel(model, family, workload, targets, update_rank, highest)
 
 
-def own_costs(config: Config, rows: int, lengths: Mapping[str, int], clients: int = 0) -> dict[str, CostModel]:
-    """What plans cost each client, by the length of its own rows: what another says of its rows does not count.
+class Size(NamedTuple):
+    """Of what a client sends: tokens of its longest example, and numbers of a token; 0 for all of its hidden state."""
+
+    tokens: int
+    width: int = 0
+
+
+def own_costs(config: Config, rows: int, sizes: Mapping[str, Size], clients: int = 0) -> dict[str, CostModel]:
+    """What plans cost each client, by what it sends itself: what another says of its rows does not count.
 
     Lengths are rounded up to one of few, four from one to its double, that settings alone decide; clients with the same
     share a model.
 
     Parameters
     ----------
-    lengths : Mapping[str, int]
-        Tokens of every client's longest example, by name.
+    sizes : Mapping[str, Size]
+        By name of the client.
     rows, clients
         As for :func:`cost_model`.
     """
     most = config.data.max_length
-    rounded = {name: rounded_length(length, most) for name, length in lengths.items()}
-    models = {length: cost_model(config, rows, length, clients) for length in sorted(set(rounded.values()))}
-    return {name: models[length] for name, length in rounded.items()}
+    rounded = {name: size._replace(tokens=rounded_length(size.tokens, most)) for name, size in sizes.items()}
+    models = {
+        size: cost_model(config, rows, size.tokens, clients, size.width) for size in sorted(set(rounded.values()))
+    }
+    return {name: models[size] for name, size in rounded.items()}
 
 
 def rounded_length(length: int, most: int) -> int:
@@ -100,7 +114,7 @@ def split_bounds(config: Config, num_blocks: int) -> tuple[int, int]:
     Raises
     ------
     ConfigError, PlanError
-        If ``split.leakage`` is no table, or leaves no split point.
+        If ``split.leakage`` is no table, or leaves no split point; or ``split.bottleneck`` lacks one that is left.
     """
     least = config.split.min
     if (table := LeakageTable.of(config)) and config.split.max_leakage < 1:
@@ -112,6 +126,9 @@ def split_bounds(config: Config, num_blocks: int) -> tuple[int, int]:
             f"split.max_leakage={config.split.max_leakage:g} asks for {least} blocks on a client by split.leakage, and "
             f"split.max={most}; raise one of them"
         )
+    if config.split.bottleneck and METHODS[config.method.name].split:
+        for split in range(least, most + 1):
+            check_directions(config.split.bottleneck, split, config.split.width)
     return least, most
 
 

@@ -11,7 +11,7 @@ words by heart.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,7 +62,8 @@ def measure(
     splits: Sequence[int],
     attacks: Sequence[str] = tuple(ATTACKS),
     seed: int = 0,
-    change: CutTransform | None = None,
+    protect: Callable[[int], CutTransform | None] = lambda split: None,
+    crossings: int = 1,
 ) -> Iterator[Leakage]:
     """Attack the activations of every split point.
 
@@ -80,9 +81,12 @@ def measure(
         Names in :data:`~hsplitlora_flwr.privacy.attacks.ATTACKS`.
     seed : int
         Of attacks that are trained.
-    change : CutTransform, optional
-        What clients do to their activations. The attacker knows it, and does the same to those of its own text; what is
-        drawn at random it cannot draw again.
+    protect : Callable[[int], CutTransform or None]
+        What clients do to their activations, by split point. The attacker knows it, and does the same to those of its
+        own text; what is drawn at random it cannot draw again.
+    crossings : int
+        How often each row has crossed, as it does once an epoch: the attacker has the mean of what it received, which
+        is right where the blocks below the cut do not train, and takes noise out.
 
     Yields
     ------
@@ -91,12 +95,9 @@ def measure(
     """
     embeddings = embeddings_of(base)
     known = {token for row in public for token in row.ids}
-    public_cut, private_cut = (
-        SeededCut(change, f"{seed}/{whose}") if change else None for whose in ("attacker", "client")
-    )
     for (split, of_public), (_, of_private) in zip(
-        cut_activations(base, public, splits, public_cut),
-        cut_activations(base, private, splits, private_cut),
+        cut_activations(base, public, splits, protect, f"{seed}/attacker", crossings),
+        cut_activations(base, private, splits, protect, f"{seed}/client", crossings),
         strict=True,
     ):
         for name in attacks:
@@ -112,9 +113,14 @@ def embeddings_of(base: SharedBase) -> Tensor:
 
 @torch.no_grad()
 def cut_activations(
-    base: SharedBase, rows: Sequence[Tokens], splits: Sequence[int], change: SeededCut | None = None
+    base: SharedBase,
+    rows: Sequence[Tokens],
+    splits: Sequence[int],
+    protect: Callable[[int], CutTransform | None] = lambda split: None,
+    seed: str = "",
+    crossings: int = 1,
 ) -> Iterator[tuple[int, list[Text]]]:
-    """What crosses the cut for these rows, split point by split point.
+    """What a server has of these rows, split point by split point; parameters as for :func:`measure`.
 
     Yields
     ------
@@ -133,17 +139,32 @@ def cut_activations(
     batches = list(evaluation_batches(rows, ROWS))
     hidden = [first(batch.input_ids, batch.attention_mask) for batch in batches]
     for split, after in zip(splits, [*splits[1:], 0], strict=True):
-        texts = [
-            (activation[mask.bool()].float(), ids[mask.bool()])
-            for index, (batch, cut) in enumerate(zip(batches, hidden, strict=True))
-            for activation, mask, ids in zip(
-                change(cut, split, index) if change else cut, batch.attention_mask, batch.input_ids, strict=True
-            )
-        ]
-        yield split, texts
+        change = protect(split)
+        yield (
+            split,
+            [
+                (activation[mask.bool()].float(), ids[mask.bool()])
+                for index, (batch, cut) in enumerate(zip(batches, hidden, strict=True))
+                for activation, mask, ids in zip(
+                    _as_received(cut, change, f"{seed}/{split}", index, crossings),
+                    batch.attention_mask,
+                    batch.input_ids,
+                    strict=True,
+                )
+            ],
+        )
         if after:
             middle = base.middle_part(split, after).eval()
             hidden = [middle(cut, batch.attention_mask) for batch, cut in zip(batches, hidden, strict=True)]
+
+
+def _as_received(cut: Tensor, change: CutTransform | None, seed: str, index: int, crossings: int) -> Tensor:
+    """What a server makes of an activation that was changed whenever it crossed."""
+    if change is None:
+        return cut
+    seeded = SeededCut(change, seed)
+    sent = torch.stack([seeded(cut, crossing, index) for crossing in range(crossings)]).mean(0)
+    return change.bottleneck.widen(sent) if change.bottleneck else sent
 
 
 def _score(split: int, attack: str, texts: Sequence[Text], guesses: Sequence[Tensor], known: set[int]) -> Leakage:

@@ -1,4 +1,7 @@
-"""What a client may do to its cut activations, out of the box: bound every token's, and add noise.
+"""What a client may do to its cut activations, out of the box: send fewer numbers, bound every token's, add noise.
+
+With ``split.width`` a token is sent in so many directions of ``split.bottleneck``, and what follows is done to these
+numbers, ``hidden`` of which there are fewer then.
 
 With ``split.clip`` a token's activation is scaled down to a norm ``C`` where it is longer. With ``split.noise`` a
 Gaussian vector of the expected norm ``split.noise * C`` is added: at 1 there is as much noise as signal.
@@ -18,11 +21,37 @@ from scipy.special import log_ndtr
 from torch import Tensor
 
 from hsplitlora_flwr.config import SplitConfig
-from hsplitlora_flwr.training.cut import CutTransform
+from hsplitlora_flwr.training.cut import CutTransform, chained
+from hsplitlora_flwr.transport.bottleneck import Bottleneck
 
 
-def protection(split: SplitConfig) -> CutTransform | None:
-    """The change that ``split.clip`` and ``split.noise`` ask for; None where they ask for none."""
+def protection(split: SplitConfig, blocks: int) -> CutTransform | None:
+    """The change that the settings ask for, at a split point; None where they ask for none.
+
+    Raises
+    ------
+    ConfigError
+        If ``split.bottleneck`` holds no such directions.
+    """
+    return chained(_narrowed(split, blocks), _blurred(split))
+
+
+def protection_name(split: SplitConfig) -> str:
+    """What a client does to protect what it sends, in words, wherever the model is cut; "" for nothing."""
+    learnt = f"decorrelate {split.decorrelate:g}" if split.decorrelate else ""
+    narrowed = f"width {split.width}" if split.width else ""
+    blurred = change.name if (change := _blurred(split)) else ""
+    return ", ".join(filter(None, (learnt, narrowed, blurred)))
+
+
+def _narrowed(split: SplitConfig, blocks: int) -> CutTransform | None:
+    if not split.width:
+        return None
+    bottleneck = Bottleneck.read(split.bottleneck, blocks, split.width)
+    return CutTransform(f"width {split.width}", lambda cut, _: bottleneck.narrow(cut), True, bottleneck)
+
+
+def _blurred(split: SplitConfig) -> CutTransform | None:
     if not split.clip:
         return None
     name = f"clip {split.clip:g}" + (f", noise {split.noise:g}" if split.noise else "")

@@ -32,7 +32,9 @@ from hsplitlora_flwr.messages import (
 )
 from hsplitlora_flwr.models.fingerprint import fingerprint
 from hsplitlora_flwr.planning.budget import Budget
+from hsplitlora_flwr.planning.round import Size
 from hsplitlora_flwr.reporting.report import RunReport
+from hsplitlora_flwr.transport.bottleneck import digest, widths
 from hsplitlora_flwr.transport.messages import converse
 from hsplitlora_flwr.transport.workers import DeadWorkers, reason_of
 
@@ -95,9 +97,9 @@ class Clients:
         return {description.name: description.budget for description in self.descriptions.values()}
 
     @property
-    def longest(self) -> dict[str, int]:
-        """Tokens of each one's longest example, by name."""
-        return {description.name: description.longest for description in self.descriptions.values()}
+    def sizes(self) -> dict[str, Size]:
+        """Of what each sends, by name."""
+        return {each.name: Size(each.longest, each.cut_width) for each in self.descriptions.values()}
 
     def shares(self, nodes: Iterable[int]) -> list[float]:
         """The weights ``p_i`` of these nodes by their numbers of examples, none above ``clients.max_share``."""
@@ -190,7 +192,8 @@ class Clients:
         Raises
         ------
         ReplyError
-            If the name is another node's or another than before, or an example is longer than it can be.
+            If the name is another node's or another than before, an example is longer than it can be, or activations
+            come in other directions than those of ``split.bottleneck``.
         """
         name, longest, most = description.name, description.longest, self._config.data.max_length
         if self._owners.get(name, node) != node:
@@ -199,8 +202,24 @@ class Clients:
             raise ReplyError(f"it calls itself {name}, and before it was client {others[0]}; a node keeps its name")
         if longest > most:
             raise ReplyError(f"its longest example has {longest:,} tokens, and data.max_length={most} cuts them before")
+        self._check_directions(description)
         self._owners[name] = node
         self.descriptions[node] = description
+
+    def _check_directions(self, description: Description) -> None:
+        """See that this side can go on from the directions in which a client sends its activations."""
+        if not (width := description.cut_width):
+            return
+        file = self._config.split.bottleneck
+        if not file or description.cut_directions != digest(file):
+            raise ReplyError(
+                f"it sends its activations in {width} directions of a file with the digest "
+                f"'{description.cut_directions}', and the run has "
+                + (f"{file} with '{digest(file)}'" if file else "none")
+                + "; name the same file in split.bottleneck as in its cut-bottleneck"
+            )
+        if width > (most := max(widths(file).values())):
+            raise ReplyError(f"it sends its activations in {width} directions, and split.bottleneck={file} has {most}")
 
     def remember(self, node: int) -> None:
         """What a client said of itself with its last reply holds for the next round too: it need not be asked."""

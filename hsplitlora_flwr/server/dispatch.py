@@ -120,7 +120,13 @@ class Dispatch:
             forward_only=plan.forward_only,
         )
         if self._method.split:
-            task = self._shard.admit(task, start, lambda step: self._report_step(task, step), description.longest)
+            task = self._shard.admit(
+                task,
+                start,
+                lambda step: self._report_step(task, step),
+                description.longest,
+                description.cut_width,
+            )
         self._tasks[node] = task.without_tensors()
         self._sent_again.discard(node)
         self._failed.discard(node)

@@ -14,7 +14,7 @@ from hsplitlora_flwr.planning.budget import Budget, PlanError
 from hsplitlora_flwr.planning.cost import CostModel, Layer
 from hsplitlora_flwr.planning.importance import combine, complete, drift, smooth
 from hsplitlora_flwr.planning.planner import ClientPlan, Plan, probe_plan
-from hsplitlora_flwr.planning.round import cost_model, make_round_plan, own_costs, split_bounds
+from hsplitlora_flwr.planning.round import Size, cost_model, make_round_plan, own_costs, split_bounds
 from hsplitlora_flwr.server.checkpoint import RunState
 from hsplitlora_flwr.training.memory import free_bytes
 
@@ -25,25 +25,25 @@ class Costs:
 
     Parameters
     ----------
-    lengths : Mapping[str, int]
-        Tokens of every client's longest example, by name.
+    sizes : Mapping[str, Size]
+        Of what clients send, by name.
     whole : CostModel
         Of the longest of all.
     own : Mapping[str, CostModel]
         Of each client's side.
     """
 
-    lengths: Mapping[str, int]
+    sizes: Mapping[str, Size]
     whole: CostModel
     own: Mapping[str, CostModel]
 
     @classmethod
-    def of(cls, config: Config, lengths: Mapping[str, int]) -> Costs:
-        """The costs of examples of these lengths."""
-        train, count = config.train, len(lengths)
+    def of(cls, config: Config, sizes: Mapping[str, Size]) -> Costs:
+        """The costs of what clients send."""
+        train, count = config.train, len(sizes)
         at_once = min(train.micro_batch_size or train.batch_size, train.batch_size)
-        whole = cost_model(config, at_once, max(lengths.values()), count)
-        return cls(lengths, whole, own_costs(config, at_once, lengths, count))
+        whole = cost_model(config, at_once, max(size.tokens for size in sizes.values()), count)
+        return cls(sizes, whole, own_costs(config, at_once, sizes, count))
 
 
 class RoundPlanner:
@@ -52,8 +52,8 @@ class RoundPlanner:
     Parameters
     ----------
     config : Config
-    lengths : Mapping[str, int]
-        Tokens of every client's longest example, by name.
+    sizes : Mapping[str, Size]
+        Of what clients send, by name.
     process_bytes : int
         What the server's process takes for itself.
     state : RunState, optional
@@ -70,11 +70,11 @@ class RoundPlanner:
     """
 
     def __init__(
-        self, config: Config, lengths: Mapping[str, int], process_bytes: int, state: RunState | None = None
+        self, config: Config, sizes: Mapping[str, Size], process_bytes: int, state: RunState | None = None
     ) -> None:
         self._config, self._method = config, METHODS[config.method.name]
         self._process_bytes = process_bytes
-        self.costs = Costs.of(config, lengths)
+        self.costs = Costs.of(config, sizes)
         self.importance = dict(state.importance) if state else {}
         if not self._method.importance:
             self.importance = {layer.name: 1 / len(self.costs.whole.layers) for layer in self.costs.whole.layers}
@@ -82,7 +82,7 @@ class RoundPlanner:
         self.plans: dict[str, ClientPlan] = dict(kept.plans) if kept else {}
         self.planned_budgets: dict[str, Budget] = dict(kept.planned_budgets) if kept else {}
         self.planned_importance: dict[str, float] = dict(kept.planned_importance) if kept else {}
-        self._planned_lengths = dict(lengths)
+        self._planned_sizes = dict(sizes)
 
     @property
     def layers(self) -> Sequence[Layer]:
@@ -94,10 +94,10 @@ class RoundPlanner:
         """Blocks of the model."""
         return self.costs.whole.num_blocks
 
-    def fit(self, lengths: Mapping[str, int]) -> None:
-        """Take note of the clients that are there now, by the tokens of their longest examples."""
-        if lengths != self.costs.lengths:
-            self.costs = Costs.of(self._config, lengths)
+    def fit(self, sizes: Mapping[str, Size]) -> None:
+        """Take note of the clients that are there now, by what they send."""
+        if sizes != self.costs.sizes:
+            self.costs = Costs.of(self._config, sizes)
 
     def check(self, budgets: Mapping[str, Budget]) -> None:
         """See that a plan is possible, before the base is loaded and a weight scored.
@@ -161,8 +161,8 @@ class RoundPlanner:
             return "other clients take part"
         if stated != self.planned_budgets:
             return "budgets changed"
-        if self.costs.lengths != self._planned_lengths:
-            return "examples became longer or shorter"
+        if self.costs.sizes != self._planned_sizes:
+            return "the size of examples or of what is sent changed"
         if self.drift > limit:
             return f"importance moved by {self.drift:.3f}, more than plan.drift={limit:g}"
         return None
@@ -188,7 +188,7 @@ class RoundPlanner:
         plan = make_round_plan(self._config, budgets, server, self.importance, costs.whole, shares, costs.own)
         self.plans = dict(plan.clients)
         self.planned_budgets, self.planned_importance = _stated(budgets), self.importance
-        self._planned_lengths = dict(costs.lengths)
+        self._planned_sizes = dict(costs.sizes)
         return plan
 
     def server_budget(self) -> Budget:

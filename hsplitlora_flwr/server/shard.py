@@ -28,6 +28,7 @@ from hsplitlora_flwr.training.multi_adapter import MultiAdapterPass
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.training.server import CorePool, ServerEvaluator, ServerTrainer, StepReport, differentiate
 from hsplitlora_flwr.training.turns import Turns
+from hsplitlora_flwr.transport.bottleneck import Bottleneck
 from hsplitlora_flwr.transport.codecs import WireError
 from hsplitlora_flwr.transport.frames import Failure, Frame
 from hsplitlora_flwr.transport.link import TRANSPORTS, Handler, Port
@@ -104,7 +105,12 @@ class Shard:
         self._half = SharedHalf(part, specs, seed, start, train, turns, kept, freeze_a=freeze_a, norms=self._norms)
 
     def admit(
-        self, task: Task, start: Mapping[str, Factors], report: Callable[[StepReport], None], longest: int
+        self,
+        task: Task,
+        start: Mapping[str, Factors],
+        report: Callable[[StepReport], None],
+        longest: int,
+        width: int = 0,
     ) -> Task:
         """Set up the server's half of a client's task.
 
@@ -118,6 +124,8 @@ class Shard:
             Called after every training step.
         longest : int
             Tokens of an example at most, as the plan of the round has it.
+        width : int
+            Directions of ``split.bottleneck`` in which its activations come; 0 for all of them.
 
         Returns
         -------
@@ -125,7 +133,8 @@ class Shard:
             The same task, with the stream's address and a fresh token where there is a stream.
         """
         allowance = allowance_of(task, longest)
-        worker = self._worker(task, start, report, allowance)
+        bottleneck = Bottleneck.read(self._config.split.bottleneck, task.split, width) if width else None
+        worker = self._worker(task, start, report, allowance, bottleneck)
         handler = watched(task.client, worker)
         limit = allowance.frame_bytes(int(worker.model.decoder.config.hidden_size))
         self._served[task.client] = _Served(worker, handler, allowance.in_flight, limit)
@@ -137,12 +146,17 @@ class Shard:
         return task.over_stream(ticket.endpoint, ticket.token)
 
     def _worker(
-        self, task: Task, start: Mapping[str, Factors], report: Callable[[StepReport], None], allowance: Allowance
+        self,
+        task: Task,
+        start: Mapping[str, Factors],
+        report: Callable[[StepReport], None],
+        allowance: Allowance,
+        bottleneck: Bottleneck | None,
     ) -> Worker:
         """What answers a client's frames."""
         model, down = self._part(task.split), self._config.transport.down
         if task.kind == EVALUATE:
-            return ServerEvaluator(model, down, allowance)
+            return ServerEvaluator(model, down, allowance, bottleneck)
         if task.server_checkpointing:
             checkpoint_blocks(model)
         seat, through = self._seat(task, model, start), differentiate
@@ -151,7 +165,7 @@ class Shard:
             self._together.enter(model, checkpointing=task.server_checkpointing)
             through = self._together
         threads = all_cores if self._waits_by_itself(task) else self._threads
-        return ServerTrainer(model.train(), seat, report, threads, down, through, allowance)
+        return ServerTrainer(model.train(), seat, report, threads, down, through, allowance, bottleneck)
 
     def _seat(self, task: Task, model: ServerModel | BodyModel, start: Mapping[str, Factors]) -> Seat:
         """The client's place at the half of all, or at one of its own."""

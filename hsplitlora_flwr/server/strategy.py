@@ -165,7 +165,7 @@ class HSplitLoRA(Run[Federation], Strategy):
         process_bytes = stated or self._process.resting_bytes(read_config(config.model.path))
         clients.wait(grid)
         clients.describe(grid, 0)
-        planner = RoundPlanner(config, clients.longest, process_bytes, state)
+        planner = RoundPlanner(config, clients.sizes, process_bytes, state)
         planner.check(clients.budgets)
         if config.transport.kind in ("stream", "auto") and not config.transport.tls:
             self.report.warning(
@@ -195,7 +195,7 @@ class HSplitLoRA(Run[Federation], Strategy):
     def describe(self, grid: Grid, server_round: int) -> None:
         """Ask nodes for their budget, their amount of data, and the update that they hold."""
         self.clients.describe(grid, server_round)
-        self.loaded.planner.fit(self.clients.longest)
+        self.loaded.planner.fit(self.clients.sizes)
 
     def score_weights(self, grid: Grid, server_round: int) -> None:
         """Measure which weights matter, when a measurement is due: every client scores the weights below a provisional

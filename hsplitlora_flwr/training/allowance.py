@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hsplitlora_flwr.models.split import IGNORED, BodyModel, ServerModel
+from hsplitlora_flwr.transport.bottleneck import Bottleneck
 from hsplitlora_flwr.transport.codecs import check_codec, packed_bytes, packed_shape
 from hsplitlora_flwr.transport.frames import HEADER_BYTES, Activation, Finish
 
@@ -185,18 +186,24 @@ def _labelled(frame: Activation) -> int:
     return int((frame.labels[:, 1:] != IGNORED).sum()) if frame.labels.numel() else 0
 
 
-def check_activation(frame: Activation, model: ServerModel | BodyModel, codec: str | None = None) -> None:
+def check_activation(
+    frame: Activation,
+    model: ServerModel | BodyModel,
+    codec: str | None = None,
+    bottleneck: Bottleneck | None = None,
+) -> None:
     """Raise :class:`Refused` unless the tensors of a frame fit together and to the model; ``codec`` as in
-    :class:`Allowance`."""
+    :class:`Allowance`, ``bottleneck`` where it came through one."""
     mask, labels = frame.attention_mask, frame.labels
-    shape, hidden = tuple(mask.shape), int(model.decoder.config.hidden_size)
+    shape = tuple(mask.shape)
+    width = bottleneck.width if bottleneck else int(model.decoder.config.hidden_size)
     predicts = isinstance(model, ServerModel)
     if len(shape) != 2 or tuple(labels.shape) != (shape if predicts else (0,)):
         raise Refused(
             f"attention mask {shape} must be (batch, seq), and labels {tuple(labels.shape)} the same, or (0,) where "
             "they stay"
         )
-    wanted = packed_shape((*shape, hidden), codec)
+    wanted = packed_shape((*shape, width), codec)
     if tuple(frame.cut.shape) != wanted:
         raise Refused(f"cut activation {tuple(frame.cut.shape)} must be {wanted}")
     if frame.label_tokens < 1:

@@ -29,6 +29,7 @@ from hsplitlora_flwr.models.loading import load_causal_lm, load_client_parts
 from hsplitlora_flwr.models.proof import find_family
 from hsplitlora_flwr.models.split import ClientModel, HeadModel, ModelPart, WholeModel, whole_model
 from hsplitlora_flwr.training.cut import SeededCut
+from hsplitlora_flwr.training.decorrelation import penalty_gradient
 from hsplitlora_flwr.training.memory import RoomForPeaks
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.transport.codecs import pack, unpack
@@ -134,6 +135,8 @@ class ClientTrainer:
         Codec of what the server sends; see :func:`hsplitlora_flwr.transport.codecs.unpack`.
     transform : SeededCut, optional
         What is done to the cut activation before it leaves.
+    decorrelate : float
+        Weight of the penalty of :mod:`hsplitlora_flwr.training.decorrelation`.
     forward_only : bool
         The part has no adapters, and nothing of its forward pass is kept.
 
@@ -157,6 +160,7 @@ class ClientTrainer:
         up: str = "float32",
         down: str | None = None,
         transform: SeededCut | None = None,
+        decorrelate: float = 0.0,
         forward_only: bool = False,
     ) -> None:
         self.model, self.optimizer, self.head, self.forward_only = model, optimizer, head, forward_only
@@ -164,7 +168,7 @@ class ClientTrainer:
         self.record = TrainingRecord()
         self._grad_norm_sq: Tensor | float = 0.0
         self.batches, self._micro_batch_size, self._up = batches, micro_batch_size, up
-        self._down, self._transform = down, transform
+        self._down, self._transform, self._decorrelate = down, transform, decorrelate
         self._device = model.device
         self._room = RoomForPeaks()
         self._step = _Step()
@@ -235,9 +239,19 @@ class ClientTrainer:
         assert isinstance(answer, Gradient)
         cut = self._step.cuts.pop(index)
         if cut.requires_grad:  # not when no block of the client has an adapter
-            cut.backward(unpack(answer.gradient, answer.scale, cut.dtype, cut.device, self._down, cut.shape))
+            gradient = unpack(answer.gradient, answer.scale, cut.dtype, cut.device, self._down, cut.shape)
+            if self._decorrelate:
+                gradient = gradient + self._penalty(cut, self._step.micro_batches[index])
+            cut.backward(gradient)
         self._step.server_grad_norm_sq = answer.grad_norm_sq
         self._add(answer.loss, last)
+
+    def _penalty(self, cut: Tensor, micro: Batch) -> Tensor:
+        """The gradient of the penalty on what left, by the share of the step's tokens."""
+        ids, mask = (to_device(each, self._device) for each in (micro.input_ids, micro.attention_mask))
+        embeddings = self.model.decoder.get_input_embeddings()(ids)
+        weight = self._decorrelate * int(micro.attention_mask.sum()) / self._step.tokens
+        return penalty_gradient(cut, embeddings, mask, weight)
 
     def hear(self, answer: Frame, last: bool) -> None:
         """Take note of a micro-batch's :class:`Loss`, forward alone; ``last`` says that its step had no more."""

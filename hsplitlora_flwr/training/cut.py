@@ -1,4 +1,5 @@
-"""What a client does to its cut activation before it leaves: noise, clipping, or whatever protects its text.
+"""What a client does to its cut activation before it leaves: noise, clipping, fewer numbers, or whatever protects its
+text.
 
 The change stands between the client's last block and the wire, in training, while weights are scored and when the
 client's own text is measured. Autograd goes through it, so the gradients of the client's adapters are those of the
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from hsplitlora_flwr.transport.bottleneck import Bottleneck
 
 
 class CutError(ValueError):
@@ -36,11 +39,14 @@ class CutTransform:
     reproducible : bool
         The seeds follow from the run's settings alone, so that another run draws the same numbers. The server knows
         those settings, and can then take noise away again: for experiments only.
+    bottleneck : Bottleneck, optional
+        Through which it goes: what leaves is ``(batch, seq, width)`` then, and the server widens it.
     """
 
     name: str
     apply: Callable[[Tensor, torch.Generator], Tensor]
     reproducible: bool = False
+    bottleneck: Bottleneck | None = None
 
 
 def chained(*transforms: CutTransform | None) -> CutTransform | None:
@@ -55,7 +61,12 @@ def chained(*transforms: CutTransform | None) -> CutTransform | None:
         return cut
 
     name = ", ".join(change.name for change in changes)
-    return CutTransform(name, apply, reproducible=all(change.reproducible for change in changes))
+    return CutTransform(
+        name,
+        apply,
+        reproducible=all(change.reproducible for change in changes),
+        bottleneck=next((change.bottleneck for change in changes if change.bottleneck), None),
+    )
 
 
 class SeededCut:
@@ -82,8 +93,10 @@ class SeededCut:
         digest = hashlib.blake2b(f"{self._seed}/{step}/{index}".encode(), digest_size=8).digest()
         generator = torch.Generator(cut.device).manual_seed(int.from_bytes(digest, "big") >> 1)
         changed = self._transform.apply(cut, generator)
-        wanted, found = (f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (cut, changed))
-        if wanted != found:
+        narrow = self._transform.bottleneck
+        shape = (*cut.shape[:-1], narrow.width if narrow else cut.shape[-1])
+        if (changed.shape, changed.dtype, changed.device) != (shape, cut.dtype, cut.device):
+            wanted, found = (f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (cut, changed))
             raise CutError(f"cut transform '{self._transform.name}' made {found} of {wanted}; they must be alike")
         if cut.requires_grad and not changed.requires_grad:
             raise CutError(

@@ -22,6 +22,7 @@ from hsplitlora_flwr.models.split import (
 )
 from hsplitlora_flwr.training.allowance import TRUSTED, Allowance, Refused, Step, check_activation
 from hsplitlora_flwr.training.half import Seat, check_finite
+from hsplitlora_flwr.transport.bottleneck import Bottleneck
 from hsplitlora_flwr.transport.codecs import pack, packed_shape, unpack
 from hsplitlora_flwr.transport.frames import (
     Activation,
@@ -110,6 +111,8 @@ class ServerTrainer:
         :class:`hsplitlora_flwr.training.multi_adapter.MultiAdapterPass` of several trainers.
     allowance : Allowance, optional
         What the client's task allows.
+    bottleneck : Bottleneck, optional
+        Through which the client's activations come.
 
     Attributes
     ----------
@@ -126,11 +129,12 @@ class ServerTrainer:
         down: str = "float32",
         through: Callable[[MicroBatch], Tensor] = differentiate,
         allowance: Allowance = TRUSTED,
+        bottleneck: Bottleneck | None = None,
     ) -> None:
         self.model = model
         self.finished = False
         self._seat, self._report, self._threads, self._down = seat, report, threads, down
-        self._through, self._allowance = through, allowance
+        self._through, self._allowance, self._bottleneck = through, allowance, bottleneck
         self._step = Step(allowance.first_step)  # under way
         self._complete = False  # all its gradients are there
         self._before = 0.0  # squared norm of the client's gradient in the step before it
@@ -189,13 +193,13 @@ class ServerTrainer:
             self._seat.expel()
 
     def _forward(self, frame: Activation) -> Frame:
-        check_activation(frame, self.model, self._allowance.up)
+        check_activation(frame, self.model, self._allowance.up, self._bottleneck)
         self._allowance.check(frame)
         if len(self._waiting) >= self._allowance.in_flight:
             raise Refused(f"{len(self._waiting)} hidden states wait for their gradients, as many as the task allows")
         before = Step(self._step.number + 1) if self._complete else self._step
         step = before.with_micro_batch(frame, self._allowance)
-        cut, mask = receive_cut(frame, self.model, self._allowance.up)
+        cut, mask = receive_cut(frame, self.model, self._allowance.up, self._bottleneck)
         if self._complete:
             self._settle(frame.previous_grad_norm_sq)
         if step.micro_batches == 1:
@@ -229,8 +233,10 @@ class ServerTrainer:
     def _trained(self, cut: Tensor, loss: Tensor) -> Frame:
         """The answer when a micro-batch has been through; the adapters move if it was the last of its step."""
         assert cut.grad is not None
-        # refuses what is not finite
-        gradient = None if self._allowance.forward_only else pack(cut.grad, self._down)
+        gradient = None
+        if not self._allowance.forward_only:
+            of_sent = self._bottleneck.narrow_gradient(cut.grad) if self._bottleneck else cut.grad
+            gradient = pack(of_sent, self._down)  # refuses what is not finite
         if self._step.closed and not self._waiting:
             part, norm = to_numbers(loss, self._seat.grad_norm())
             self._take_step(self._loss + part, norm * norm)
@@ -275,6 +281,8 @@ class ServerEvaluator:
         Codec of what it sends.
     allowance : Allowance, optional
         What the client's task allows.
+    bottleneck : Bottleneck, optional
+        Through which the client's activations come.
     """
 
     def __init__(
@@ -282,9 +290,10 @@ class ServerEvaluator:
         model: ServerModel | BodyModel,
         down: str = "float32",
         allowance: Allowance = TRUSTED,
+        bottleneck: Bottleneck | None = None,
     ) -> None:
         self.model = model.eval()
-        self._down, self._allowance = down, allowance
+        self._down, self._allowance, self._bottleneck = down, allowance, bottleneck
         self._examples = 0
 
     def may_answer(self, frames: Sequence[Frame]) -> bool:
@@ -307,12 +316,12 @@ class ServerEvaluator:
         """
         if not isinstance(frame, Activation):
             raise Refused(f"a client that evaluates does not send {type(frame).__name__}")
-        check_activation(frame, self.model, self._allowance.up)
+        check_activation(frame, self.model, self._allowance.up, self._bottleneck)
         self._allowance.check(frame)
         examples = self._examples + len(frame.attention_mask)
         if examples > self._allowance.examples:
             raise Refused(f"{examples} examples to evaluate; the task allows {self._allowance.examples}")
-        cut, mask = receive_cut(frame, self.model, self._allowance.up)
+        cut, mask = receive_cut(frame, self.model, self._allowance.up, self._bottleneck)
         self._examples = examples
         if isinstance(self.model, ServerModel):
             loss = float(self.model(cut, mask, frame.labels, 1).loss)
@@ -321,7 +330,12 @@ class ServerEvaluator:
         return Hidden(*pack(self.model(cut, mask), self._down))
 
 
-def receive_cut(frame: Activation, model: ServerModel | BodyModel, codec: str | None = None) -> tuple[Tensor, Tensor]:
+def receive_cut(
+    frame: Activation,
+    model: ServerModel | BodyModel,
+    codec: str | None = None,
+    bottleneck: Bottleneck | None = None,
+) -> tuple[Tensor, Tensor]:
     """The cut activation in the base's dtype, and the attention mask, on the model's device; ``codec`` as for
     :func:`hsplitlora_flwr.transport.codecs.unpack`.
 
@@ -330,6 +344,7 @@ def receive_cut(frame: Activation, model: ServerModel | BodyModel, codec: str | 
     WireError
         If the activation is not finite, or is none of a codec.
     """
-    shape = (*frame.attention_mask.shape, int(model.decoder.config.hidden_size))
-    cut = unpack(frame.cut, frame.scale, model.dtype, model.device, codec, shape)
-    return cut, to_device(frame.attention_mask, model.device)
+    width = bottleneck.width if bottleneck else int(model.decoder.config.hidden_size)
+    shape = (*frame.attention_mask.shape, width)
+    sent = unpack(frame.cut, frame.scale, model.dtype, model.device, codec, shape)
+    return bottleneck.widen(sent) if bottleneck else sent, to_device(frame.attention_mask, model.device)

@@ -7,11 +7,15 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 
 from hsplitlora_flwr.cli.attack import deal, main
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.data.sources import Example
+from hsplitlora_flwr.lora.export import save_update
+from hsplitlora_flwr.lora.update import AccumulatedUpdate
 from hsplitlora_flwr.planning.leakage import LeakageTable
+from hsplitlora_flwr.server.checkpoint import CHECKPOINTS
 
 
 @pytest.fixture
@@ -61,3 +65,35 @@ def test_groups_are_dealt_whole() -> None:
     assert not {row.group for row in public} & {row.group for row in private}
     assert len({row.group for row in public}) == 2 and len(public) + len(private) == 50
     assert deal(examples, 3) == (public, private) != deal(examples, 4)
+
+
+def test_labels_and_membership_are_told_beside_it(
+    tiny_folder: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, run = tmp_path / "leakage.json", tmp_path / "run"
+    settings = [f"model.path={tiny_folder}", "data=jsonl", f"data.path={rows}", "data.eval_rows=10"]
+    options = ["--splits", "1", "--attacks", "nearest", "--out", str(out), *settings, "data.partition=iid"]
+    assert main(["--membership", *options]) == 2
+    assert "name its folder, --run FOLDER" in capsys.readouterr().err
+    delta = AccumulatedUpdate()
+    delta.add({"model.layers.1.self_attn.q_proj": (torch.full((32, 1), 0.1), torch.full((1, 32), 0.1))})
+    (run / CHECKPOINTS / "round-1").mkdir(parents=True)
+    save_update(delta, run / CHECKPOINTS / "round-1")
+    assert main(["--labels", "--membership", "--run", str(run), *options]) == 0
+    page = json.loads(out.read_text())
+    assert page["labels"]["recovered"] > 0.9 and page["labels"]["labels"] < page["labels"]["tokens"]
+    assert 0 <= page["membership"]["area"] <= 1 and page["membership"]["others"] == 10
+    assert "labels that stay" in capsys.readouterr().out
+
+
+def test_more_crossings_take_noise_out(tiny_folder: Path, rows: Path, tmp_path: Path) -> None:
+    settings = [f"model.path={tiny_folder}", "data=jsonl", f"data.path={rows}", "data.eval_rows=10"]
+    noise = ["split.clip=0.5", "split.noise=1.5"]
+
+    def recovered(crossings: int) -> float:
+        out = tmp_path / "leakage.json"
+        options = ["--splits", "1", "--attacks", "regression", "--out", str(out), "--crossings", str(crossings)]
+        assert main([*options, *settings, "data.partition=iid", *noise]) == 0
+        return float(json.loads(out.read_text())["recovered"]["1"])
+
+    assert recovered(1) < recovered(8)

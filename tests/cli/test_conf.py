@@ -99,6 +99,16 @@ def test_the_reference_experiment():
     assert (config.train.rounds, config.train.steps, config.train.batch_size, config.train.lr) == (3, 16, 8, 2e-3)
 
 
+@pytest.mark.parametrize(
+    ("level", "protections"), [("off", (0, 0.0, 0.0)), ("moderate", (64, 0.0, 0.0)), ("strong", (64, 1.5, 1.0))]
+)
+def test_levels_of_privacy(level, protections):
+    config = Config.from_mapping(composed(f"privacy={level}"))
+    assert (config.split.width, config.split.clip, config.split.noise) == protections
+    assert (config.lora.clients == "none") == (level != "off")
+    assert Config.from_mapping(composed(f"privacy={level}", "split.width=32", "split.bottleneck=x")).split.width == 32
+
+
 def test_an_override_beats_the_experiment():
     config = Config.from_mapping(composed("experiment=e2e", "data.path=folder", "train.rounds=1", "data=dialogues"))
     assert config.train.rounds == 1

@@ -47,9 +47,10 @@ def cost_of(
     labels: str = "server",
     in_flight: int = 1,
     quantise: str = "none",
+    width: int = 0,
 ) -> CostModel:
     config = tiny_model(name).config
-    workload = Workload(ROWS, LENGTH, dtype, labels=labels, in_flight=in_flight, quantise=quantise)
+    workload = Workload(ROWS, LENGTH, dtype, labels=labels, in_flight=in_flight, quantise=quantise, width=width)
     return CostModel(config, find_family(config), workload, targets)
 
 
@@ -629,3 +630,16 @@ def test_blocks_that_look_into_values_are_refused() -> None:
         PlanError, match="what a 'jetmoe' keeps in memory cannot be predicted: its blocks cannot be traced"
     ):
         CostModel(tiny_config(config, 4), find_family(config), Workload(ROWS, LENGTH))
+
+
+def test_a_token_may_cross_in_fewer_numbers() -> None:
+    cut, ids = torch.zeros(ROWS, LENGTH, 5), 8 * ROWS * LENGTH
+    narrow, whole = cost_of("llama", width=5), cost_of("llama")
+    assert narrow.wire_bytes() == (cut.nbytes + 2 * ids, cut.nbytes)
+    assert narrow.wire_bytes(forward_only=True)[1] == 0
+    assert narrow.client_bytes(2, {}) < whole.client_bytes(2, {}), "frames are smaller by more than directions take"
+    hidden = torch.zeros(ROWS, LENGTH, 32).nbytes
+    staying = cost_of("llama", labels="client", width=5)
+    assert staying.wire_bytes() == (cut.nbytes + hidden + ids, cut.nbytes + hidden)
+    directions = 4 * 5 * (2 * 32 + ROWS * LENGTH)
+    assert staying.forward_bytes == cost_of("llama", labels="client").forward_bytes + directions

@@ -11,7 +11,7 @@ import pytest
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.planning import Budget, Plan
 from hsplitlora_flwr.planning.cost import CostModel
-from hsplitlora_flwr.planning.round import cost_model, make_round_plan, own_costs, rounded_length
+from hsplitlora_flwr.planning.round import Size, cost_model, make_round_plan, own_costs, rounded_length
 
 Case = tuple[Config, CostModel, dict[str, Budget], Budget, dict[str, float]]
 
@@ -62,8 +62,8 @@ def test_no_cut_comes_before_that_of_a_client_alone(half: str, seed: int, tiny_f
 def test_long_rows_of_another_take_no_client_s_blocks(half: str, seed: int, tiny_folder: Path) -> None:
     """Not even where the others' memory would not hold a block with rows as long as one claims to have."""
     config, _, _, _, scores = case(tiny_folder, seed, **{"server.half": half, "train.batch_size": 64})
-    lengths, draw = {"a": 12, "b": 17, "liar": 48}, random.Random(seed)
-    cost, own = cost_model(config, 64, 48, 3), own_costs(config, 64, lengths, 3)
+    sizes, draw = {"a": Size(12), "b": Size(17), "liar": Size(48)}, random.Random(seed)
+    cost, own = cost_model(config, 64, 48, 3), own_costs(config, 64, sizes, 3)
     everywhere = {layer.name: 4 for layer in cost.layers}
     budgets = {
         name: Budget(int(own[name].client_bytes(2, everywhere) * draw.uniform(1.0, 1.3)), 0) for name in ("a", "b")
@@ -85,7 +85,7 @@ def test_long_rows_of_another_take_no_client_s_blocks(half: str, seed: int, tiny
 def test_nor_do_they_where_all_have_one_split(method: str, tiny_folder: Path) -> None:
     settings = {"method.name": method, "train.batch_size": 64, "plan.over_budget": False, "lora.rank": 4}
     config, _, _, _, scores = case(tiny_folder, 1, **settings)
-    cost, own = cost_model(config, 64, 48, 2), own_costs(config, 64, {"a": 12, "liar": 48}, 2)
+    cost, own = cost_model(config, 64, 48, 2), own_costs(config, 64, {"a": Size(12), "liar": Size(48)}, 2)
     everywhere = {layer.name: 4 for layer in cost.layers}
     needed = own["a"].client_bytes(2, everywhere) if method == "splitlora" else own["a"].whole_bytes(everywhere)
     budgets = {"a": Budget(needed, 0), "liar": Budget(10**12, 0)}

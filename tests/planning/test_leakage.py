@@ -67,8 +67,26 @@ def test_a_file_that_is_no_table_is_refused(tmp_path: Path, content: str) -> Non
 
 
 def test_readable_cuts_are_warned_of() -> None:
-    [warning] = LeakageTable({2: 0.7, 6: 0.4}).warnings({"0": 3, "1": 6})
-    assert warning.startswith("client 0 keeps 3 block(s) to itself, behind which an attack recovered 70%")
+    names = {"0": 3, "1": 6, **dict.fromkeys("abcd", 4)}
+    three, four = LeakageTable({2: 0.7, 6: 0.4}).warnings(names)
+    assert three.startswith("behind 3 block(s), which client 0 keeps, an attack recovered 70% of the tokens")
+    assert "client a, b, c and 1 more keeps" in four
+
+
+def test_the_demonstration_names_its_own_leakage() -> None:
+    table = LeakageTable.of(Config())
+    assert table and table.warnings({"0": 5}) and not table.warnings({"0": 29})
+    assert LeakageTable.of(Config.from_run_config({"model.path": "another"})) is None
+    assert LeakageTable.of(Config.from_run_config({"split.clip": 5.0})) is None, "it was made without protections"
+
+
+def test_a_table_is_of_the_protections_that_it_was_made_under(tmp_path: Path) -> None:
+    file = tmp_path / "leakage.json"
+    file.write_text(json.dumps({"recovered": {"1": 0.1}, "clip": 2.0, "noise": 1.0, "width": 0}))
+    said = {"split.leakage": str(file), "split.clip": 2.0}
+    assert LeakageTable.of(Config.from_run_config(said | {"split.noise": 1.0}))
+    with pytest.raises(ConfigError, match=r"was made with split.noise=1, and the run has split.noise=0; attack what"):
+        LeakageTable.of(Config.from_run_config(said))
 
 
 def test_a_limit_needs_a_table() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from array import array
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,12 @@ from hsplitlora_flwr.config import SplitConfig
 from hsplitlora_flwr.data.collate import Tokens
 from hsplitlora_flwr.lora.base import SharedBase
 from hsplitlora_flwr.models.loading import split_model
+from hsplitlora_flwr.models.split import head_part
 from hsplitlora_flwr.privacy.attacks import ATTACKS, Text
+from hsplitlora_flwr.privacy.labels import labels_from_gradients, measure_labels
 from hsplitlora_flwr.privacy.leakage import cut_activations, embeddings_of, measure
 from hsplitlora_flwr.privacy.protection import protection
+from tests.tiny import tiny_model
 
 WORDS = 90  # of the vocabulary
 
@@ -76,8 +80,8 @@ def test_noise_tells_nothing(base: SharedBase, attack: str) -> None:
 
 def test_noise_of_a_node_s_own_hides_and_clipping_alone_does_not(base: SharedBase) -> None:
     def recovered(noise: float) -> float:
-        change = protection(SplitConfig(clip=0.5, noise=noise))
-        [leakage] = measure(base, rows_of(150, 1), rows_of(20, 2), [1], ["regression"], change=change)
+        protect = partial(protection, SplitConfig(clip=0.5, noise=noise))
+        [leakage] = measure(base, rows_of(150, 1), rows_of(20, 2), [1], ["regression"], protect=protect)
         assert leakage.norm < 0.51 or noise
         return leakage.recovered
 
@@ -88,3 +92,19 @@ def test_noise_of_a_node_s_own_hides_and_clipping_alone_does_not(base: SharedBas
 def test_split_points_must_rise(base: SharedBase) -> None:
     with pytest.raises(ValueError, match=r"splits=\[2, 1\] must rise"):
         list(cut_activations(base, rows_of(2, 0), [2, 1]))
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied-grouped", "gpt2", "gemma2"])
+def test_gradients_tell_the_labels_that_stay(name: str, tmp_path: Path) -> None:
+    tiny_model(name, dtype=torch.float32).save_pretrained(tmp_path)
+    found = measure_labels(SharedBase(str(tmp_path)), rows_of(10, 3))
+    assert found.labels == 10 * 11 and found.tokens == 10 * 12
+    assert found.recovered > 0.9
+
+
+def test_gradients_that_are_noise_tell_nothing(base: SharedBase) -> None:
+    draws = torch.Generator().manual_seed(0)
+    hidden, noise = torch.randn(2, 300, int(base.model.config.hidden_size), generator=draws).unbind()
+    head, weights = head_part(base.model, base.family).eval(), base.model.get_output_embeddings().weight.detach()
+    truth = torch.randint(len(weights), (300,), generator=draws)
+    assert float((labels_from_gradients(head, weights, hidden, noise) == truth).double().mean()) < 0.05

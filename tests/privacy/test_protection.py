@@ -43,8 +43,8 @@ def test_its_gradient_is_that_of_finite_differences() -> None:
 
 
 def test_settings_ask_for_it() -> None:
-    assert protection(SplitConfig()) is None
-    change = protection(SplitConfig(clip=5.0, noise=0.25))
+    assert protection(SplitConfig(), 2) is None
+    change = protection(SplitConfig(clip=5.0, noise=0.25), 2)
     assert change is not None and change.name == "clip 5, noise 0.25" and not change.reproducible
     cut = torch.randn(2, 3, 8, generator=draws(5))
     assert torch.equal(change.apply(cut, draws()), clip_and_blur(cut, draws(), 5.0, 0.25))

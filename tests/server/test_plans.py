@@ -11,11 +11,12 @@ import pytest
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.lora.update import AccumulatedUpdate
 from hsplitlora_flwr.planning import Budget, PlanError
+from hsplitlora_flwr.planning.round import Size
 from hsplitlora_flwr.server.checkpoint import RunState
 from hsplitlora_flwr.server.plans import RoundPlanner
 
 BUDGETS = {"ada": Budget(10**10), "bob": Budget(2 * 10**10)}
-LENGTHS = {"ada": 20, "bob": 30}
+SIZES = {"ada": Size(20), "bob": Size(30)}
 SHARES = {"ada": 0.5, "bob": 0.5}
 
 
@@ -27,7 +28,7 @@ def config(tiny_folder: Path) -> Config:
 @pytest.fixture
 def planner(config: Config) -> RoundPlanner:
     """With a plan in force, made of importance that leans to no weight."""
-    made = RoundPlanner(config, LENGTHS, process_bytes=0)
+    made = RoundPlanner(config, SIZES, process_bytes=0)
     assert made.scores_due(1) and made.why_replan(BUDGETS) == "" and made.drift == 0
     made.take_scores(1, [1.0], [{layer.name: 1.0 for layer in made.layers}])
     made.replan(BUDGETS, SHARES, Budget(10**11))
@@ -39,15 +40,15 @@ def test_a_plan_holds_while_nothing_moves(planner: RoundPlanner) -> None:
     assert planner.why_replan(BUDGETS) is None
     measured_anew = {name: replace(budget, process_bytes=7) for name, budget in BUDGETS.items()}
     assert planner.why_replan(measured_anew) is None, "what a process takes is no budget"
-    planner.fit(dict(LENGTHS))
+    planner.fit(dict(SIZES))
     assert planner.why_replan(BUDGETS) is None
 
 
 def test_what_moved_is_why_it_is_made_anew(planner: RoundPlanner) -> None:
     assert planner.why_replan({"ada": BUDGETS["ada"]}) == "other clients take part"
     assert planner.why_replan(BUDGETS | {"bob": Budget(10**10)}) == "budgets changed"
-    planner.fit({"ada": 20, "bob": 90})
-    assert planner.why_replan(BUDGETS) == "examples became longer or shorter"
+    planner.fit({"ada": Size(20), "bob": Size(90)})
+    assert planner.why_replan(BUDGETS) == "the size of examples or of what is sent changed"
     planner.replan(BUDGETS, SHARES, Budget(10**11))
     assert planner.why_replan(BUDGETS) is None
     first, *others = [layer.name for layer in planner.layers]
@@ -59,7 +60,7 @@ def test_what_moved_is_why_it_is_made_anew(planner: RoundPlanner) -> None:
 
 def test_scores_are_due_in_the_first_round_and_then_as_often_as_is_set(config: Config) -> None:
     def due(**plan: int) -> list[int]:
-        planner = RoundPlanner(replace(config, plan=replace(config.plan, **plan)), LENGTHS, 0)
+        planner = RoundPlanner(replace(config, plan=replace(config.plan, **plan)), SIZES, 0)
         return [server_round for server_round in range(1, 8) if planner.scores_due(server_round)]
 
     assert due(probe_every=3) == [1, 4, 7]
@@ -76,9 +77,9 @@ def test_what_an_earlier_run_left_holds_for_the_same_settings(config: Config, pl
         plans=planner.plans,
         planned_budgets=planner.planned_budgets,
     )
-    assert RoundPlanner(config, LENGTHS, 0, state).why_replan(BUDGETS) is None
+    assert RoundPlanner(config, SIZES, 0, state).why_replan(BUDGETS) is None
     other = replace(config, lora=replace(config.lora, ranks=(0, 4)))
-    resumed = RoundPlanner(other, LENGTHS, 0, state)
+    resumed = RoundPlanner(other, SIZES, 0, state)
     assert resumed.why_replan(BUDGETS) == "" and resumed.importance == planner.importance
 
 
@@ -94,11 +95,11 @@ def test_the_server_s_process_counts_where_its_half_lies(
     changes: dict[str, Any], budget: Budget, config: Config
 ) -> None:
     of_run = Config.from_run_config(config.to_run_config() | changes)
-    assert RoundPlanner(of_run, LENGTHS, process_bytes=10**9).server_budget() == budget
+    assert RoundPlanner(of_run, SIZES, process_bytes=10**9).server_budget() == budget
 
 
 def test_a_server_process_that_the_machine_does_not_hold_is_told(config: Config) -> None:
     changes = {"model.device": "cuda:0", "plan.server_gpu_memory_gb": 40, "plan.server_memory_gb": 0.5}
-    planner = RoundPlanner(Config.from_run_config(config.to_run_config() | changes), LENGTHS, process_bytes=10**9)
+    planner = RoundPlanner(Config.from_run_config(config.to_run_config() | changes), SIZES, process_bytes=10**9)
     with pytest.raises(PlanError, match=r"takes 1,000,000,000 bytes by itself, and plan.server_memory_gb=0.5 lets it"):
         planner.server_budget()
