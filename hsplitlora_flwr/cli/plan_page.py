@@ -19,7 +19,7 @@ from hsplitlora_flwr.methods import METHODS
 from hsplitlora_flwr.planning.planner import ClientPlan
 from hsplitlora_flwr.reporting.events import format_bytes
 from hsplitlora_flwr.reporting.page import COLOURS, MAX_CLIENTS, line_chart
-from hsplitlora_flwr.reporting.template import STYLE
+from hsplitlora_flwr.reporting.template import page
 
 _WIDTH, _HEIGHT = 620, 16
 _OF_CLIENT, _OF_SERVER = COLOURS[0], "#8a909a"
@@ -41,7 +41,6 @@ def plan_page(result: Forecast, others: Mapping[float, Forecast | str]) -> str:
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"bytes": format_bytes}
     return environment.from_string(_TEMPLATE).render(
-        style=Markup(STYLE),
         title=f"Plan: {result.config.model.path}",
         about=result.about,
         importance=result.of_importance,
@@ -176,21 +175,9 @@ def _picture(content: Markup) -> Markup:
     return svg.format(_WIDTH, _HEIGHT, _WIDTH, _HEIGHT, content)
 
 
-_TEMPLATE = (
+_TEMPLATE = page(
+    "{{ title }}",
     """\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-{{ style }}
-td svg { display: block; }
-td.text { white-space: normal; }
-</style>
-</head>
-<body>
 <h1>{{ title }}</h1>
 <p class="soft">{{ about }}. Importance: {{ importance }}. A client's process takes
 {{ process.bytes | bytes }} by itself ({{ process.source }}).</p>
@@ -268,7 +255,6 @@ td.text { white-space: normal; }
 {{ curve }}
 {% endfor %}
 {% endif %}
-</body>
-</html>
-"""
+""",
+    "td svg { display: block; }\ntd.text { white-space: normal; }\n",
 )

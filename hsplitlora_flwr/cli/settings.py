@@ -31,12 +31,19 @@ _NAMED = {"method": "method.name", "transport": "transport.kind"}
 
 def register(launcher: type[Any]) -> None:
     """Give Hydra the defaults of the schema, and of how a run is started, and the options of what is registered."""
+    OmegaConf.register_new_resolver("first", _first, replace=True)
     store = ConfigStore.instance()
     store.store("schema", {name: _defaults(name, section) for name, section in _sections(launcher).items()})
     choices = {each.key: each.choices for each in SETTINGS if each.key in _NAMED.values()}
     for group, key in _NAMED.items():
         for choice in choices[key]:
             store.store(choice, {key.partition(".")[2]: choice}, group=group)
+
+
+def _first(count: Any, values: str) -> str:
+    """The first ``count`` of values that commas separate; all of them where that is no number of clients."""
+    parts = values.split(",")
+    return ",".join(parts[:count] if isinstance(count, int) and count > 0 else parts)
 
 
 def help_text(about: str, launcher: type[Any]) -> str:
@@ -56,7 +63,9 @@ def settings_text(launcher: type[Any]) -> str:
     """The options of every group, the methods, and every setting as it is when nothing is said, in 80 columns."""
     register(launcher)
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        values: Any = OmegaConf.to_container(compose("config"))
+        composed = compose("config")
+        OmegaConf.resolve(composed.clients)
+        values: Any = OmegaConf.to_container(composed)
         loader = GlobalHydra.instance().config_loader()
         options = {group: loader.get_group_options(group) for group in loader.list_groups("") if group != "hydra"}
     lines = ["Options that set several settings at once:", ""]

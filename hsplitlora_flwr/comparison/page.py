@@ -28,7 +28,7 @@ from hsplitlora_flwr.comparison.points import (
     to_csv,
 )
 from hsplitlora_flwr.reporting.page import COLOURS, ticks
-from hsplitlora_flwr.reporting.template import STYLE
+from hsplitlora_flwr.reporting.template import page
 
 _WIDTH, _HEIGHT = 440, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 14, 40
@@ -51,7 +51,6 @@ def points_page(points: Sequence[Point], title: str) -> str:
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(_TEMPLATE).render(
         title=title,
-        style=Markup(STYLE),
         axes=axes,
         figures={name: FIGURES[name] for name in known},
         points=points,
@@ -221,15 +220,7 @@ def _dot(point: Point, x: float, y: float, colour: str, best: bool) -> Markup:
     return Markup('<a href="{}">{}</a>').format(point.page, drawn) if point.page else drawn
 
 
-_TEMPLATE = """\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-{{ style }}
+_STYLE = """\
 body { max-width: 90rem; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(22rem, 1fr)); gap: 1rem 1.5rem; }
 figure { margin: 0; }
@@ -237,9 +228,11 @@ figure svg { width: 100%; }
 figcaption { font-weight: 600; font-size: .9rem; color: var(--soft); }
 tr.front td { background: #d1632a18; }
 th.text { text-align: left; }
-</style>
-</head>
-<body>
+"""
+
+_TEMPLATE = page(
+    "{{ title }}",
+    """\
 <h1>{{ title }}</h1>
 <p class="soft">{{ counts }}</p>
 {% if best %}
@@ -281,6 +274,6 @@ th.text { text-align: left; }
 {{ legend }}
 <div class="pictures">{% for picture in pictures %}{{ picture }}{% endfor %}</div>
 {% endfor %}
-</body>
-</html>
-"""
+""",
+    _STYLE,
+)

@@ -1,7 +1,7 @@
-"""The template of ``report.html``, in Jinja's language, and the style of all pages. Python, because Flower carries no
-HTML files in an app."""
+"""What all pages have, and the template of ``report.html``, in Jinja's language. Python, because Flower carries no HTML
+files in an app."""
 
-STYLE = """\
+_STYLE = """\
 :root { color-scheme: light dark; --ink: #1d2126; --soft: #6a7079; --line: #dfe2e6; --back: #fff; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e4e6e9; --soft: #9aa1ab; --line: #363b42; --back: #17191c; }
@@ -26,23 +26,28 @@ svg circle:hover, svg rect:hover { stroke: currentColor; fill-opacity: 1; }
 .legend i { display: inline-block; width: .8rem; height: .8rem; margin-right: .3rem; }
 code, pre { font: 13px/1.45 ui-monospace, monospace; }
 """
-"""Of every page that this package writes."""
 
-TEMPLATE = (
+
+def page(title: str, body: str, style: str = "") -> str:
+    """The template of a page: title and body in Jinja's language, under the head and the style that all pages have.
+
+    Parameters
+    ----------
+    title, body : str
+        Templates.
+    style : str
+        What this page has besides.
+    """
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title}</title>\n<style>\n{_STYLE}{style}</style>\n</head>\n<body>\n{body}</body>\n</html>\n"
+    )
+
+
+TEMPLATE = page(
+    '{{ config["method.name"] }}, {{ config["model.path"] }}: {{ summary.status }}',
     """\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ config["method.name"] }}, {{ config["model.path"] }}: {{ summary.status }}</title>
-<style>
-"""
-    + STYLE
-    + """\
-</style>
-</head>
-<body>
 <h1>{{ config["method.name"] }} on {{ config["data.source"] }}</h1>
 <p class="soft">{{ config["model.path"] }} · {{ started }} · {{ summary.seconds | number(0) }} s ·
 {{ rounds | length }} of {{ config["train.rounds"] }} rounds · {{ summary.status }}
@@ -187,7 +192,5 @@ no adapter. Left of the line is the client, right of it the server.</p>
 {% endfor %}
 </table>
 </details>
-</body>
-</html>
-"""
+""",
 )

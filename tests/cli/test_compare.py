@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 from rich.console import Console
 
@@ -153,11 +154,11 @@ def test_leaders_have_more_seeds(tmp_path):
 def test_a_machine_runs_as_many_as_its_cores_and_memory_hold(tiny_folder, monkeypatch):
     config, launcher = vary(UNEVEN, {"model.path": str(tiny_folder)}), Launcher(engine="process", cpus=2)
     monkeypatch.setattr(compare, "all_cores", lambda: 9)
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=100e9))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=100e9))
     assert runs_at_once(launcher, config) == 4
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2.6e9))  # 1 GB each, of 80 %
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2.6e9))  # 1 GB each, of 80 %
     assert runs_at_once(launcher, config) == 2
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=0.5e9))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=0.5e9))
     assert runs_at_once(launcher, config) == 1
 
 

@@ -31,6 +31,24 @@ def test_no_override_gives_the_defaults_of_the_schema_but_for_simulated_budgets(
     assert Config.from_mapping(values) == Config()
 
 
+@pytest.mark.parametrize(("count", "memory"), [(1, "1.0"), (2, "1.0,1.3"), (3, "1.0,1.3,1.8"), (5, "1.0,1.3,1.8")])
+def test_fewer_clients_are_the_first_of_the_default_ones(count, memory):
+    values = composed(f"clients.count={count}")
+    assert values["clients"]["memory_gb"] == memory
+    assert Config.from_mapping(values).clients.counted.count == count
+
+
+def test_fewer_clients_than_a_typed_list_names_are_refused():
+    with pytest.raises(ConfigError, match=r"clients\.count=2"):
+        Config.from_mapping(composed("clients.count=2", "clients.memory_gb=[1.0,1.3,1.8]"))
+
+
+@pytest.mark.parametrize("count", ["-1", "'two'"])
+def test_what_is_no_number_of_clients_is_told_by_its_own_name(count):
+    with pytest.raises(ConfigError, match=rf"clients\.count={count}"):
+        Config.from_mapping(composed(f"clients.count={count}"))
+
+
 def test_conf_names_every_setting_of_the_schema():
     keys = {f"{section}.{name}" for section, table in composed().items() for name in table}
     assert keys == set(Config().to_run_config())

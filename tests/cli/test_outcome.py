@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -232,7 +233,7 @@ def test_an_adapter_is_pushed_to_the_hub_as_it_is(
         def upload_folder(self, **options: Any) -> None:
             calls.append(("", options))
 
-    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     export([str(run), "--push-to-hub", "ann/adapter"])
     export([str(run), "--rank", "2", "--push-to-hub", "ann/small", "--public"])
     assert [(name, options.get("private")) for name, options in calls if name] == [

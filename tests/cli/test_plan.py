@@ -13,8 +13,6 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from transformers import LlamaConfig
 
-from hsplitlora_flwr.cli import own_memory
-from hsplitlora_flwr.cli.own_memory import OwnMemory
 from hsplitlora_flwr.cli.plan import PARTS, Forecast, forecast, over_budgets, run, usual_budgets
 from hsplitlora_flwr.cli.run import Launcher
 from hsplitlora_flwr.cli.settings import CONF, register
@@ -22,24 +20,9 @@ from hsplitlora_flwr.config import Config, ConfigError
 from hsplitlora_flwr.lora.limits import capped_shares
 from hsplitlora_flwr.planning import make_plan
 from hsplitlora_flwr.server.plans import RoundPlanner
-from tests.tiny import tiny_model
+from tests.cli.conftest import PROCESS_BYTES
 
-PROCESS_BYTES = 250_000_000
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder that holds a configuration and nothing else."""
-    path = tmp_path_factory.mktemp("model")
-    tiny_model("llama").config.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(autouse=True)
-def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a client's process takes is remembered, so no other is measured."""
-    known = OwnMemory(PROCESS_BYTES, "the last run here", in_run=True)
-    monkeypatch.setattr(own_memory, "remembered", lambda config: known)
+pytestmark = pytest.mark.usefixtures("known_process")
 
 
 def composed(folder: Path, *overrides: str) -> DictConfig:
@@ -133,7 +116,7 @@ def test_what_is_printed(folder: Path) -> None:
     assert all(part in text for part in PARTS)
     assert text.count("2.00 GB") == 2
     assert f"worth: {result.plan.objective / result.plan.bound:.1%} of the most" in text
-    assert "process: 0.25 GB of a client's memory, the last run here" in text
+    assert "process: 0.25 GB of a client's memory, <the last run here>" in text
     # 8 x 16 tokens of 32 float32 numbers, and up also mask and labels of 8 bytes each
     assert "wire: 0.0 MB up and 0.0 MB down" in text
     assert "round:" not in text, "without a speed seconds mean nothing"

@@ -9,26 +9,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from hsplitlora_flwr.cli import own_memory
-from hsplitlora_flwr.cli.own_memory import OwnMemory
 from hsplitlora_flwr.cli.plan import Forecast, Options, over_budgets, run, usual_budgets
 from hsplitlora_flwr.cli.plan_page import gains, plan_page
-from tests.cli.test_plan import PROCESS_BYTES, composed, planned
-from tests.tiny import BLOCKS, tiny_model
+from tests.cli.conftest import PROCESS_BYTES
+from tests.cli.test_plan import composed, planned
+from tests.tiny import BLOCKS
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    tiny_model("llama").config.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(autouse=True)
-def known_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = OwnMemory(PROCESS_BYTES, "<the last run here>", in_run=True)
-    monkeypatch.setattr(own_memory, "remembered", lambda config: known)
-
+pytestmark = pytest.mark.usefixtures("known_process")
 
 SPEEDS = ("clients.gflops=[1,2,4]", "plan.server_gflops=8")
 

@@ -7,11 +7,13 @@ import gzip
 import json
 import lzma
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
 import pandas
 import pytest
 
@@ -120,7 +122,7 @@ def test_turns_of_several_kinds_of_content_stay_what_they_are(packed: str, tmp_p
 
 def test_nothing_is_left_of_what_was_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "scratch").mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     WRITERS["array.json"](tmp_path / "array.json")
     assert read_rows(str(tmp_path / "array.json")) == EXAMPLES
     assert not list((tmp_path / "scratch").iterdir())
@@ -193,7 +195,9 @@ def test_a_name_of_the_hub_stays_where_paths_become_absolute(tmp_path: Path, mon
 
 def test_a_data_set_of_the_hub_is_loaded_by_its_split_and_subset(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, name, timeout: asked.append((name, timeout)))
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "dataset_info", lambda self, name, timeout: asked.append((name, timeout))
+    )
     monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: asked.append((names, options)) or ROWS)
     config = DataConfig("own", subset="en", eval_split="validation")
     assert read_rows("owner/name", config) == EXAMPLES
@@ -206,7 +210,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatc
         raise ConnectionError("no route to host")
 
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", nobody)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", nobody)
     said = r"data\.path=owner/name: no such file or folder here, .* cannot be reached .*no route to host.*save_to_disk"
     with pytest.raises(DataError, match=said):
         read_rows("owner/name")

@@ -71,7 +71,7 @@ def test_held_out_text_depends_on_the_seed_alone(dialogues: TextData) -> None:
 
 
 def test_missing_dialogues_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataError, match=re.escape("pip install 'hsplitlora_flwr[demo]'")):
         load_text(DataConfig(), seed=0)
 
@@ -284,7 +284,7 @@ def test_chats_are_dealt_by_who_answers(tmp_path: Path, monkeypatch: pytest.Monk
     }
     (tmp_path / "dataset.json").write_text(json.dumps(chats))
     found = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
-    monkeypatch.setattr("importlib.util.find_spec", {"chitchat_dataset": found}.get)
+    monkeypatch.setattr(importlib.util, "find_spec", {"chitchat_dataset": found}.get)
     data = load_text(DataConfig(source="chitchat", eval_rows=1), seed=0)
     assert set(data.train + data.held_out) == {
         Example("Hi\nHow are you?\n", "Fine.", "bob"),

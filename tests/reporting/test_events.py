@@ -117,7 +117,7 @@ def test_the_flwr_logger_hears_every_line_of_an_event(tmp_path, caplog):
 
 def test_steps_are_all_written_but_seldom_logged(tmp_path, caplog, monkeypatch):
     now = 100.0
-    monkeypatch.setattr("time.monotonic", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     log = EventLog(tmp_path)
     with caplog.at_level(logging.INFO, logger="flwr"):
         for number in range(1, 13):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -84,9 +85,9 @@ class Fake:
 @pytest.fixture(params=["wandb", "trackio"])
 def fake(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Fake]]:
     made, module = Fake(), ModuleType(request.param)
+    module.__spec__ = ModuleSpec(request.param, None)  # as of one that is installed
     vars(module).update(init=made.init, log=made.log, config=made, finish=made.finish)
     monkeypatch.setitem(sys.modules, request.param, module)
-    monkeypatch.setattr("hsplitlora_flwr.reporting.trackers.find_spec", lambda name: module)
     yield request.param, made
 
 
@@ -106,7 +107,7 @@ def test_trackers_that_take_no_step_of_before_are_told_in_order(fake: tuple[str,
 
 @pytest.mark.parametrize("name", PACKAGES)
 def test_a_tracker_that_is_not_installed_says_what_installs_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hsplitlora_flwr.reporting.trackers.find_spec", lambda package: None)
+    monkeypatch.setitem(sys.modules, PACKAGES[name], None)
     with pytest.raises(ModuleNotFoundError, match=f"run.trackers={name} needs .*pip install {name}"):
         check_trackers([name])
 

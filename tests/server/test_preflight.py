@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import platformdirs
 import pytest
 import torch
 
@@ -50,7 +52,7 @@ def test_a_run_folder_must_take_files(tmp_path: Path, monkeypatch: pytest.Monkey
     def refuses(dir: Path) -> None:
         raise OSError(errno.EROFS, "Read-only file system", str(dir))
 
-    monkeypatch.setattr("tempfile.TemporaryFile", refuses)
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuses)
     with pytest.raises(ConfigError) as raised:
         check_run_folder(tmp_path / "a" / "b")
     assert str(raised.value) == (
@@ -94,7 +96,7 @@ def test_a_generated_text_needs_room(config: Config) -> None:
 
 
 def test_every_client_keeps_something_to_train_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("platformdirs.user_cache_path", lambda name: tmp_path)
+    monkeypatch.setattr(platformdirs, "user_cache_path", lambda name: tmp_path)
     text = TextData(tuple(Example("", str(row), "g") for row in range(7)), ())
     config = Config.from_run_config({"data.partition": "iid", "evaluation.client_rows": 1})
     check_parts(config, text)

@@ -14,6 +14,7 @@ from hsplitlora_flwr.config import TrainConfig
 from hsplitlora_flwr.evaluation.perplexity import evaluate
 from hsplitlora_flwr.lora import AdapterSpec, inject
 from hsplitlora_flwr.lora.base import SharedBase
+from hsplitlora_flwr.models import split
 from hsplitlora_flwr.models.split import ModelPart
 from hsplitlora_flwr.planning.importance import scoring
 from hsplitlora_flwr.training.client import ClientTrainer, train_client
@@ -52,7 +53,7 @@ class OnGpu:
 
 @pytest.fixture
 def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[OnGpu]:
-    monkeypatch.setattr("hsplitlora_flwr.models.split.CHUNK", 4)
+    monkeypatch.setattr(split, "CHUNK", 4)
     with SeveralDevices() as devices:
         yield OnGpu(tmp_path, devices)
 
@@ -80,7 +81,7 @@ def test_a_step_waits_for_what_leaves_each_side(gpu: OnGpu) -> None:
     train_client(client, link, 1)
     # The cut and its gradient are looked at and fetched, the loss and the server's norm together, and the client's norm
     # for the next activation; one more of it ends the round.
-    assert gpu.waits() == {"wire": 2, "copies": 3, "client": 2}
+    assert gpu.waits() == {"codecs": 2, "copies": 3, "client": 2}
 
 
 def test_a_joint_pass_waits_for_nothing(gpu: OnGpu) -> None:
