@@ -3,25 +3,16 @@
 The apps are those that Flower runs, and they talk as they do there: messages hold records of bytes, and the tensors of
 a step travel over the stream, or in messages. Nothing is passed by reference, so the bits are those of a run on Flower;
 what a run takes is its training. What cannot be told here, the memory that one client takes, is not reported.
-
-A run is a process of its own beside whoever wants it, so that one which is killed, as for lack of memory, costs itself
-alone.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-import multiprocessing
-import os
-import signal
 import tempfile
-import threading
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from functools import lru_cache
-from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -36,7 +27,6 @@ from hsplitlora_flwr.client.handlers import split_client_app
 from hsplitlora_flwr.config import Config, Scalar
 from hsplitlora_flwr.methods import shares_half
 from hsplitlora_flwr.models.cores import all_cores, limit_cores
-from hsplitlora_flwr.registry import import_plugins
 from hsplitlora_flwr.server_app import make_strategy
 from hsplitlora_flwr.training.process import SharedProcess
 
@@ -155,80 +145,3 @@ def run_here(config: Config, *, cores: int = 0, threads: int = 1) -> None:
         }
         with InProcessGrid(split_client_app(process=process), nodes, at_once=at_once, threads=threads) as grid:
             make_strategy(config, Path(config.run.dir), process).start(grid)
-
-
-# ---------------------------------------------------------------------- in a process beside this one
-
-
-class RunProcess:
-    """A run that goes on in a process of its own.
-
-    Parameters
-    ----------
-    config : Config
-        The settings, with ``run.dir`` absolute.
-    log : Path
-        What it says.
-    cores, threads : int
-        As for :func:`run_here`.
-    """
-
-    def __init__(self, config: Config, log: Path, *, cores: int = 0, threads: int = 1) -> None:
-        self._process = _context().Process(target=_run, args=(config.to_run_config(), log, cores, threads), daemon=True)
-
-    def __enter__(self) -> Self:
-        self._process.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._process.terminate()
-        self._process.join(_PATIENCE)
-        self._process.kill()
-        self._process.join()
-
-    def ended(self, seconds: float) -> bool:
-        """Whether it is over, waiting for so long."""
-        self._process.join(seconds)
-        return not self._process.is_alive()
-
-    @property
-    def killed(self) -> bool:
-        """Whether a signal ended it, and not it itself."""
-        return (self._process.exitcode or 0) < 0
-
-    @property
-    def failed(self) -> bool:
-        """Whether it ended with an error."""
-        return self._process.exitcode != 0
-
-
-_PATIENCE = 5.0  # seconds for a process that was asked to end
-
-
-@lru_cache(maxsize=1)
-def _context() -> SpawnContext | ForkServerContext:
-    """Where processes come from: copies of one that has imported everything, where the system has such."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    # OpenMP threads that spin while they wait make several processes on one machine many times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hsplitlora_flwr.cli.in_process", "transformers.modeling_utils"])
-    return context
-
-
-def _run(settings: dict[str, Scalar], log: Path, cores: int, threads: int) -> None:
-    """The main program of a run's process."""
-    with log.open("ab", buffering=0) as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who waits for the run says when it is to end
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    import_plugins(settings)
-    run_here(Config.from_run_config(settings), cores=cores, threads=threads)
-
-
-def _end_with_parent() -> None:
-    if parent := multiprocessing.parent_process():
-        parent.join()
-        os.kill(os.getpid(), signal.SIGTERM)

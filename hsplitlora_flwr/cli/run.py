@@ -42,6 +42,7 @@ from hsplitlora_flwr.cli.checks import WRONG, Checked, prepare_apart
 from hsplitlora_flwr.cli.interrupts import Interrupted, held, interruptible, obey
 from hsplitlora_flwr.cli.jobs import Place, SweepCallback, do, failed_jobs, sweep_folder
 from hsplitlora_flwr.cli.overrides import keys_of, start
+from hsplitlora_flwr.cli.run_process import RunProcess
 from hsplitlora_flwr.cli.settings import CONF
 from hsplitlora_flwr.cli.settings import PROJECT as PROJECT
 from hsplitlora_flwr.cli.superlink import (
@@ -271,8 +272,6 @@ class _Shown:
 
 def _in_process(config: Config, launcher: Launcher, events: _Shown, stopping: threading.Event) -> str:
     """Run in a process beside this one; returns why the run counts as failed, "" if it does not."""
-    from hsplitlora_flwr.cli.in_process import RunProcess  # takes seconds
-
     log = events.folder / _RUN_LOG
     with RunProcess(config, log, cores=launcher.cpus, threads=launcher.client_cpus) as process:
         while not process.ended(0.2):
