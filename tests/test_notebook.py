@@ -31,7 +31,7 @@ def commands() -> list[list[str]]:
 
 def test_cells_are_python_or_commands_and_hold_no_outputs() -> None:
     for code in CODE:
-        ast.parse("\n".join("pass" if line.startswith("!") else line for line in code.splitlines()))
+        ast.parse("\n".join("pass" if line.startswith(("!", "%")) else line for line in code.splitlines()))
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in CELLS)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
@@ -89,7 +90,9 @@ def main(arguments: Sequence[str] | None = None, program: str = "hsplitlora {}")
         print(f"error: this command needs {', '.join(missing)}: {EXTRA}", file=sys.stderr)
         sys.exit(2)
     sys.argv = [program.format(name), *arguments[1:]]
-    with Console(stderr=True).status(f"{name}: loading"):
+    # Where FORCE_COLOR is set, rich takes every file for a terminal.
+    loading = Console(stderr=True).status(f"{name}: loading") if sys.stderr.isatty() else nullcontext()
+    with loading:
         module = import_module(f"hsplitlora_flwr.cli.{command.module}")
     module.command()
 

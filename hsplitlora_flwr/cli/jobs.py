@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -327,8 +327,12 @@ def _console(folder: Path | None) -> Iterator[Listener]:
         with RunConsole() as console:
             yield console
     else:
-        with (folder / CONSOLE_FILE).open("w", encoding="utf-8") as file, RunConsole(Console(file=file)) as console:
+        with (folder / CONSOLE_FILE).open("w", encoding="utf-8") as file, _in_file(file) as console:
             yield console
+
+
+def _in_file(file: IO[str]) -> RunConsole:
+    return RunConsole(Console(file=file, force_interactive=False, no_color=True))
 
 
 def _outcome(job: Job) -> str:

@@ -21,7 +21,7 @@ import argparse
 import dataclasses
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ from hsplitlora_flwr.config import Config, ConfigError
 from hsplitlora_flwr.lora.limits import capped_shares
 from hsplitlora_flwr.methods import METHODS
 from hsplitlora_flwr.models.quantisation import check_quantiser
-from hsplitlora_flwr.planning import Budget, CostModel, Plan, PlanError
+from hsplitlora_flwr.planning import Budget, ClientPlan, CostModel, Plan, PlanError
 from hsplitlora_flwr.planning.leakage import LeakageTable
 from hsplitlora_flwr.planning.round import Size, cost_model, make_round_plan, own_costs
 from hsplitlora_flwr.reporting.events import format_bytes
@@ -234,7 +234,8 @@ def show(result: Forecast, console: Console) -> None:
     say(f"importance: {result.of_importance}")
     where = "in the machine, beside its GPU" if config.clients.gpu_memory_gb else "of a client's memory"
     say(f"process: {format_bytes(result.process.bytes)} {where}, {result.process.source}")
-    console.print(_table(result))
+    for each in _tables(result):
+        console.print(each)
     for client, missing in plan.left_out.items():
         say(f"client {client} is left out: it misses {missing:,} bytes of its {format_bytes(_memory(result, client))}")
     if METHODS[config.method.name].split:
@@ -256,44 +257,58 @@ def show(result: Forecast, console: Console) -> None:
         say(result.worth)
 
 
-def _table(result: Forecast) -> Table:
-    cost, plan = result.cost, result.plan
-    timed = result.timed
-    table = Table(header_style="bold", title="clients", title_justify="left")
-    for name in (
-        "client",
-        "budget",
-        "split",
-        "blocks",
-        "trains",
-        "ranks",
-        "mean",
-        "checkpointing",
-        "memory",
-        *PARTS,
-        *(["round"] if timed else []),
-    ):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name, client in plan.clients.items():
-        budget, split = result.budgets[name], client.split
-        ranks = list(client.ranks.values()) or [0]
-        # The cost model takes the memory of a part of the model apart, not that of the whole.
-        whole = split == cost.num_blocks
-        again = client.checkpointing
-        parts = {} if whole else cost.memory_parts(split, client.ranks, budget.process_bytes, checkpointing=again)
-        table.add_row(
-            name,
-            format_bytes(budget.memory_bytes),
-            "-" if whole else str(split),
-            f"0-{split - 1}" if split > 1 else "0",
-            "no" if client.forward_only else "yes",
-            f"{min(ranks)}-{max(ranks)}" if min(ranks) < max(ranks) else str(ranks[0]),
-            f"{sum(ranks) / len(ranks):.1f}",
-            client.checkpointed,
-            format_bytes(client.predicted_bytes),
-            *(format_bytes(parts[part]) if parts else "-" for part in PARTS),
-            *([f"{client.predicted_seconds:.3g} s"] if timed else []),
-        )
+def _tables(result: Forecast) -> Iterator[Table]:
+    """Who holds what, and what that takes; each fits 80 columns. What is the same for everybody has no column."""
+    plan, budgets = result.plan, result.budgets
+    yield _table(
+        {
+            "client": list(plan.clients),
+            "budget": [format_bytes(budgets[name].memory_bytes) for name in plan.clients],
+            **{title: [tell(client) for client in plan.clients.values()] for title, tell in _columns(result).items()},
+        }
+    )
+    shares = {name: _memory_parts(result, name) for name in plan.clients}
+    yield _table({"memory": list(shares)} | {part: [share[part] for share in shares.values()] for part in PARTS})
+
+
+def _columns(result: Forecast) -> dict[str, Callable[[ClientPlan], str]]:
+    clients, blocks = result.plan.clients.values(), result.cost.num_blocks
+    columns: dict[str, Callable[[ClientPlan], str]] = {
+        "split": lambda client: "-" if client.split == blocks else str(client.split),
+        "blocks": lambda client: f"0-{client.split - 1}" if client.split > 1 else "0",
+        "ranks": lambda client: _spread(client.ranks.values()),
+        "mean": lambda client: f"{sum(client.ranks.values()) / max(len(client.ranks), 1):.1f}",
+        "memory": lambda client: format_bytes(client.predicted_bytes),
+    }
+    if any(client.forward_only for client in clients):
+        columns["trains"] = lambda client: "no" if client.forward_only else "yes"
+    if any(client.checkpointed != "none" for client in clients):
+        columns["checkpointing"] = lambda client: client.checkpointed
+    if result.timed:
+        columns["round"] = lambda client: f"{client.predicted_seconds:.3g} s"
+    return columns
+
+
+def _spread(ranks: Collection[int]) -> str:
+    least, most = min(ranks, default=0), max(ranks, default=0)
+    return f"{least}-{most}" if least < most else str(most)
+
+
+def _memory_parts(result: Forecast, name: str) -> dict[str, str]:
+    client = result.plan.clients[name]
+    if client.split == result.cost.num_blocks:  # the cost model takes a part of the model apart, not the whole
+        return dict.fromkeys(PARTS, "-")
+    own = result.budgets[name].process_bytes
+    parts = result.cost.memory_parts(client.split, client.ranks, own, checkpointing=client.checkpointing)
+    return {part: format_bytes(parts[part]) for part in PARTS}
+
+
+def _table(columns: Mapping[str, Sequence[str]]) -> Table:
+    table = Table(box=None, padding=(0, 2 if len(columns) < 9 else 1, 0, 0), pad_edge=False, header_style="bold")
+    for title in columns:
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*row)
     return table
 
 

@@ -31,6 +31,8 @@ from hsplitlora_flwr.config import ConfigError
 START_SECONDS = 60.0
 ANSWER_SECONDS = 60.0
 _CONNECTION = "hsplitlora"
+_COLOURS = ("FORCE_COLOR", "CLICOLOR_FORCE", "PY_COLORS", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
+"""Environment variables that make programs write to files as they do to terminals."""
 
 # Ray's longest socket path below its folder is 68 bytes, mkdtemp adds 13, and macOS allows 103 in all.
 _LONGEST_TEMP_DIR = 22
@@ -290,7 +292,8 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path) 
 
 def _environment() -> dict[str, str]:
     """Our environment, with the programs of this Python first and nothing that calls or installs from outside."""
-    env = dict(os.environ)
+    # What Flower's programs answer is read, so it has no colours, whoever asks for them, as notebooks and CI do.
+    env = {name: value for name, value in os.environ.items() if name not in _COLOURS}
     env["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), env.get("PATH", os.defpath)])
     for name in ("no_grpc_proxy", "no_proxy", "NO_PROXY"):
         # gRPC, over which Flower's parts meet, asks the first of them alone where it is set
@@ -303,6 +306,7 @@ def _environment() -> dict[str, str]:
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "COLUMNS": "300",  # `flwr` wraps its errors
+        "NO_COLOR": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # simulated clients share the GPUs instead of seeing none
     }

@@ -8,6 +8,7 @@ Losses are means over a quarter of a client's round: those of single batches say
 from __future__ import annotations
 
 import math
+import sys
 import textwrap
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -52,7 +53,8 @@ class RunConsole:
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(highlight=False)
+        # where FORCE_COLOR is set, rich takes every file for a terminal
+        self._console = console or Console(highlight=False, force_interactive=sys.stdout.isatty())
         self._live = _LiveView(self._console) if self._console.is_interactive else None
         self._progress = _RunProgress()
         self._perplexity: float | None = None

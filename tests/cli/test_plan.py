@@ -108,6 +108,18 @@ def test_clients_that_train_nothing_are_shown(folder: Path) -> None:
     assert "client 0 is left out" in shown(folder, *mute, "lora.clients=all")
 
 
+@pytest.mark.parametrize("more", [(), ("clients.gflops=[1]", "train.activation_checkpointing=on")])
+def test_a_terminal_of_80_columns_shows_all_of_it(folder: Path, more: tuple[str, ...]) -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=80, force_terminal=True, color_system=None)
+    assert run(composed(folder, "clients.memory_gb=[2,2.5,12]", "clients.count=12", *more), console) == 0
+    lines = out.getvalue().splitlines()
+    tables = [line for line in lines if line.lstrip().startswith(("client ", "memory ", "11 "))]
+    assert len(tables) == 4 and "12.00 GB" in tables[1] and not any("…" in line for line in lines)
+    assert ("checkpointing" in tables[0], "round" in tables[0]) == (bool(more), bool(more))
+    assert set(PARTS) <= set(tables[2].split())
+
+
 def test_what_is_printed(folder: Path) -> None:
     text = shown(folder, "clients.count=2", "clients.memory_gb=[2]")
     result = planned(folder, "clients.count=2", "clients.memory_gb=[2]")

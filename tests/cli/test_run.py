@@ -541,6 +541,7 @@ def test_bad_settings_have_status_2_and_one_line(tmp_path):
         done = subprocess.run(
             [sys.executable, "-m", "simulations.run", override, f"run.dir={tmp_path / 'run'}"],
             cwd=PROJECT,
+            env={**os.environ, "FORCE_COLOR": "1", "CLICOLOR_FORCE": "1"},  # as in notebooks: Flower's answers are read
             capture_output=True,
             text=True,
             check=False,
