@@ -285,6 +285,8 @@ def _in_process(config: Config, launcher: Launcher, events: _Shown, stopping: th
         return str(final["error"])
     if process.killed:
         return "the process of the run was killed; most often the system does so for lack of memory"
+    if not log.exists():
+        return "the process of the run ended before it could say why"
     return _last_words(log) if process.failed else _missing(events.folder, final, log)
 
 

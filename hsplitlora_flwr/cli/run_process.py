@@ -71,6 +71,9 @@ def _context() -> SpawnContext | ForkServerContext:
         return multiprocessing.get_context("spawn")
     # OpenMP threads that spin while they wait make several processes on one machine many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if multiprocessing.get_start_method() not in multiprocessing.get_all_start_methods():
+        # a worker of joblib starts processes in a way of its own, and what it starts would have to know it
+        multiprocessing.set_start_method("forkserver", force=True)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["hsplitlora_flwr.cli.in_process", "transformers.modeling_utils"])
     return context

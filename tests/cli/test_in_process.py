@@ -15,6 +15,7 @@ from flwr.clientapp import ClientApp
 from safetensors.torch import load_file
 from torch import Tensor
 
+from hsplitlora_flwr.cli import run_process
 from hsplitlora_flwr.cli.in_process import InProcessGrid, run_here
 from hsplitlora_flwr.cli.interrupts import Interrupted
 from hsplitlora_flwr.cli.run import PROJECT, Launcher, launch
@@ -127,6 +128,19 @@ def test_a_run_that_is_no_longer_wanted_ends_with_its_process(tiny_folder: Path,
     thread.join(300)
     assert not thread.is_alive() and not multiprocessing.active_children()
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
+
+
+def test_a_worker_of_joblib_can_start_runs_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There processes are started in a way that those which are started do not know."""
+    now = ["loky"]
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: now[0])
+    monkeypatch.setattr(multiprocessing, "set_start_method", lambda method, *, force: now.append(method))
+    run_process._context.cache_clear()
+    assert run_process._context().get_start_method() == now[-1] == "forkserver"
+    now[:] = ["spawn"]
+    run_process._context.cache_clear()
+    run_process._context()
+    assert now == ["spawn"], "who has chosen a way keeps it"
 
 
 def test_nodes_work_at_the_same_time_and_an_exception_is_its_node_s_error() -> None:
