@@ -54,7 +54,8 @@ class RunConsole:
 
     def __init__(self, console: Console | None = None) -> None:
         # where FORCE_COLOR is set, rich takes every file for a terminal
-        self._console = console or Console(highlight=False, force_interactive=sys.stdout.isatty())
+        moves = None if sys.stdout.isatty() else False
+        self._console = console or Console(highlight=False, force_interactive=moves)
         self._live = _LiveView(self._console) if self._console.is_interactive else None
         self._progress = _RunProgress()
         self._perplexity: float | None = None

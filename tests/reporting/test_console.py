@@ -300,3 +300,12 @@ def test_of_forty_clients_on_24_lines_the_slowest_and_a_sum_are_shown():
     told = " ".join(plainly(output).split())
     assert "round 1, client" not in told
     assert "round 1, 40 clients: loss 3.000 → 2.000, client 17 took longest, 99.0 s, memory 1.20 GB at most" in told
+
+
+def test_a_file_stays_plain_where_colours_are_asked_for(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with RunConsole() as console:
+        console.handle({"kind": "phase", "text": "loading"})
+        console.handle(planned(1))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "loading" and not any("\x1b[?25l" in line or "\x1b[2K" in line for line in lines)
