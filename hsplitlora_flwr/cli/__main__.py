@@ -16,7 +16,7 @@ from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 
-from rich.console import Console
+from hsplitlora_flwr.cli.interrupts import interruptible
 
 EXTRA = "pip install 'hsplitlora-flwr[simulation]'"
 """What brings the packages that only the command line needs."""
@@ -83,13 +83,18 @@ def main(arguments: Sequence[str] | None = None, program: str = "hsplitlora {}")
     program : str
         What the user typed in place of the command ``{}``, as usage lines show it.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:
+        interruptible()  # from the first second: no traceback through half an import
+        arguments = sys.argv[1:]
+    arguments = list(arguments)
     name = _parser().parse_args(_meant(arguments)[:1]).command
     command = COMMANDS[name]
     if missing := [package for package in command.needs if find_spec(package) is None]:
         print(f"error: this command needs {', '.join(missing)}: {EXTRA}", file=sys.stderr)
         sys.exit(2)
     sys.argv = [program.format(name), *arguments[1:]]
+    from rich.console import Console
+
     # Where FORCE_COLOR is set, rich takes every file for a terminal.
     loading = Console(stderr=True).status(f"{name}: loading") if sys.stderr.isatty() else nullcontext()
     with loading:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from hsplitlora_flwr.cli import __main__ as cli
+from hsplitlora_flwr.cli.interrupts import ENDING
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,6 +63,25 @@ def test_what_follows_the_command_is_its_own(monkeypatch: pytest.MonkeyPatch) ->
     cli.main(["plan", "--help", "clients.memory_gb=[1,2]"])
     cli.main(["plan"], "python -m simulations.{}")
     assert seen == [["hsplitlora plan", "--help", "clients.memory_gb=[1,2]"], ["python -m simulations.plan"]]
+
+
+def test_ctrl_c_while_a_command_loads_ends_it_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def pressed(name: str) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(cli, "import_module", pressed)
+    monkeypatch.setattr(sys, "argv", ["hsplitlora", "doctor"])
+    before = {number: signal.getsignal(number) for number in ENDING}
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # as it is without nohup
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert end.value.code == 130 and capsys.readouterr() == ("", "")
 
 
 def test_a_command_without_its_packages_says_what_to_install(
