@@ -176,6 +176,18 @@ class ClientsConfig:
     )
     wait: int = setting(120, "how long to wait for them", unit="s", ge=1)
     min: int = setting(1, "fewest clients of a round; the run ends when failures leave fewer", ge=1)
+    repeats: int = setting(
+        0, "how often a round is repeated that fewer than clients.min finish, before the run ends", ge=0
+    )
+    deadline: float = setting(
+        0.0,
+        "how long the clients of a round may train; who is not done takes no further step; 0 = no limit",
+        unit="s",
+        ge=0,
+    )
+    late: Literal["count", "drop"] = setting(
+        "count", "deadline: whether the steps that a client took until then count, or it is left out of the round"
+    )
     per_round: int = setting(0, "clients that are drawn for a round, by seed; 0 = clients.fraction of them", ge=0)
     fraction: float = setting(
         1.0, "share of the clients that is drawn for a round, clients.min of them at least; 1 = all", gt=0, le=1
@@ -209,6 +221,10 @@ class ClientsConfig:
     adapter_mb: EachClient = setting(
         (), "adapters that client 0, 1, ... may send in a round; empty = no bound", unit="1e6 bytes"
     )
+
+    def drawn_of(self, known: int) -> int:
+        """How many of so many clients take part in a round."""
+        return min(self.per_round or max(math.ceil(self.fraction * known), self.min), known)
 
     @property
     def counted(self) -> ClientsConfig:
@@ -330,6 +346,13 @@ class TrainConfig:
     """Local training, the same on both sides of the cut."""
 
     rounds: int = setting(2, "federated rounds", ge=1)
+    rounds_per_message: int = setting(
+        0,
+        "how many of them one of Flower's messages takes a client through, over its stream; 0 = all, 1 = a message for "
+        "every task",
+        unit="rounds",
+        ge=0,
+    )
     steps: int = setting(10, "local steps of every client in a round", ge=1)
     batch_size: int = setting(8, "size of a step's batch", unit="examples", ge=1)
     micro_batch_size: int = setting(

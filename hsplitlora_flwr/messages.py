@@ -10,9 +10,11 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from safetensors.torch import load, save
 from torch import Tensor
@@ -39,6 +41,10 @@ NAME_LENGTH = 64
 """Longest name of a client."""
 HELD_BYTES = 4 << 20
 """Longest text of what a client says that it holds: some ten thousand layers."""
+
+answering_here: ContextVar[bool] = ContextVar("answering_here", default=False)
+"""Whether this thread is the server's, in a call that lets clients answer: one that waited there for what the server
+sends next would wait for ever."""
 
 R = TypeVar("R", ArrayRecord, ConfigRecord, MetricRecord)
 
@@ -274,7 +280,9 @@ class Task:
     endpoint : Endpoint
         Of the stream.
     token : str
-        That opens it, once; empty where no stream is to be opened.
+        That opens it; empty where no stream is to be opened.
+    lasting : bool
+        The stream stays open after the task, for what comes next (:mod:`hsplitlora_flwr.server.sessions`).
     patch : Patch
         What the client's accumulated update lacks.
     start : Mapping[str, Factors]
@@ -298,6 +306,7 @@ class Task:
     spacious: bool = False
     endpoint: Endpoint = field(default_factory=lambda: Endpoint("", "", ""))
     token: str = ""
+    lasting: bool = False
     patch: Patch = field(default_factory=lambda: Patch(0, {}))
     start: Mapping[str, Factors] = field(default_factory=dict)
     checkpointing: bool = False
@@ -331,9 +340,9 @@ class Task:
         """Bytes of the tensors."""
         return self.patch.nbytes + sum(b.nbytes + a.nbytes for b, a in self.start.values())
 
-    def over_stream(self, endpoint: Endpoint, token: str) -> Task:
+    def over_stream(self, endpoint: Endpoint, token: str, *, lasting: bool = False) -> Task:
         """The same task with a stream to do it over."""
-        return replace(self, endpoint=endpoint, token=token)
+        return replace(self, endpoint=endpoint, token=token, lasting=lasting)
 
     def without_tensors(self) -> Task:
         """The same task as its client knows it: its tensors are elsewhere."""
@@ -384,7 +393,7 @@ class Task:
             {
                 "task": ConfigRecord(self.to_text()),
                 "settings": ConfigRecord(dict(self.config.to_run_config())),
-                "stream": ConfigRecord(vars(self.endpoint) | {"token": self.token}),
+                "stream": ConfigRecord(vars(self.endpoint) | {"token": self.token, "lasting": self.lasting}),
                 "base": ConfigRecord({"names": list(self.base), "digests": list(self.base.values())}),
                 "patch": ConfigRecord(dict(text)),
                 "update": to_arrays(tensors),
@@ -399,11 +408,16 @@ class Task:
         A task lives as long as the training, and what is merged into the weights must not.
         """
         stream: dict[str, Any] = dict(records.config_records["stream"])
-        token = stream.pop("token")
+        token, lasting = stream.pop("token"), stream.pop("lasting")
         settings, text = read_settings(records), dict(records.config_records["task"])
         said: dict[str, Any] = dict(records.config_records["base"])
         base = dict(zip(said["names"], said["digests"], strict=True))
-        return cls.from_text(settings, text, endpoint=Endpoint(**stream), token=token, base=base)
+        return cls.from_text(settings, text, endpoint=Endpoint(**stream), token=token, lasting=lasting, base=base)
+
+
+def token_of(records: RecordDict) -> str:
+    """The token of the stream that a message's task is to be done over; "" where it names none."""
+    return str(records.config_records["stream"]["token"]) if "stream" in records else ""
 
 
 def take_patch(records: RecordDict) -> Patch:
@@ -568,6 +582,47 @@ def to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
         packets[-1][name] = tensor.detach().cpu().contiguous()
         room -= tensor.nbytes
     return ArrayRecord({str(i): _packet(save(each)) for i, each in enumerate(packets)})
+
+
+def pack_content(records: RecordDict) -> Tensor:
+    """The content of a message as bytes, uint8, to travel over a stream; it holds no bytes but those of arrays."""
+    data: dict[str, Tensor] = {}
+    text: dict[str, list[Any]] = {}
+    for name, held in records.items():
+        kind = _RECORDS.index(type(held))
+        if isinstance(held, ArrayRecord):
+            keys = {str(len(data) + index): key for index, key in enumerate(held)}
+            data |= {place: _bytes(held[key].data) for place, key in keys.items()}
+            text[name] = [kind, [[key, place, held[key].stype] for place, key in keys.items()]]
+        else:
+            text[name] = [kind, dict(held)]
+    return _bytes(save({_TEXT: _bytes(json.dumps(text).encode()), **data}))
+
+
+def unpack_content(content: Tensor) -> RecordDict:
+    """The inverse of :func:`pack_content`.
+
+    Raises
+    ------
+    Exception
+        Of whatever kind, if it is not what that makes.
+    """
+    data = load(content.numpy().tobytes())
+    records = RecordDict()
+    for name, (kind, held) in json.loads(data.pop(_TEXT).numpy().tobytes()).items():
+        if _RECORDS[kind] is ArrayRecord:
+            packets = {key: (data.pop(place).numpy().tobytes(), stype) for key, place, stype in held}
+            held = {key: Array("uint8", (len(packet),), stype, packet) for key, (packet, stype) in packets.items()}
+        records[name] = _RECORDS[kind](held)
+    return records
+
+
+def _bytes(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+_RECORDS: tuple[type[Any], ...] = (ArrayRecord, ConfigRecord, MetricRecord)
+_TEXT = "text"
 
 
 def _packet(data: bytes) -> Array:

@@ -224,6 +224,15 @@ def shares_half(config: Config) -> bool:
     return method.split and (method.half or config.server.half) == "shared"
 
 
+def with_room_for_messages(config: Config, at_once: int) -> Config:
+    """The settings where ``at_once`` clients can be at work: with fewer than a round has, no message lasts longer than
+    its task."""
+    lasts = METHODS[config.method.name].split and config.transport.kind != "messages"
+    if not lasts or config.clients.drawn_of(config.clients.count) <= at_once:
+        return config
+    return replace(config, train=replace(config.train, rounds_per_message=1))
+
+
 def keeps_half(config: Config) -> bool:
     """Whether the shared half goes on into the next round, adapters and optimizer."""
     return shares_half(config) and config.server.between_rounds == "keep"

@@ -22,6 +22,8 @@ compared with what:
 - ``gpu``: all that a GPU does: what is exact there, speed, memory; on a machine without one, or with ``--small``, tiny
   models take the same way.
 
+``soak``, which is not among all, is a deployment whose links and processes fail at random for ``--minutes``.
+
 ``--model`` is for the first six, ``narrow``, ``start`` and ``deployment``; the others bring shapes of their own.
 Figures are written after every row, so that those of a run that is ended are there.
 """
@@ -76,6 +78,8 @@ _MODULES = {
     "gpu": "gpu",
 }
 BENCHMARKS = {name: _later(module, name) for name, module in _MODULES.items()}
+ALONE = {"soak": _later("soak", "soak")}
+"""Those that run where they are named, and not among all."""
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "grpcio", "safetensors", "bitsandbytes")
 
 
@@ -113,15 +117,18 @@ def _version(package: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the named benchmarks, or all; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m simulations.benchmark", description="Benchmarks.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)} (default: all)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)} (default: all), or soak")
     parser.add_argument("--model", default=Setup.model, help="model.path (default: %(default)s)")
     parser.add_argument("--data", default=Setup.data, metavar="FOLDER", help="of the data set e2e (default: dialogues)")
-    parser.add_argument("--small", action="store_true", help="tiny models for gpu, as on a machine without one")
+    parser.add_argument(
+        "--small", action="store_true", help="tiny models for gpu, as on a machine without one; soak without faults"
+    )
+    parser.add_argument("--minutes", type=float, default=Setup.minutes, help="that soak lasts (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="write the figures there, as JSON")
     options = parser.parse_args(arguments)
-    if unknown := [name for name in options.names if name not in BENCHMARKS]:
+    if unknown := [name for name in options.names if name not in BENCHMARKS | ALONE]:
         parser.error(f"no benchmark is called {', '.join(unknown)}; choose from {', '.join(BENCHMARKS)}")
-    setup, console = Setup(options.model, options.data, options.small), Console(highlight=False)
+    setup, console = Setup(options.model, options.data, options.small, options.minutes), Console(highlight=False)
     if not console.is_terminal:
         console.width = 200  # a file has no width to keep to
     machine = environment()
@@ -129,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     written = {"model": setup.model, "data": setup.data or "dialogues", "environment": machine, "benchmarks": results}
     for name in options.names or BENCHMARKS:
         results[name] = []
-        for row in BENCHMARKS[name](setup):
+        for row in (BENCHMARKS | ALONE)[name](setup):
             results[name].append(row)
             console.print(", ".join(f"{key} {shown(value)}" for key, value in row.items()), style="dim", soft_wrap=True)
             if options.out:

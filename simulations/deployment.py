@@ -24,12 +24,77 @@ CONNECTION = "hospital"
 _PROGRAMS = Path(sys.executable).parent
 
 
+class Program:
+    """A program of Flower's in a process of its own, with whatever that starts.
+
+    Parameters
+    ----------
+    command : Sequence[str]
+        With its name first.
+    env : Mapping[str, str]
+    log : Path
+        What it says; a second start goes on there.
+    """
+
+    def __init__(self, command: Sequence[str], env: Mapping[str, str], log: Path) -> None:
+        self._command, self._env, self._log = [str(_PROGRAMS / command[0]), *command[1:]], dict(env), log
+        self.start()
+
+    @property
+    def pid(self) -> int:
+        """Of its process."""
+        return self._process.pid
+
+    @property
+    def lives(self) -> bool:
+        """Whether its process is there."""
+        return self._process.poll() is None
+
+    def start(self) -> None:
+        """Start it anew."""
+        with self._log.open("ab") as output:
+            self._process = subprocess.Popen(
+                self._command,
+                env=self._env,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def kill(self) -> None:
+        """Kill its process, and nothing that that started."""
+        self._process.kill()
+        self._process.wait()
+
+    def end(self) -> None:
+        """End all of it."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError):
+                os.killpg(self.pid, number)
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=5)
+
+
 @dataclass(frozen=True)
 class Deployment:
-    """A running deployment: the environment in which ``flwr`` knows it as ``CONNECTION``, and its logs."""
+    """A running deployment.
+
+    Parameters
+    ----------
+    env : Mapping[str, str]
+        In which ``flwr`` knows it as ``CONNECTION``.
+    folder : Path
+        With its logs.
+    superlink : Program
+    nodes : Sequence[Program]
+        The SuperNodes.
+    """
 
     env: Mapping[str, str]
     folder: Path
+    superlink: Program
+    nodes: Sequence[Program]
 
     def logs(self) -> str:
         """The end of every log."""
@@ -80,7 +145,8 @@ def deploy(folder: Path, nodes: Sequence[tuple[str, Mapping[str, str]]]) -> Iter
         superlink += ["--ssl-ca-certfile", str(certificate), "--ssl-certfile", str(certificate)]
         superlink += ["--ssl-keyfile", str(key), "--enable-supernode-auth"]
         superlink += ["--disable-runtime-dependency-installation"]
-        stack.enter_context(_process(superlink, env, folder / "superlink.log"))
+        link, programs = Program(superlink, env, folder / "superlink.log"), list[Program]()
+        stack.callback(link.end)
         _wait_until_healthy(port, certificate, folder / "superlink.log")
         for index, (node_config, surroundings) in enumerate(nodes):
             private = _register(env, folder, index)
@@ -88,8 +154,9 @@ def deploy(folder: Path, nodes: Sequence[tuple[str, Mapping[str, str]]]) -> Iter
             node += ["--auth-supernode-private-key", str(private), "--port", str(free_port())]
             node += ["--node-config", f'{node_config} state-dir="{folder / f"node{index}"}"']
             own = {**env, "FLWR_HOME": str(folder / f"home{index}"), **surroundings}
-            stack.enter_context(_process(node, own, folder / f"node{index}.log"))
-        yield Deployment(env, folder)
+            programs.append(Program(node, own, folder / f"node{index}.log"))
+            stack.callback(programs[-1].end)
+        yield Deployment(env, folder, link, programs)
 
 
 def free_port() -> int:
@@ -108,27 +175,6 @@ def _register(env: Mapping[str, str], folder: Path, index: int) -> Path:
     public.write_bytes(key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH))
     flwr(env, "supernode", "register", str(public), CONNECTION)
     return private
-
-
-@contextmanager
-def _process(command: list[str], env: Mapping[str, str], log: Path) -> Iterator[None]:
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [str(_PROGRAMS / command[0]), *command[1:]],
-            env=dict(env),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        yield
-    finally:
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=5)
 
 
 def _wait_until_healthy(port: int, certificate: Path, log: Path) -> None:

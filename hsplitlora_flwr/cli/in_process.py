@@ -25,7 +25,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from hsplitlora_flwr.client.handlers import split_client_app
 from hsplitlora_flwr.config import Config, Scalar
-from hsplitlora_flwr.methods import shares_half
+from hsplitlora_flwr.methods import shares_half, with_room_for_messages
 from hsplitlora_flwr.models.cores import all_cores, limit_cores
 from hsplitlora_flwr.server_app import make_strategy
 from hsplitlora_flwr.training.process import SharedProcess
@@ -139,6 +139,7 @@ def run_here(config: Config, *, cores: int = 0, threads: int = 1) -> None:
     process, count = SharedProcess(), config.clients.count
     # where steps take turns, clients wait for each other
     at_once = count if shares_half(config) else max(all_cores() // threads, 1)
+    config = with_room_for_messages(config, at_once)
     with tempfile.TemporaryDirectory() as disk:
         nodes: dict[int, dict[str, Scalar]] = {
             index + 1: {"partition-id": index, "num-partitions": count, "state-dir": disk} for index in range(count)

@@ -56,7 +56,7 @@ from hsplitlora_flwr.cli.superlink import (
 )
 from hsplitlora_flwr.comparison.points import JOB_FILE
 from hsplitlora_flwr.config import Config, ConfigError, unknown_key
-from hsplitlora_flwr.methods import METHODS
+from hsplitlora_flwr.methods import METHODS, with_room_for_messages
 from hsplitlora_flwr.models.cores import all_cores
 from hsplitlora_flwr.paths import last_round, nodes_folder, with_absolute_paths
 from hsplitlora_flwr.reporting import EVENTS_FILE, RunConsole, read_events
@@ -150,6 +150,12 @@ class Launcher:
             return config
         return dataclasses.replace(config, server=dataclasses.replace(config.server, order="arrival"))
 
+    def with_workers(self, config: Config) -> Config:
+        """The settings with messages that end with their task where one that lasts would keep a worker process from a
+        client of the same round."""
+        cpus = 0 if self.engine == "process" else self._counted_cpus(config)
+        return with_room_for_messages(config, cpus // self.client_cpus) if cpus else config
+
     def _counted_cpus(self, config: Config) -> int:
         """CPUs that Ray is to count with: more than there are where steps take turns and memory holds all clients; 0
         where other machines know their own."""
@@ -219,9 +225,11 @@ def _launch(
     stopping: threading.Event,
 ) -> int:
     folder = Path(config.run.dir)
-    settled = launcher.in_order(config)
-    if settled != config:
+    settled = launcher.with_workers(launcher.in_order(config))
+    if settled.server != config.server:
         _say(console, "not all clients can train at the same time here, so server.order=arrival: steps come as they do")
+    if settled.train != config.train:
+        _say(console, "not all clients of a round can be at work here, so every task is a message of its own")
     config, events = settled, _Shown(folder, console)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -10,15 +10,13 @@ from flwr.clientapp import ClientApp
 
 from hsplitlora_flwr.client.budget import load_memory_budget, partition_of
 from hsplitlora_flwr.client.node import LoadBudget, LoadData, Means, Node
+from hsplitlora_flwr.client.session import Session
 from hsplitlora_flwr.client.store import NodeStore
-from hsplitlora_flwr.client.turn import Turn
+from hsplitlora_flwr.client.turn import Line, Turn
 from hsplitlora_flwr.config import Config, ConfigError, DataConfig
 from hsplitlora_flwr.data.partition import cached_partition
 from hsplitlora_flwr.data.sources import Example, load_text, read_rows
-from hsplitlora_flwr.messages import DESCRIBE, FORGET, PROBE, TURN, read_base, read_settings
-from hsplitlora_flwr.models.fingerprint import fingerprint
-from hsplitlora_flwr.models.placement import check_device
-from hsplitlora_flwr.models.quantisation import check_quantiser
+from hsplitlora_flwr.messages import DESCRIBE, FORGET, PROBE, TURN
 from hsplitlora_flwr.training.cut import CutTransform
 from hsplitlora_flwr.training.process import OwnProcess
 from hsplitlora_flwr.transport.workers import WAKE
@@ -71,35 +69,28 @@ def split_client_app(
     @app.query(_action(DESCRIBE))
     def describe(message: Message, context: Context) -> Message:
         """Say the budget, the amount of data, and the version of the weights that this node holds."""
-        node = Node(means, context)
-        config = node.settings(read_settings(message.content))
-        check_device(config.model.device)
-        if base := read_base(message.content):
-            fingerprint(config.model.path).check(base, config.model.path)
-        check_quantiser(config.model.quantise)  # the library is a part of the process, and so are text and tokenizer
-        text = node.text(config)
-        node.measure_process(config)
-        return Message(node.describe(config, text).to_records(), reply_to=message)
+        return Message(Node(means, context).introduce(message.content), reply_to=message)
 
     @app.train(_action(PROBE))
     def probe(message: Message, context: Context) -> Message:
         """Score the weights that this client holds, on a few batches."""
-        return Turn(Node(means, context), message).begin()
+        return Session(Node(means, context), message).run()
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         """Train this client's adapters."""
-        return Turn(Node(means, context), message).begin()
+        return Session(Node(means, context), message).run()
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         """Measure the model on examples that this client keeps out of training."""
-        return Turn(Node(means, context), message).begin()
+        return Session(Node(means, context), message).run()
 
     @app.train(_action(TURN))
     def turn(message: Message, context: Context) -> Message:
         """Go on with a task over messages."""
-        return Turn(Node(means, context), message).go_on()
+        with Line() as line:
+            return Message(Turn(Node(means, context), message.content, line).go_on(), reply_to=message)
 
     @app.query(_action(FORGET))
     def forget(message: Message, context: Context) -> Message:

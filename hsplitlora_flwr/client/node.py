@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flwr.app import Context
+from flwr.app import Context, RecordDict
 
 from hsplitlora_flwr.client.budget import (
     adapter_bytes,
@@ -22,10 +22,12 @@ from hsplitlora_flwr.client.task import Assignment, OwnText
 from hsplitlora_flwr.config import Config, ConfigError, Scalar
 from hsplitlora_flwr.data.fit import Cut, fit_text
 from hsplitlora_flwr.data.sources import Example
-from hsplitlora_flwr.messages import Description, Task
+from hsplitlora_flwr.messages import Description, Task, read_base, read_settings
 from hsplitlora_flwr.methods import METHODS
+from hsplitlora_flwr.models.fingerprint import fingerprint
 from hsplitlora_flwr.models.loading import read_config
-from hsplitlora_flwr.models.placement import on_gpus
+from hsplitlora_flwr.models.placement import check_device, on_gpus
+from hsplitlora_flwr.models.quantisation import check_quantiser
 from hsplitlora_flwr.privacy.protection import protection, protection_name
 from hsplitlora_flwr.registry import import_plugins
 from hsplitlora_flwr.training.cut import CutTransform, SeededCut, chained
@@ -61,7 +63,8 @@ class Means:
 
 
 class Node:
-    """A node while it answers a message; nothing is remembered between them but what is on its disk.
+    """A node while it answers a message, and what comes over its stream meanwhile; nothing is remembered between two
+    messages but what is on its disk.
 
     Parameters
     ----------
@@ -81,6 +84,7 @@ class Node:
         import_plugins(context.run_config)
         self.process, self.store = means.process, NodeStore(context)
         self._means, self._context = means, context
+        self._read: tuple[Config, OwnText] | None = None
 
     @property
     def name(self) -> str:
@@ -95,23 +99,44 @@ class Node:
         return Config.from_run_config(config.to_run_config() | own) if own else config
 
     def text(self, config: Config) -> OwnText:
-        """The client's examples as tokens; those that it keeps out of training are drawn by seed.
+        """The client's examples as tokens, read once; those that it keeps out of training are drawn by seed.
 
         Raises
         ------
         ConfigError, DataError, ModelFilesError
             If there are none to train on, or they do not fit this node's model.
         """
+        if self._read and self._read[0] == config:
+            return self._read[1]
         examples, apart = self._means.load_data(self._context, config), config.evaluation.client_rows
         if len(examples) <= apart:
             kept = f", and evaluation.client_rows={apart} keeps them out of training" if apart else ""
             raise ConfigError(f"client {self.name} has {len(examples) or 'no'} training examples{kept}")
         tokens = fit_text(examples, config)
         held_out = set(random.Random(data_seed(config, self.name)).sample(range(len(tokens)), apart))
-        return OwnText(
+        text = OwnText(
             train=[example for index, example in enumerate(tokens) if index not in held_out],
             held_out=[tokens[index] for index in sorted(held_out)],
         )
+        self._read = config, text
+        return text
+
+    def introduce(self, content: RecordDict) -> RecordDict:
+        """The answer to a ``describe`` message: budget, amount of data, and the version of the weights that it holds.
+
+        Raises
+        ------
+        BaseMismatchError, ConfigError, DataError, ModelFilesError
+            If it cannot take part.
+        """
+        config = self.settings(read_settings(content))
+        check_device(config.model.device)
+        if base := read_base(content):
+            fingerprint(config.model.path).check(base, config.model.path)
+        check_quantiser(config.model.quantise)  # the library is a part of the process, and so are text and tokenizer
+        text = self.text(config)
+        self.measure_process(config)
+        return self.describe(config, text).to_records()
 
     def measures(self, config: Config) -> bool:
         """Whether what this node may use is measured, and not stated."""

@@ -13,6 +13,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -172,10 +173,10 @@ class NodeStore:
     def forget(self) -> None:
         """Remove everything of this run, and what runs that broke off left here more than a week ago."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        for run in self._root.iterdir() if self._root.exists() else ():
-            nodes = list(run.iterdir()) if run.is_dir() else []
-            for node in nodes:
-                if time.time() - node.stat().st_mtime > _WEEK:
-                    shutil.rmtree(node, ignore_errors=True)
-            if run.is_dir() and not any(run.iterdir()):
-                run.rmdir()
+        with suppress(OSError):  # other nodes of this machine may be at it too
+            for run in filter(Path.is_dir, list(self._root.iterdir())):
+                for node in list(run.iterdir()):
+                    if time.time() - node.stat().st_mtime > _WEEK:
+                        shutil.rmtree(node, ignore_errors=True)
+                if not any(run.iterdir()):
+                    run.rmdir()

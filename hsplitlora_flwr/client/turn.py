@@ -1,76 +1,131 @@
-"""A message of a task, from what it brings to the reply: all of the task over the stream, or one turn over messages."""
+"""A task, from what brings it to its reply: all of it over the stream, or one turn over messages."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from types import TracebackType
 
-from flwr.app import Message, RecordDict
+from flwr.app import RecordDict
 
 from hsplitlora_flwr.client.node import Node
 from hsplitlora_flwr.client.task import ClientTask, OwnText, kind_of
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.lora.aggregation import Factors
 from hsplitlora_flwr.lora.update import Change, UpdateError
-from hsplitlora_flwr.messages import Progress, Task, take_patch, take_start
+from hsplitlora_flwr.messages import Progress, Task, answering_here, take_patch, take_start
 from hsplitlora_flwr.models.fingerprint import check_part
 from hsplitlora_flwr.models.placement import pick_devices
 from hsplitlora_flwr.transport.frames import Failure, Frame
-from hsplitlora_flwr.transport.link import TRANSPORTS, Ticket
+from hsplitlora_flwr.transport.link import TRANSPORTS, MeasuredLink, Ticket
 from hsplitlora_flwr.transport.messages import add_frames, frame_bytes, read_frames
 from hsplitlora_flwr.transport.stream import StreamError, Unreachable
 
 log = logging.getLogger(__name__)
 
 
+class Line:
+    """A client's end of the stream, open from its first task on; a context manager, which closes it."""
+
+    def __init__(self) -> None:
+        self._opened = ExitStack()
+        self._link: MeasuredLink | None = None
+        self._closed = False  # none opens
+
+    def __enter__(self) -> Line:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._opened.__exit__(kind, error, tb)
+        self._link = None
+
+    @property
+    def link(self) -> MeasuredLink | None:
+        """The stream, where it is open."""
+        return self._link
+
+    def open(self, task: Task) -> MeasuredLink | None:
+        """The stream of a task, opened for the first; None where none opens and messages are to take its place.
+
+        Raises
+        ------
+        StreamError
+            If none opens, and messages are not to.
+        """
+        transport = task.config.transport
+        if self._link is None and task.token and not self._closed:
+            way = TRANSPORTS[transport.kind].connect(Ticket(task.endpoint, task.token), transport)
+            try:
+                self._link = self._opened.enter_context(way)
+            except Unreachable as error:
+                if transport.kind != "auto":
+                    raise
+                log.warning("going on over messages: %s", error)
+                self._closed = True
+        return self._link
+
+
 class Turn:
-    """What a node does with one message of a task.
+    """What a node does with one message of a task, or with what comes in its place over the stream.
 
     Parameters
     ----------
     node : Node
-    message : Message
+    content : RecordDict
         With the task, or with the server's answers to the turn before.
+    line : Line
+        The node's stream.
     """
 
-    def __init__(self, node: Node, message: Message) -> None:
-        self._node, self._message = node, message
+    def __init__(self, node: Node, content: RecordDict, line: Line) -> None:
+        self._node, self._content, self._line = node, content, line
         node.process.return_freed_memory()  # before tensors come: where they lie is settled when they are made
 
-    def begin(self) -> Message:
-        """Do a task over the stream, or take the first turn over messages."""
+    def begin(self) -> tuple[RecordDict, bool]:
+        """Do a task over the stream, or take the first turn over messages.
+
+        Returns
+        -------
+        tuple[RecordDict, bool]
+            The content of the reply, and whether the stream stays open for it and for what follows.
+        """
         progress, node = Progress(), self._node
-        task = Task.from_records(self._message.content)
+        task = Task.from_records(self._content)
         task = replace(task, config=node.settings(task.config))
+        # who stays opens it first of all, so that the server knows; who goes, last: a second message may bring the task
+        lasts = task.lasting and not answering_here.get() and self._line.open(task) is not None
         model = task.config.model
         with node.process.loading():
             check_part(task.base, model.path, task.split, model.dtype, head=task.labels_stay)
         if task.spacious:
-            return node.process.keep_freed_memory(lambda: self._begin(task, progress))
-        return self._begin(task, progress)
+            return node.process.keep_freed_memory(lambda: self._begin(task, progress)), lasts
+        return self._begin(task, progress), lasts
 
-    def _begin(self, task: Task, progress: Progress) -> Message:
+    def _begin(self, task: Task, progress: Progress) -> RecordDict:
         node, text, frames = self._node, self._node.text(task.config), list[Frame]()
         with node.process.peak_memory(pick_devices(task.config.model.device)) as memory:
             try:
-                changes = {} if task.from_base else node.store.update(take_patch(self._message.content))
+                changes = {} if task.from_base else node.store.update(take_patch(self._content))
             except UpdateError as error:  # then the server sends all of it
                 log.warning("the update on disk is not what it was: %s", error)
-                return Message(node.describe(task.config, text).to_records(), reply_to=self._message)
-            start = take_start(self._message.content)
+                return node.describe(task.config, text).to_records()
+            start = take_start(self._content)
             begun = self._load(task, text, changes, start)
             changes, start = {}, {}  # merged, and from here on only the model holds what it needs
             progress.begin()
-            done = task.method.split and bool(task.token) and self._over_stream(begun, progress)
-            if not done:
+            if link := self._line.open(task):
+                self._over_stream(begun, link, progress)
+                done = True
+            else:
                 frames, done = begun.take_turn([])
         progress.note_peaks(memory.bytes, memory.host_bytes)
         return self._reply(begun, frames, done, progress)
 
-    def go_on(self) -> Message:
-        """Take the next turn over messages, from what the turn before left on disk."""
-        node, answers = self._node, read_frames(self._message.content)
+    def go_on(self) -> RecordDict:
+        """Take the next turn over messages, from what the turn before left on disk; returns the reply's content."""
+        node, answers = self._node, read_frames(self._content)
         if isinstance(answers[0], Failure):
             node.store.end_training()
             raise StreamError(f"the server shard failed: {answers[0].error}")
@@ -81,7 +136,7 @@ class Turn:
             begun = self._load(task, text, {} if task.from_base else node.store.changes())
             begun.restore(tensors, kept["state"])
             frames, done = begun.take_turn(answers)
-        progress.bytes_down += frame_bytes(self._message.content)
+        progress.bytes_down += frame_bytes(self._content)
         progress.note_peaks(memory.bytes, memory.host_bytes)
         return self._reply(begun, frames, done, progress)
 
@@ -92,24 +147,16 @@ class Turn:
         with self._node.process.loading():
             return kind_of(task)(given, changes, start or {})
 
-    def _over_stream(self, begun: ClientTask, progress: Progress) -> bool:
-        """Do a task over the stream; False if none opens and messages are to take its place."""
-        task, transport, store = begun.task, begun.task.config.transport, self._node.store
-        try:
-            with TRANSPORTS[transport.kind].connect(Ticket(task.endpoint, task.token), transport) as link:
-                if self._node.measures(task.config) and not store.number("up"):
-                    up, down = link.measure()
-                    store.note(up=up, down=down)
-                begun.work(link)
-        except Unreachable as error:
-            if transport.kind != "auto":
-                raise
-            log.warning("going on over messages: %s", error)
-            return False
-        progress.bytes_up, progress.bytes_down = link.bytes_up, link.bytes_down
-        return True
+    def _over_stream(self, begun: ClientTask, link: MeasuredLink, progress: Progress) -> None:
+        """Do a task over the stream."""
+        store, up, down = self._node.store, link.bytes_up, link.bytes_down
+        if self._node.measures(begun.task.config) and not store.number("up"):
+            measured_up, measured_down = link.measure()
+            store.note(up=measured_up, down=measured_down)
+        begun.work(link)
+        progress.bytes_up, progress.bytes_down = link.bytes_up - up, link.bytes_down - down
 
-    def _reply(self, begun: ClientTask, frames: Sequence[Frame], done: bool, progress: Progress) -> Message:
+    def _reply(self, begun: ClientTask, frames: Sequence[Frame], done: bool, progress: Progress) -> RecordDict:
         """Frames for the server, and with the last of them the outcome."""
         task, store, records = begun.task, self._node.store, RecordDict()
         if frames:
@@ -123,4 +170,4 @@ class Turn:
             tensors, state = begun.state()
             kept = {"settings": task.config.to_run_config(), "task": task.to_text(), "progress": vars(progress)}
             store.save_training(tensors, kept | {"state": state})
-        return Message(records, reply_to=self._message)
+        return records

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import random
+import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +42,7 @@ def cached_partition(
     except (OSError, ValueError):
         parts = partition(examples, config, num_clients, seed)
         file.parent.mkdir(parents=True, exist_ok=True)
-        draft = file.with_suffix(f".{os.getpid()}")
+        draft = file.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
         draft.write_text(json.dumps(parts), encoding="utf-8")
         draft.replace(file)
     return parts

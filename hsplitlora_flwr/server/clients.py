@@ -12,7 +12,7 @@ import math
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from flwr.app import Message, RecordDict
@@ -72,10 +72,13 @@ class Clients:
         Seconds that they have for an exchange.
     on_failure : Callable[[str], None]
         Is told the name of a client that is left out.
+    on_draw : Callable[[Collection[str]], None]
+        Is told the names of those that are to take part in a round, as far as they are known, before any is asked.
     """
 
     def __init__(self, config: Config, report: RunReport) -> None:
         self.on_failure: Callable[[str], None] = lambda client: None
+        self.on_draw: Callable[[Collection[str]], None] = lambda clients: None
         self.descriptions: dict[int, Description] = {}
         self.seconds: dict[int, float] = {}
         self.timeout: float = config.run.timeout
@@ -83,6 +86,7 @@ class Clients:
         self._fresh: dict[int, Description] = {}
         self._met: set[int] = set()
         self._owners: dict[str, int] = {}  # the node that a name belongs to
+        self._names: dict[int, str] = {}  # the other way round
         self._capped: set[int] = set()
         self._dead = DeadWorkers()
 
@@ -116,19 +120,23 @@ class Clients:
                 )
         return shares
 
-    def wait(self, grid: Grid) -> None:
-        """Wait until ``clients.count`` nodes are there.
+    def wait(self, grid: Grid, least: int = 0) -> None:
+        """Wait until so many nodes are there; ``clients.count`` by default.
 
         Raises
         ------
         ClientFailedError
             If they are not within ``clients.wait`` seconds.
         """
-        wanted, patience = self._config.clients.count, self._config.clients.wait
+        wanted, patience = least or self._config.clients.count, self._config.clients.wait
         self._report.phase(f"waiting for {wanted} clients")
         deadline = time.monotonic() + patience
         while len(nodes := list(grid.get_node_ids())) < wanted:
             if time.monotonic() > deadline:
+                if least:
+                    raise ClientFailedError(
+                        f"{len(nodes)} clients are there after {patience} s, and clients.min={least}"
+                    )
                 raise ClientFailedError(
                     f"only {len(nodes)} of clients.count={wanted} clients came within {patience} s; in a simulation "
                     f"pass --federation-config 'num-supernodes={wanted}', or lower clients.count"
@@ -140,18 +148,26 @@ class Clients:
         (:meth:`remember`). Before training, in round 0, all of them are asked, and the first round need not ask again.
         """
         nodes = sorted(grid.get_node_ids())
-        self._owners = {name: node for name, node in self._owners.items() if node in nodes}
+        self._keep_to(set(nodes))
         self.descriptions = {node: self._fresh[node] for node in nodes if node in self._fresh}
         drawn = nodes
         if server_round and self._draws:
-            self._ask(grid, [node for node in nodes if node not in self._owners.values()], server_round, needed=0)
+            self._ask(grid, [node for node in nodes if node not in self._names], server_round, needed=0)
             drawn = self._draw(server_round)
             self.descriptions = {node: self.descriptions[node] for node in drawn if node in self.descriptions}
+        self.on_draw({self._names[node] for node in drawn if node in self._names})
         needed = max(self._config.clients.min - len(self.descriptions), 0)
         self._ask(grid, [node for node in drawn if node not in self.descriptions], server_round, needed)
         self._fresh = {} if server_round else dict(self.descriptions)
         self.seconds = {node: seconds for node, seconds in self.seconds.items() if node in self.descriptions}
         self.descriptions = dict(sorted(self.descriptions.items(), key=lambda item: item[1].name))
+
+    def _keep_to(self, nodes: Collection[int]) -> None:
+        """Forget who is gone: whoever comes back is another node."""
+        self._names = {node: name for node, name in self._names.items() if node in nodes}
+        self._owners = {name: node for node, name in self._names.items()}
+        self._met &= set(nodes)
+        self._capped &= set(nodes)
 
     @property
     def known(self) -> int:
@@ -165,10 +181,9 @@ class Clients:
 
     def _draw(self, server_round: int) -> list[int]:
         """The nodes of a round: by seed, round and names, so the same in every run."""
-        clients, names = self._config.clients, sorted(self._owners)
-        count = clients.per_round or max(math.ceil(clients.fraction * len(names)), clients.min)
+        names = sorted(self._owners)
         dice = random.Random(f"{self._config.run.seed}/{server_round}")
-        return [self._owners[name] for name in dice.sample(names, min(count, len(names)))]
+        return [self._owners[name] for name in dice.sample(names, self._config.clients.drawn_of(len(names)))]
 
     def _ask(self, grid: Grid, nodes: Sequence[int], server_round: int, needed: int) -> None:
         """Ask nodes who they are; those that do not say so rightly are left out."""
@@ -198,12 +213,12 @@ class Clients:
         name, longest, most = description.name, description.longest, self._config.data.max_length
         if self._owners.get(name, node) != node:
             raise ReplyError(f"another node calls itself client {name}; give each a name or a partition-id")
-        if others := [known for known, owner in self._owners.items() if owner == node and known != name]:
-            raise ReplyError(f"it calls itself {name}, and before it was client {others[0]}; a node keeps its name")
+        if (before := self._names.get(node, name)) != name:
+            raise ReplyError(f"it calls itself {name}, and before it was client {before}; a node keeps its name")
         if longest > most:
             raise ReplyError(f"its longest example has {longest:,} tokens, and data.max_length={most} cuts them before")
         self._check_directions(description)
-        self._owners[name] = node
+        self._owners[name], self._names[node] = node, name
         self.descriptions[node] = description
 
     def _check_directions(self, description: Description) -> None:
@@ -238,6 +253,7 @@ class Clients:
         answer: Answer = lambda reply: None,
         needed: int | None = None,
         may_answer: Callable[[Message], bool] = lambda reply: True,
+        deadline: float = 0.0,
     ) -> list[Message]:
         """Send messages and answer the replies, until every client sent its last; those that fail are left out.
 
@@ -251,6 +267,8 @@ class Clients:
             Last replies that there must be; ``clients.min`` by default.
         may_answer : Callable[[Message], bool], optional
             Whether a reply can be answered now.
+        deadline : float
+            Seconds that they have to work; they have half as many again to say what they did. 0 = ``timeout`` alone.
 
         Returns
         -------
@@ -265,7 +283,8 @@ class Clients:
         messages = list(messages)
         silent = {message.metadata.dst_node_id for message in messages}
         replies, failures, started = [], [], time.monotonic()
-        for node, reply in converse(grid, messages, answer, self.timeout, self._dead, may_answer):
+        seconds, setting = min((self.timeout, "run.timeout"), (_LATEST * deadline or math.inf, "clients.deadline"))
+        for node, reply in converse(grid, messages, answer, seconds, self._dead, may_answer):
             silent.discard(node)
             if reply.has_error():
                 failures.append(self.leave_out(node, reason_of(reply), server_round))
@@ -273,7 +292,7 @@ class Clients:
                 self.seconds[node] = time.monotonic() - started
                 replies.append(reply)
         for node in silent:
-            reason = f"no reply within {self.timeout:.0f} s (run.timeout)"
+            reason = f"no reply within {seconds:.4g} s ({setting})"
             failures.append(self.leave_out(node, reason, server_round))
         self._require(needed, len(replies), failures)
         return sorted(replies, key=lambda reply: self.name(reply.metadata.src_node_id))
@@ -339,14 +358,15 @@ class Clients:
         return f"client {client} failed: {reason}"
 
     def forget(self, grid: Grid) -> None:
-        """Tell the nodes that the run is over: they remove what they kept of it.
+        """Tell the nodes that the run is over, once: they remove what they kept of it.
 
         A run ends as it ended, whether they answer or not, so nothing is raised.
         """
+        met, self._met = self._met, set()
         try:
-            messages = [Message(RecordDict(), node, FORGET) for node in grid.get_node_ids() if node in self._met]
+            messages = [Message(RecordDict(), node, FORGET) for node in grid.get_node_ids() if node in met]
             told = converse(grid, messages, lambda reply: None, min(self.timeout, FORGET_SECONDS), self._dead)
-            silent = self._met - {node for node, reply in told if not reply.has_error()}
+            silent = met - {node for node, reply in told if not reply.has_error()}
         except Exception:  # whatever the connection says
             log.warning("nodes could not be told to remove what they keep of the run", exc_info=True)
         else:
@@ -370,3 +390,4 @@ def _in_few_words(failures: Iterable[str]) -> str:
 
 
 _REASONS = 3
+_LATEST = 1.5

@@ -12,11 +12,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from flwr.app import Message, RecordDict
+from torch import Tensor
 
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.lora.aggregation import Factors, Update
 from hsplitlora_flwr.lora.layers import AdapterSpec
-from hsplitlora_flwr.messages import EVALUATE, TRAIN, TURN, Description, Outcome, ReplyError, Task, reading
+from hsplitlora_flwr.messages import EVALUATE, HELD_BYTES, TRAIN, TURN, Description, Outcome, ReplyError, Task, reading
 from hsplitlora_flwr.methods import METHODS, shares_half
 from hsplitlora_flwr.models.fingerprint import part_digests
 from hsplitlora_flwr.planning.cost import Layer
@@ -25,7 +26,7 @@ from hsplitlora_flwr.reporting.report import RunReport
 from hsplitlora_flwr.server.clients import Clients
 from hsplitlora_flwr.server.model import FederatedModel, TrainedHalf
 from hsplitlora_flwr.server.records import RoundFigures, step_row
-from hsplitlora_flwr.server.replies import read_outcome
+from hsplitlora_flwr.server.replies import read_outcome, reply_bytes
 from hsplitlora_flwr.server.shard import Shard
 from hsplitlora_flwr.training.memory import may_fragment
 from hsplitlora_flwr.training.server import StepReport
@@ -33,6 +34,9 @@ from hsplitlora_flwr.transport.frames import Failure
 from hsplitlora_flwr.transport.messages import add_frames, has_frames
 
 log = logging.getLogger(__name__)
+
+LASTING_SECONDS = 90 * 24 * 3600.0
+"""Flower keeps a message so long that lasts for a run; others for its usual twelve hours."""
 
 
 class Dispatch:
@@ -85,6 +89,7 @@ class Dispatch:
         shared = shares_half(self._config)
         specs = self._specs(self._half_ranks(plans.values()) if shared else {})
         self._model.begin_round(specs)
+        self._shard.begin_round()
         if not shared:
             return
         owner = "all" if self._method.keeps_global_adapter else f"{server_round}/server"
@@ -93,7 +98,7 @@ class Dispatch:
             specs,
             f"{self._config.run.seed}/{owner}",
             self._model.start(specs),
-            self._model.kept.tensors,
+            self._kept(),
             lambda client: self._report.status(
                 f"client {client} did not come in time for its step (server.patience); the others go on"
             ),
@@ -126,6 +131,7 @@ class Dispatch:
                 lambda step: self._report_step(task, step),
                 description.longest,
                 description.cut_width,
+                HELD_BYTES + reply_bytes(task, self._layers),
             )
         self._tasks[node] = task.without_tensors()
         self._sent_again.discard(node)
@@ -179,8 +185,15 @@ class Dispatch:
             If it is not what its task asked for.
         """
         task = self._tasks[node]
-        if task.kind != EVALUATE and self._method.split and not self._shard.trainer(task.client).finished:
-            raise ReplyError("it replied before its last step")
+        if task.kind != EVALUATE and self._method.split:
+            trainer = self._shard.trainer(task.client)
+            if not trainer.finished:
+                raise ReplyError("it replied before its last step")
+            if trainer.steps < task.steps:
+                task = replace(task, steps=trainer.steps)
+                self._report.status(
+                    f"client {task.client} had time for {task.steps} steps, which count (clients.deadline)"
+                )
         return read_outcome(records, task, self._layers, self._model.start(task.specs))
 
     def trained(self, outcomes: Mapping[int, Outcome]) -> tuple[list[Update], TrainedHalf]:
@@ -199,6 +212,11 @@ class Dispatch:
         half = self._shard.adapters()
         trained_by = {name: [i for i, task in enumerate(tasks) if task.split <= self._blocks[name]] for name in half}
         return updates, TrainedHalf(half, self._shard.half_tensors(), trained_by)
+
+    def _kept(self) -> Mapping[str, Tensor]:
+        """What the shared half goes on from, which a round changes that may have to be repeated."""
+        kept = self._model.kept.tensors
+        return {key: tensor.clone() for key, tensor in kept.items()} if self._config.clients.repeats else kept
 
     def _again(self, node: int) -> Message:
         if node in self._sent_again:
@@ -220,7 +238,7 @@ class Dispatch:
             states = {name: state for name, state in self._model.accumulated.held().items() if name in held}
             self._clients.now_holds(node, states)
         self.figures.down[node] += task.nbytes
-        return Message(task.to_records(), node, task.kind)
+        return Message(task.to_records(), node, task.kind, ttl=LASTING_SECONDS if task.lasting else None)
 
     def _specs(self, ranks: Mapping[str, int]) -> dict[str, AdapterSpec]:
         alpha, dropout = self._config.alpha, self._config.lora.dropout

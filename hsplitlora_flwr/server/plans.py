@@ -83,6 +83,7 @@ class RoundPlanner:
         self.planned_budgets: dict[str, Budget] = dict(kept.planned_budgets) if kept else {}
         self.planned_importance: dict[str, float] = dict(kept.planned_importance) if kept else {}
         self._planned_sizes = dict(sizes)
+        self._scored = 0  # the last round in which importance was measured
 
     @property
     def layers(self) -> Sequence[Layer]:
@@ -114,6 +115,8 @@ class RoundPlanner:
     def scores_due(self, server_round: int) -> bool:
         """Whether importance is to be measured in this round."""
         every = self._config.plan.probe_every
+        if server_round == self._scored:
+            return False  # the round is repeated
         return self._method.importance and (server_round == 1 or (bool(every) and (server_round - 1) % every == 0))
 
     def probe_plan(self, client: str, budget: Budget) -> ClientPlan | None:
@@ -143,7 +146,7 @@ class RoundPlanner:
         measured = complete(combine(zip(weights, scores, strict=True)), names)
         if server_round > 1:
             measured = smooth(self.importance, measured, server_round - 1, self._config.train.rounds)
-        self.importance = measured
+        self.importance, self._scored = measured, server_round
 
     @property
     def drift(self) -> float:

@@ -41,10 +41,18 @@ _RECORDS, _METRICS = 16, 32
 """Records of a reply and metrics in it: more than there are, so that a later version may add some."""
 _PACKET, _TENSOR = 1 << 12, 1 << 9
 """Bytes of a packet besides its tensors, and of the name and shape of each."""
+_SAID = 1 << 8
+"""Bytes of a score, a loss or a metric as text, with its name."""
 _ROUNDING = 1.001
 """Slack of a bound that holds but for rounding."""
 
 Shape = tuple[int, int]
+
+
+def reply_bytes(task: Task, layers: Iterable[Layer]) -> int:
+    """Bytes of a task's reply at most, but for what a client says of itself."""
+    asked = Asked.by(task, [layer for layer in layers if layer.block < task.split])
+    return asked.nbytes + _SAID * (len(asked.scores) + asked.steps + _METRICS)
 
 
 def read_outcome(
@@ -126,6 +134,13 @@ class Asked:
             tokens=examples * config.data.max_length,
             figures=FIGURES[task.kind],
         )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the adapters at most, in as many packets as there are tensors."""
+        factors = [factor for pair in self.adapters.values() for factor in pair]
+        tensors = sum(math.prod(shape) * self.dtype.itemsize for shape in factors)
+        return tensors + (_TENSOR + _PACKET) * max(len(factors), 1)
 
     def check_sizes(self, records: RecordDict) -> None:
         """Raise :class:`ReplyError` if anything is larger than what was asked for; nothing is parsed here."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from hsplitlora_flwr.models.cores import all_cores
 from hsplitlora_flwr.models.placement import check_device, check_gpu_memory, pick_devices
 from hsplitlora_flwr.models.split import BodyModel, ServerModel
 from hsplitlora_flwr.planning.round import passes_at_once, takes_all
+from hsplitlora_flwr.server.sessions import Sessions
 from hsplitlora_flwr.training.activation_checkpointing import checkpoint_blocks
 from hsplitlora_flwr.training.allowance import Allowance, Refused
 from hsplitlora_flwr.training.half import OwnHalf, Seat, SharedHalf
@@ -31,7 +33,7 @@ from hsplitlora_flwr.training.turns import Turns
 from hsplitlora_flwr.transport.bottleneck import Bottleneck
 from hsplitlora_flwr.transport.codecs import WireError
 from hsplitlora_flwr.transport.frames import Failure, Frame
-from hsplitlora_flwr.transport.link import TRANSPORTS, Handler, Port
+from hsplitlora_flwr.transport.link import TRANSPORTS, Handler, LastingPort, Port
 from hsplitlora_flwr.transport.messages import read_frames
 
 log = logging.getLogger(__name__)
@@ -57,6 +59,8 @@ class Shard:
     ----------
     config : Config
         Which model, where it goes, and which port to open.
+    sessions : Sessions, optional
+        Of the clients, where their messages are to last; by default each is one task.
 
     Raises
     ------
@@ -64,9 +68,12 @@ class Shard:
         If the port cannot be opened or the certificate cannot be used; before the model is loaded.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, sessions: Sessions | None = None) -> None:
         self._config = config
         self._stream = None if config.transport.kind == "messages" else open_stream(config.transport)
+        self._sessions = sessions or Sessions(1)
+        if isinstance(self._stream, LastingPort):
+            self._sessions.over(self._stream)
         self._served: dict[str, _Served] = {}
         devices = pick_devices(config.model.device)
         self.base = SharedBase(config.model.path, config.model.dtype, devices, config.model.quantise)
@@ -74,7 +81,12 @@ class Shard:
         self._together = MultiAdapterPass(self.base)
         self._half: SharedHalf | None = None
         self._norms: dict[str, float] = {}  # of clients' last gradients on it
+        self._until = math.inf  # when no step of the round is to begin any more
         self._cores = CorePool(self._passes)
+
+    def begin_round(self) -> None:
+        """The clients begin to train: the time of the round runs from now on."""
+        self._until = time.monotonic() + (self._config.clients.deadline or math.inf)
 
     def share_half(
         self,
@@ -111,6 +123,7 @@ class Shard:
         report: Callable[[StepReport], None],
         longest: int,
         width: int = 0,
+        reply_bytes: int = 0,
     ) -> Task:
         """Set up the server's half of a client's task.
 
@@ -126,11 +139,13 @@ class Shard:
             Tokens of an example at most, as the plan of the round has it.
         width : int
             Directions of ``split.bottleneck`` in which its activations come; 0 for all of them.
+        reply_bytes : int
+            Longest reply, where it comes over the stream.
 
         Returns
         -------
         Task
-            The same task, with the stream's address and a fresh token where there is a stream.
+            The same task, with the stream's address and the client's token where there is a stream.
         """
         allowance = allowance_of(task, longest)
         bottleneck = Bottleneck.read(self._config.split.bottleneck, task.split, width) if width else None
@@ -142,8 +157,12 @@ class Shard:
             return task
         if not self._waits_by_itself(task):
             handler = self._cores.share(handler)
-        ticket = self._stream.serve(handler, limit, worker.close, f"client {task.client}")
-        return task.over_stream(ticket.endpoint, ticket.token)
+        if not self._sessions.last:
+            return task.over_stream(*self._stream.serve(handler, limit, worker.close, f"client {task.client}"))
+        session = self._sessions.admit(task.client, task.round)
+        session.begin(handler, limit, reply_bytes, worker.close)
+        assert session.ticket is not None
+        return task.over_stream(*session.ticket, lasting=True)
 
     def _worker(
         self,
@@ -165,7 +184,8 @@ class Shard:
             self._together.enter(model, checkpointing=task.server_checkpointing)
             through = self._together
         threads = all_cores if self._waits_by_itself(task) else self._threads
-        return ServerTrainer(model.train(), seat, report, threads, down, through, allowance, bottleneck)
+        up = (lambda: time.monotonic() >= self._until) if task.kind == TRAIN else (lambda: False)
+        return ServerTrainer(model.train(), seat, report, threads, down, through, allowance, bottleneck, up)
 
     def _seat(self, task: Task, model: ServerModel | BodyModel, start: Mapping[str, Factors]) -> Seat:
         """The client's place at the half of all, or at one of its own."""
@@ -222,9 +242,14 @@ class Shard:
         return self._served[client].worker.may_answer(frames)
 
     def leave(self, client: str) -> None:
-        """A client failed: nobody is to wait for it."""
+        """A client sends no more: nobody is to wait for it."""
         if client in self._served:
             self._served[client].worker.close()
+
+    def expel(self, client: str) -> None:
+        """A client failed: its stream ends too."""
+        self.leave(client)
+        self._sessions.expel(client)
 
     def answer(self, client: str, frames: list[Frame]) -> list[Frame]:
         """The answers to frames that came in a message; a failure instead when they cannot be answered."""
@@ -237,18 +262,20 @@ class Shard:
             return [failure]
 
     def dismiss_all(self) -> None:
-        """End the round: forget adapters and optimizers, and the tokens with the streams that they opened."""
+        """End the round: forget adapters and optimizers, and end the streams of clients that do not wait for a task."""
         for client in self._served:  # who waits for its turn waits in vain
             self.leave(client)
         self._served.clear()
         self._half = None
         self._together = MultiAdapterPass(self.base)
         trim_heap()  # every client's thread has left freed activations behind
-        if self._stream:
+        self._sessions.rest()
+        if self._stream and not self._sessions.last:
             self._stream.dismiss_all()
 
     def stop(self) -> None:
         """Close the port."""
+        self._sessions.keep(())
         if self._stream:
             self._stream.stop()
         self._cores.close()
@@ -310,6 +337,7 @@ def allowance_of(task: Task, longest: int) -> Allowance:
         else min(config.transport.in_flight, micro_batches),
         up=config.transport.up,
         forward_only=task.forward_only,
+        partial=config.clients.late == "count",
     )
 
 

@@ -44,12 +44,13 @@ from hsplitlora_flwr.planning.leakage import LeakageTable
 from hsplitlora_flwr.planning.planner import ClientPlan, Plan
 from hsplitlora_flwr.reporting.events import Listener
 from hsplitlora_flwr.server.checkpoint import RunState, save_state
-from hsplitlora_flwr.server.clients import Clients
+from hsplitlora_flwr.server.clients import ClientFailedError, Clients
 from hsplitlora_flwr.server.dispatch import Dispatch
 from hsplitlora_flwr.server.model import FederatedModel
 from hsplitlora_flwr.server.plans import RoundPlanner
 from hsplitlora_flwr.server.records import client_row, plan_rows
 from hsplitlora_flwr.server.run import Run
+from hsplitlora_flwr.server.sessions import SessionGrid, Sessions
 from hsplitlora_flwr.server.shard import Shard
 from hsplitlora_flwr.training.memory import may_fragment
 from hsplitlora_flwr.training.process import OwnProcess
@@ -97,6 +98,8 @@ class HSplitLoRA(Run[Federation], Strategy):
     ----------
     clients : Clients
         Those that take part now.
+    sessions : Sessions
+        Their messages that last.
     loaded : Federation
         Everything else, from :meth:`prepare` on.
 
@@ -116,6 +119,7 @@ class HSplitLoRA(Run[Federation], Strategy):
     ) -> None:
         super().__init__(config, held_out, folder, listeners=listeners)
         self.clients = Clients(self.config, self.report)
+        self.sessions = Sessions(config.train.rounds_per_message, self.report.status)
         self._size_limit = SizeLimit(config.clients.max_update)
         self._process = process or OwnProcess()
 
@@ -153,7 +157,7 @@ class HSplitLoRA(Run[Federation], Strategy):
         if initial_arrays or train_config or evaluate_config or evaluate_fn:
             raise ValueError("HSplitLoRA takes its model, settings and evaluation from the config; pass grid alone")
         self.clients.timeout = timeout or self.config.run.timeout
-        return super().start(grid, num_rounds=num_rounds)
+        return super().start(SessionGrid(grid, self.sessions), num_rounds=num_rounds)
 
     def prepare(self, grid: Grid, state: RunState | None, opened: ExitStack) -> Federation:
         """Wait for the clients, see that a plan is possible, and only then load the base."""
@@ -172,17 +176,33 @@ class HSplitLoRA(Run[Federation], Strategy):
                 "transport.tls=false, so activations, labels and tokens can be read by anyone on the way"
             )
         self.report.phase(f"loading {config.model.path}")
-        shard = Shard(config)
-        opened.callback(shard.stop)  # a client that still trains learns of the end, and is free to hear what follows
-        clients.on_failure = shard.leave
+        shard = Shard(config, self.sessions)
+        opened.callback(shard.stop)
+        opened.callback(clients.forget, grid)
+        opened.callback(shard.dismiss_all)  # a client that still trains learns of the end, and is free to hear the rest
+        clients.on_failure, clients.on_draw = shard.expel, self.sessions.keep
         model = FederatedModel(config, shard.base, state)
         dispatch = Dispatch(config, clients, shard, model, planner.layers, self.report)
         self._report_text(Cut.total(client.cut for client in clients.descriptions.values()), held_out)
+        self._process.settle()
         return Federation(planner, shard, model, dispatch)
 
     # ------------------------------------------------------------------ a round
 
     def train_round(self, grid: Grid, server_round: int) -> MetricRecord:
+        """One round, repeated as often as the settings say where too few clients finish it."""
+        for repeats in range(self.config.clients.repeats, -1, -1):
+            try:
+                return self.take_round(grid, server_round)
+            except ClientFailedError as error:
+                if not repeats:
+                    raise
+                self.report.status(f"round {server_round} is repeated ({repeats} more): {error}")
+                self.loaded.shard.dismiss_all()
+                self.clients.wait(grid, self.config.clients.min)
+        raise AssertionError("the last attempt returns or raises")
+
+    def take_round(self, grid: Grid, server_round: int) -> MetricRecord:
         """One round: describe, score, plan, train, aggregate."""
         self.loaded.dispatch.begin_round()
         self.describe(grid, server_round)
@@ -246,7 +266,12 @@ class HSplitLoRA(Run[Federation], Strategy):
         messages = self.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid)
         with self._process.peak_memory(pick_devices(self.config.model.device)) as memory:
             replies = self.clients.exchange(
-                grid, messages, server_round, dispatch.answer, may_answer=dispatch.may_answer
+                grid,
+                messages,
+                server_round,
+                dispatch.answer,
+                may_answer=dispatch.may_answer,
+                deadline=self.config.clients.deadline,
             )
         dispatch.figures.server_peak, dispatch.figures.server_host_peak = memory.bytes, memory.host_bytes
         return replies

@@ -49,6 +49,8 @@ class Allowance:
         Codec; see :func:`hsplitlora_flwr.transport.codecs.pack`. None takes any.
     forward_only : bool
         The client trains nothing: no gradient goes down to it, and it has none of its own to clip by.
+    partial : bool
+        Where the time of the round is over, the steps that were taken until then count.
     """
 
     first_step: int = 0
@@ -59,6 +61,7 @@ class Allowance:
     in_flight: int = _ANY
     up: str | None = None
     forward_only: bool = False
+    partial: bool = True
 
     def frame_bytes(self, hidden: int) -> int:
         """Bytes that no frame exceeds, for a model of this hidden size."""

@@ -33,7 +33,7 @@ from hsplitlora_flwr.training.decorrelation import penalty_gradient
 from hsplitlora_flwr.training.memory import RoomForPeaks
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.transport.codecs import pack, unpack
-from hsplitlora_flwr.transport.frames import Activation, Finish, Frame, Gradient, Hidden, HiddenGradient, Loss
+from hsplitlora_flwr.transport.frames import Activation, Enough, Finish, Frame, Gradient, Hidden, HiddenGradient, Loss
 from hsplitlora_flwr.transport.link import Link
 
 P = TypeVar("P", bound=ModelPart)
@@ -172,6 +172,7 @@ class ClientTrainer:
         self._device = model.device
         self._room = RoomForPeaks()
         self._step = _Step()
+        self._unheard: deque[_Step] = deque()  # steps whose loss is not known yet
         self._loss = 0.0
 
     @property
@@ -193,6 +194,7 @@ class ClientTrainer:
         batch = next(self.batches)
         self._room.make_for(batch)
         self._step = _Step.of(batch, self._micro_batch_size)
+        self._unheard.append(self._step)
         return len(self._step.micro_batches)
 
     def forward(self, index: int) -> Activation:
@@ -261,7 +263,10 @@ class ClientTrainer:
     def _add(self, loss: float, last: bool) -> None:
         self._loss += loss
         if last:
+            step = self._unheard.popleft()
             self.record.losses.append(self._loss)
+            self.record.label_tokens += step.label_tokens
+            self.record.tokens += step.tokens
             self._loss = 0.0
 
     def step(self) -> None:
@@ -270,8 +275,11 @@ class ClientTrainer:
         self._grad_norm_sq = norm * norm
         self.optimizer.step(self.global_step, torch.sqrt(self._grad_norm_sq + self._step.server_grad_norm_sq))
         self.global_step += 1
-        self.record.label_tokens += self._step.label_tokens
-        self.record.tokens += self._step.tokens
+
+    def drop(self) -> None:
+        """Give the step up that is under way: the server takes no more (:class:`Enough`)."""
+        self._step, self._loss = _Step(), 0.0
+        self._unheard.clear()
 
     def finish(self) -> Finish:
         """What lets the server take its last step."""
@@ -298,20 +306,27 @@ def train_client(trainer: ClientTrainer, link: Link, steps: int, in_flight: int 
         _run_ahead(trainer, link, steps, in_flight + 1)
     else:
         for _ in range(steps):
-            _take_step(trainer, link, in_flight)
+            if not _take_step(trainer, link, in_flight):
+                break
     link.send(trainer.finish())
     link.receive()
     trainer.record.seconds += time.perf_counter() - started
     return trainer.record
 
 
-def _take_step(trainer: ClientTrainer, link: Link, in_flight: int) -> None:
+def _take_step(trainer: ClientTrainer, link: Link, in_flight: int) -> bool:
+    """A step; False if the server takes no more."""
     count, sent, predicted, done = trainer.begin(), 0, 0, 0
     while done < count:
         while sent < min(count, done + in_flight):
             link.send(trainer.forward(sent))
             sent += 1
         answer = link.receive()
+        if isinstance(answer, Enough):
+            for _ in range(sent - 1):
+                link.receive()
+            trainer.drop()
+            return False
         if isinstance(answer, Hidden):
             link.send(trainer.predict(predicted, answer))
             predicted += 1
@@ -319,21 +334,34 @@ def _take_step(trainer: ClientTrainer, link: Link, in_flight: int) -> None:
             trainer.backward(done, answer)
             done += 1
     trainer.step()
+    return True
 
 
 def _run_ahead(trainer: ClientTrainer, link: Link, steps: int, most: int) -> None:
     """Send the micro-batches of all steps, as many as ``most`` before the server has trained on the first of them."""
     waiting: deque[bool] = deque()  # for its loss, each; whether it is the last one of its step
+    enough = False
+
+    def hear() -> bool:
+        answer, last = link.receive(), waiting.popleft()
+        if not isinstance(answer, Enough):
+            trainer.hear(answer, last)
+        return isinstance(answer, Enough)
+
     for _ in range(steps):
         count = trainer.begin()
         for index in range(count):
             if len(waiting) == most:
-                trainer.hear(link.receive(), waiting.popleft())
+                enough = hear() or enough
+            if enough:
+                break
             link.send(trainer.forward(index))
             waiting.append(index == count - 1)
+        if enough:
+            break
         trainer.step()
     while waiting:
-        trainer.hear(link.receive(), waiting.popleft())
+        hear()
 
 
 def take_turn(trainer: ClientTrainer, answers: Sequence[Frame], last_step: int) -> list[Frame]:
@@ -352,6 +380,9 @@ def take_turn(trainer: ClientTrainer, answers: Sequence[Frame], last_step: int) 
         Global step after which training ends, with a :class:`Finish`.
     """
     count = trainer.begin()
+    if answers and isinstance(answers[0], Enough):
+        trainer.drop()
+        return [trainer.finish()]
     if answers and isinstance(answers[0], Hidden):
         return [trainer.predict(index, answer) for index, answer in enumerate(cast(Sequence[Hidden], answers))]
     if answers:

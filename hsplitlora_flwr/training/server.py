@@ -26,6 +26,7 @@ from hsplitlora_flwr.transport.bottleneck import Bottleneck
 from hsplitlora_flwr.transport.codecs import pack, packed_shape, unpack
 from hsplitlora_flwr.transport.frames import (
     Activation,
+    Enough,
     Finish,
     Finished,
     Frame,
@@ -113,11 +114,15 @@ class ServerTrainer:
         What the client's task allows.
     bottleneck : Bottleneck, optional
         Through which the client's activations come.
+    time_is_up : Callable[[], bool], optional
+        Whether no further step is to begin.
 
     Attributes
     ----------
     finished : bool
-        The client has taken all steps of its task, and the adapters are final.
+        The client has taken all steps of its task, or all that there was time for, and the adapters are final.
+    steps : int
+        That it has taken.
     """
 
     def __init__(
@@ -130,9 +135,12 @@ class ServerTrainer:
         through: Callable[[MicroBatch], Tensor] = differentiate,
         allowance: Allowance = TRUSTED,
         bottleneck: Bottleneck | None = None,
+        time_is_up: Callable[[], bool] = lambda: False,
     ) -> None:
         self.model = model
         self.finished = False
+        self.steps = 0
+        self._time_is_up, self._enough = time_is_up, False
         self._seat, self._report, self._threads, self._down = seat, report, threads, down
         self._through, self._allowance, self._bottleneck = through, allowance, bottleneck
         self._step = Step(allowance.first_step)  # under way
@@ -178,7 +186,7 @@ class ServerTrainer:
     def may_answer(self, frames: Sequence[Frame]) -> bool:
         """Whether frames can be answered now, without waiting for another client's step."""
         begins = bool(frames) and isinstance(frames[0], Activation) and (self._complete or not self._step.micro_batches)
-        return not begins or self.finished or self._seat.may_begin()
+        return not begins or self.finished or self._time_is_up() or self._seat.may_begin()
 
     def close(self) -> None:
         """The client sends no more, finished or not; what it did of a step that is not complete is dropped.
@@ -198,6 +206,8 @@ class ServerTrainer:
         if len(self._waiting) >= self._allowance.in_flight:
             raise Refused(f"{len(self._waiting)} hidden states wait for their gradients, as many as the task allows")
         before = Step(self._step.number + 1) if self._complete else self._step
+        if self._stops(before):
+            return Enough()
         step = before.with_micro_batch(frame, self._allowance)
         cut, mask = receive_cut(frame, self.model, self._allowance.up, self._bottleneck)
         if self._complete:
@@ -214,6 +224,14 @@ class ServerTrainer:
         hidden = self.model(cut, mask)
         self._waiting.append((cut, hidden))
         return Hidden(*pack(hidden.detach(), self._down))
+
+    def _stops(self, step: Step) -> bool:
+        """Whether a step is not begun any more; its other micro-batches, which may be under way, are answered alike."""
+        if not step.micro_batches and self._time_is_up():
+            if not (self.steps and self._allowance.partial):
+                raise Refused(f"the time of the round was over after {self.steps} of its steps (clients.deadline)")
+            self._enough = True
+        return self._enough
 
     def _backward(self, frame: HiddenGradient) -> Frame:
         if not self._waiting:
@@ -252,13 +270,15 @@ class ServerTrainer:
         check_finite("the loss of step", step.number, loss)
         self._seat.complete(step.number, grad_norm_sq, self._before)
         self._complete = True
+        self.steps += 1
         self._report(StepReport(step.number, loss, step.label_tokens, step.tokens))
 
     def _finish(self, frame: Finish) -> Finished:
         self._allowance.check_grad_norm_sq(frame)
         if not self._complete:
             raise Refused(f"it ends in the middle of step {self._step.number}")
-        self._allowance.check_finish(self._step)
+        if not self._enough:
+            self._allowance.check_finish(self._step)
         self._settle(frame.previous_grad_norm_sq)
         self.finished = True
         self._seat.leave()

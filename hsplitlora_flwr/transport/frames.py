@@ -145,6 +145,14 @@ class Finished:
 
 
 @dataclass(frozen=True, eq=False)
+class Enough:
+    """Server to client, in place of what answers an :class:`Activation` of a new step: the time of the round is over.
+
+    The step is not taken; the client goes on with :class:`Finish`.
+    """
+
+
+@dataclass(frozen=True, eq=False)
 class Failure:
     """Server to client: the server cannot go on, and why."""
 
@@ -171,7 +179,50 @@ class Pong:
     payload: Tensor
 
 
-Frame: TypeAlias = Activation | Gradient | Hidden | HiddenGradient | Loss | Finish | Finished | Failure | Ping | Pong
+@dataclass(frozen=True, eq=False)
+class Reply:
+    """Client to server, while the message that brought its task lasts: what it would reply to it, packed (uint8)."""
+
+    content: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """Server to client, in answer to a :class:`Reply`, as late as may be: what would be its next message.
+
+    Parameters
+    ----------
+    kind : str
+        The type of the message.
+    content : Tensor
+        What it holds, packed (uint8).
+    """
+
+    kind: str
+    content: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Released:
+    """Server to client, in answer to a :class:`Reply`: nothing more comes over this stream."""
+
+
+Frame: TypeAlias = (
+    Activation
+    | Gradient
+    | Hidden
+    | HiddenGradient
+    | Loss
+    | Finish
+    | Finished
+    | Failure
+    | Ping
+    | Pong
+    | Reply
+    | Request
+    | Released
+    | Enough
+)
 
 _KINDS: tuple[type[Any], ...] = (
     Activation,
@@ -184,6 +235,10 @@ _KINDS: tuple[type[Any], ...] = (
     Failure,
     Ping,
     Pong,
+    Reply,
+    Request,
+    Released,
+    Enough,
 )
 _PYTHON = {"int": int, "float": float, "bool": bool, "str": str}
 

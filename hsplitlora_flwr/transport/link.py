@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from hsplitlora_flwr.config import KNOWN_TRANSPORTS, TransportConfig
 from hsplitlora_flwr.registry import Registry
@@ -64,7 +64,7 @@ class Port(Protocol):
         max_frame_bytes : int
             A frame that is longer is refused before there is memory for it.
         ended : Callable[[], None]
-            To be called once, after the last frame, however the connection ended.
+            To be called once, when no frame comes any more, however the connection ended.
         name : str
             How the log calls the client.
         """
@@ -74,6 +74,33 @@ class Port(Protocol):
 
     def stop(self) -> None:
         """Close the port."""
+
+
+class Guest(Protocol):
+    """What answers a client for as long as it stays, whatever it has to do meanwhile."""
+
+    def __call__(self, frame: Frame) -> Frame:
+        """The answer to a frame, as of a :data:`Handler`; it may take as long as it likes."""
+
+    def limit(self, kind: type[Frame]) -> int:
+        """Longest frame of a kind, in bytes, that may come now."""
+
+    def opened(self) -> None:
+        """The client has come."""
+
+    def ended(self, lost: bool) -> None:
+        """The client is gone; ``lost`` says that it did not take its leave. Called once, also while it is answered."""
+
+
+@runtime_checkable
+class LastingPort(Port, Protocol):
+    """A port that lets clients stay from one task to the next."""
+
+    def keep(self, guest: Guest, name: str) -> Ticket:
+        """Let one client in, without waiting for it; ``name`` as for :meth:`serve`."""
+
+    def dismiss(self, ticket: Ticket) -> None:
+        """Let a client in no more, and end what is open once it has the answer that is being made."""
 
 
 class Link(Protocol):

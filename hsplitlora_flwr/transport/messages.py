@@ -87,8 +87,9 @@ def converse(
     Flower's own ``send_and_receive`` looks for replies every three seconds and waits for all of them; a step over
     messages would take as long. Here it is a tenth of a second at first, and longer while no reply comes: looking takes
     time of the processes that train. A grid that knows when a reply has come may have a ``wait`` of its own, which
-    takes the place of ``time.sleep``. Replies are told apart by node and type: a node has one message of each type
-    under way at most.
+    takes the place of ``time.sleep``. Replies say which message they belong to; those of a grid of threads do not, and
+    are told by node and type, of which one message is under way at most. Of a node that is gone the SuperLink says so
+    in a reply of its own.
 
     Parameters
     ----------
@@ -112,7 +113,7 @@ def converse(
     """
     dead = dead or DeadWorkers()
     pause: Callable[[float], None] = getattr(grid, "wait", None) or time.sleep
-    waiting: dict[tuple[int, str], tuple[str, Message]] = {}  # by node and type
+    waiting: dict[str, Message] = {}  # by message id
     taken: deque[tuple[Message, Message]] = deque()  # what dead workers took, and what they said
     kept: list[tuple[Message, Message]] = []  # replies whose turn has not come
     calls, last = 0, time.monotonic()
@@ -120,16 +121,23 @@ def converse(
     def push(message: Message) -> None:
         [message_id] = grid.push_messages([message])
         if message_id is not None:
-            waiting[message.metadata.dst_node_id, message.metadata.message_type] = message_id, message
+            waiting[message_id] = message
+
+    def asked(reply: Message) -> Message | None:
+        """The message that a reply belongs to, which does not wait for it any more."""
+        which = reply.metadata.reply_to_message_id
+        if which not in waiting:
+            which = next((each for each, message in waiting.items() if _of(message) == _from(reply)), which)
+        return waiting.pop(which, None)
 
     for message in messages:
         push(message)
     deadline = time.monotonic() + timeout
     while (waiting or taken or kept) and time.monotonic() < deadline:
         # in the order of their making, so that a death is told first by the message in whose work the worker died
-        pulled = grid.pull_messages([message_id for message_id, _ in waiting.values()])
+        pulled = grid.pull_messages(list(waiting))
         replies = sorted(pulled, key=lambda reply: reply.metadata.created_at)
-        came = [(waiting.pop((reply.metadata.src_node_id, reply.metadata.message_type))[1], reply) for reply in replies]
+        came = [(found, reply) for reply in replies if (found := asked(reply))]
         due, kept = [*kept, *came], []
         for message, reply in due:
             called = message.metadata.message_type == WAKE
@@ -157,6 +165,14 @@ def converse(
             pause(min(max(_PATIENCE * (time.monotonic() - last), _SOONEST), _LATEST))
     for message, reply in taken:
         yield message.metadata.dst_node_id, reply
+
+
+def _of(message: Message) -> tuple[int, str]:
+    return message.metadata.dst_node_id, message.metadata.message_type
+
+
+def _from(reply: Message) -> tuple[int, str]:
+    return reply.metadata.src_node_id, reply.metadata.message_type
 
 
 def _again(message: Message) -> Message:

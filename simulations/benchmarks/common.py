@@ -39,12 +39,15 @@ class Setup:
     data : str
         Folder of the data set ``e2e``; empty for ``dialogues``.
     small : bool
-        Tiny models for ``gpu``, whatever is there.
+        Tiny models for ``gpu``, whatever is there; ``soak`` without faults.
+    minutes : float
+        That ``soak`` lasts.
     """
 
     model: str = "smollm2-135m"
     data: str = ""
     small: bool = False
+    minutes: float = 30.0
 
 
 Benchmark = Callable[[Setup], Iterator[Row]]

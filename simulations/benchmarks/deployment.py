@@ -35,7 +35,7 @@ MEMORY_GB = (1.3, 1.7, 2.2)
 SETTINGS: dict[str, int | str] = {
     "clients.count": len(MEMORY_GB),
     "method": "hsplitlora-no-armsc",  # the same cut and rank for all, so both sides have the same work
-    "train.rounds": 2,
+    "train.rounds": 3,
     "train.steps": 20,
     "train.batch_size": 4,
     "data.eval_rows": 10,
@@ -76,7 +76,8 @@ def _start(task: Mapping[str, Any]) -> dict[str, float]:
 
 
 def deployment(setup: Setup) -> Iterator[Row]:
-    """One job on a deployment and in a simulation, which take turns: three clients, cut after a third of the blocks.
+    """One job in a simulation and on a deployment, there with a message of Flower's for every task and with one for all
+    rounds, which take turns: three clients, cut after a third of the blocks.
 
     Processes of a simulation are larger, which would give its clients other plans; so split and rank are fixed, and the
     budgets, 1.3, 1.7 and 2.2 GB, hold them. The deployment is a SuperLink and a SuperNode for each client on this
@@ -89,6 +90,10 @@ def deployment(setup: Setup) -> Iterator[Row]:
     - ``around_s``: the rest of the time from the message to the reply: Flower, processes, imports.
 
     These two are medians over clients and rounds of a turn.
+
+    - ``first_round_s``: from the start of the run to the end of the first round: start-up is counted here.
+    - ``fixed_s``: what a later round takes besides its steps: planning, scoring, messages, aggregation; median over
+      rounds and turns so far. Goal: below 1 s with one message.
     """
     split = max(int(read_config(setup.model).num_hidden_layers) // 3, 1)
     wanted = {**SETTINGS, "model.path": setup.model, "split.point": split}
@@ -103,11 +108,14 @@ def deployment(setup: Setup) -> Iterator[Row]:
         with deploy(folder / "nodes", nodes) as running:
             env = dict(running.env)
             budgets = f"clients.memory_gb='{','.join(map(str, MEMORY_GB))}'"
+            there = [f"launcher.superlink={CONNECTION}", "transport.address=127.0.0.1"]
             sides = {
                 "simulation": [budgets, f"launcher.cpus={max(len(MEMORY_GB), all_cores())}"],
-                "deployment": [f"launcher.superlink={CONNECTION}", "transport.address=127.0.0.1"],
+                "deployment, a message a task": [*there, "train.rounds_per_message=1"],
+                "deployment, one message": [*there, "train.rounds_per_message=0"],
             }
             arguments = [f"{key}={value}" for key, value in wanted.items()]
+            fixed: dict[str, list[float]] = {way: [] for way in sides}
             for turn in range(RUNS):
                 simulated = 0.0
                 for way, own in sides.items():
@@ -115,7 +123,10 @@ def deployment(setup: Setup) -> Iterator[Row]:
                     _launch([*arguments, *own, f"run.dir={run}"], env)
                     rounds = json.loads((run / "summary.json").read_text())["rounds"]
                     clients = [client for each in rounds for client in each["clients"]]
-                    step_s = seconds_of_a_step(read_events(run / EVENTS_FILE)[0])
+                    events = read_events(run / EVENTS_FILE)[0]
+                    step_s = seconds_of_a_step(events)
+                    first, later = seconds_besides_steps(events)
+                    fixed[way] += later
                     simulated = simulated or step_s
                     yield {
                         "way": way,
@@ -124,6 +135,8 @@ def deployment(setup: Setup) -> Iterator[Row]:
                         "/ simulation": step_s / simulated,
                         "before_s": Sample([client["seconds_before"] for client in clients]).median,
                         "around_s": Sample([client["seconds_around"] for client in clients]).median,
+                        "first_round_s": first,
+                        "fixed_s": Sample(fixed[way]).median,
                     }
 
 
@@ -132,6 +145,29 @@ def _launch(arguments: Sequence[str], env: Mapping[str, str]) -> None:
     done = subprocess.run(command, cwd=PROJECT, env=dict(env), capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+
+
+def seconds_besides_steps(events: Sequence[Event]) -> tuple[float, list[float]]:
+    """Time until the first round was finished, and what every later one took besides its steps.
+
+    Steps last from the first to the last of a round, as they are told when they are done, and one step more, as long as
+    those were on average. Between two rounds the server measures the model, which is part of neither.
+    """
+    steps: dict[int, list[float]] = {}
+    ended, measured = dict[int, float](), dict[int, float]()
+    for event in events:
+        if event["kind"] == "step":
+            steps.setdefault(event["round"], []).append(event["time"])
+        elif event["kind"] == "round_finished":
+            ended[event["round"]] = event["time"]
+        elif event["kind"] == "evaluated":
+            measured[event["round"]] = event["time"]
+    besides = []
+    for number in sorted(ended)[1:]:
+        times = steps[number]
+        training = (max(times) - min(times)) * len(times) / (len(times) - 1)
+        besides.append(ended[number] - measured[number - 1] - training)
+    return ended[1] - events[0]["time"], besides
 
 
 def seconds_of_a_step(events: Sequence[Event]) -> float:

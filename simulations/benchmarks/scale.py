@@ -24,13 +24,15 @@ from hsplitlora_flwr.server.strategy import HSplitLoRA
 from hsplitlora_flwr.training.memory import resting_bytes
 from simulations.benchmarks.common import Apart, Row, Sample, Setup
 
-CLIENTS = (10, 100, 500)
+CLIENTS = {10: 10, 100: 100, 500: 500, 1000: 50}
+"""How many there are, and how many of them a round has."""
 ROUNDS = 3
 BLOCKS, HIDDEN = 4, 32
 """Of the tiny model."""
 MEMORY_GB = (20, 30, 40)
 SETTINGS: dict[str, int | str] = {
     "server.order": "arrival",  # nodes take part one after another
+    "train.rounds_per_message": 1,
     "data.partition": "iid",
     "data.eval_rows": 10,
     "data.max_length": 32,
@@ -50,7 +52,8 @@ class Round(NamedTuple):
 
 
 def scale(setup: Setup) -> Iterator[Row]:
-    """Rounds of the strategy with 10, 100 and 500 clients of a tiny model, over the stream; each against the first.
+    """Rounds of the strategy with 10, 100 and 500 clients of a tiny model, over the stream, and with 50 of 1,000; each
+    against the first.
 
     The server is a process of its own. So are the clients, one for all of them: the client app takes their messages one
     after another, through a grid in place of Flower's. Hence a round does not gain from clients that train at once, and
@@ -60,7 +63,7 @@ def scale(setup: Setup) -> Iterator[Row]:
 
     - ``server_mb``: memory of the server's process after a round, with what is free given back; ``server / round 1``
       is that over the first round's. Goal: flat within 5 %.
-    - ``s_per_client``: time of the round over the number of clients.
+    - ``s_per_client``: time of the round over the number of its clients.
     - ``cpu_s_per_client``: the same in CPU time of both processes, which other work on the machine moves less;
       ``/ fewest`` is its median over all rounds, over that with the fewest clients. Goal: constant within 10 %.
     - ``server_cpu_s_per_client``: the server's part of it.
@@ -68,13 +71,14 @@ def scale(setup: Setup) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder))
         fewest = 0.0
-        for clients in CLIENTS:
-            with Apart(Federation, folder, clients) as federation:
+        for known, clients in CLIENTS.items():
+            with Apart(Federation, folder, known, clients) as federation:
                 rounds: list[Round] = federation.call("run")
             cpu = [each.cpu / clients for each in rounds]
             fewest = fewest or Sample(cpu).median
             for number, each in enumerate(rounds, 1):
                 yield {
+                    "known": known,
                     "clients": clients,
                     "round": number,
                     "server_mb": each.memory / 1e6,
@@ -114,11 +118,12 @@ class Federation:
     ----------
     model : str
         Folder of the tiny model.
-    clients : int
+    known, clients : int
+        How many there are, and how many of them a round has.
     """
 
-    def __init__(self, model: str, clients: int) -> None:
-        run = {"model.path": model, "clients.count": clients, "train.rounds": ROUNDS}
+    def __init__(self, model: str, known: int, clients: int) -> None:
+        run = {"model.path": model, "clients.count": known, "clients.per_round": clients, "train.rounds": ROUNDS}
         self._config = Config.from_run_config({**SETTINGS, **run})
 
     def run(self) -> list[Round]:
@@ -127,7 +132,8 @@ class Federation:
         config = self._config
         with tempfile.TemporaryDirectory() as folder, Apart(Nodes, config.clients.count, folder) as nodes:
             strategy = _Measured(config, load_text(config.data, config.run.seed).held_out, Path(folder))
-            strategy.start(_AppGrid(nodes, config.clients.count))
+            strategy.nodes = _AppGrid(nodes, config.clients.count)
+            strategy.start(strategy.nodes)
         return strategy.rounds
 
 
@@ -137,12 +143,12 @@ class _Measured(HSplitLoRA):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.rounds: list[Round] = []
+        self.nodes: _AppGrid
 
     def train_round(self, grid: Grid, server_round: int) -> MetricRecord:
-        assert isinstance(grid, _AppGrid)
-        started, before = time.perf_counter(), grid.cpu()
+        started, before = time.perf_counter(), self.nodes.cpu()
         metrics = super().train_round(grid, server_round)
-        seconds, after = time.perf_counter() - started, grid.cpu()
+        seconds, after = time.perf_counter() - started, self.nodes.cpu()
         server, clients = (end - start for start, end in zip(before, after, strict=True))
         self.rounds.append(Round(seconds, server + clients, server, resting_bytes()))
         return metrics

@@ -229,6 +229,18 @@ def test_clients_whose_steps_take_turns_are_simulated_at_the_same_time_where_mem
     assert Launcher(cpus=count).in_order(config()) == config()
 
 
+def test_where_a_round_has_more_clients_than_there_are_workers_no_message_outlasts_its_task():
+    def config(**values):
+        return Config.from_run_config({"clients.count": 6, "transport.kind": "stream"} | values)
+
+    few = Launcher(cpus=4, client_cpus=2)
+    assert few.with_workers(config()).train.rounds_per_message == 1
+    for fits in ({"clients.per_round": 2}, {"clients.fraction": 0.3}, {"transport.kind": "messages"}):
+        assert few.with_workers(config(**fits)) == config(**fits)
+    assert few.with_workers(config(**{"method.name": "fedit"})) == config(**{"method.name": "fedit"})
+    assert Launcher(superlink="hospital").with_workers(config()) == config()
+
+
 RESULTS = ["adapter/adapter_model.safetensors", "adapter/adapter_config.json"]
 COMPLETED = RunStatus("finished:completed", "N/A")
 FINISHED = {"kind": "finished"}

@@ -72,6 +72,7 @@ def settings(folder: Path, tmp_path: Path, **changes: Any) -> Config:
         "train.lr": 0.02,
         "run.dir": str(tmp_path),
         "server.order": "arrival",  # the nodes of a local grid work one after another
+        "train.rounds_per_message": 1,
     }
     return Config.from_run_config(values | changes)
 

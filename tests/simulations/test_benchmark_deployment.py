@@ -8,7 +8,7 @@ import pytest
 
 from simulations.benchmarks import deployment as module
 from simulations.benchmarks.common import Setup
-from simulations.benchmarks.deployment import seconds_of_a_step, start
+from simulations.benchmarks.deployment import seconds_besides_steps, seconds_of_a_step, start
 
 
 def test_the_parts_of_a_start(monkeypatch: pytest.MonkeyPatch, tiny_folder: Path) -> None:
@@ -38,3 +38,14 @@ def test_steps_that_never_meet() -> None:
     apart = [step(1, "a", 1.0), step(1, "a", 2.0), step(1, "b", 3.0), step(1, "b", 4.0)]
     with pytest.raises(ValueError, match="more steps would help"):
         seconds_of_a_step(apart)
+
+
+def test_what_a_round_takes_besides_its_steps() -> None:
+    events: list[dict[str, object]] = [{"kind": "status", "time": 1.0}]
+    for number, begin in ((1, 10.0), (2, 20.0), (3, 30.0)):
+        events += [step(number, "ab"[at % 2], begin + 1.5 + at) for at in range(4)]
+        events.append({"kind": "round_finished", "round": number, "time": begin + 5.0})
+        events.append({"kind": "evaluated", "round": number, "time": begin + 7.0})
+    first, later = seconds_besides_steps(events)
+    assert first == 14.0
+    assert later == [25.0 - 17.0 - 4.0, 35.0 - 27.0 - 4.0]  # four steps of a second

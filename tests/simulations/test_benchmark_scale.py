@@ -19,7 +19,7 @@ def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rounds_of_a_small_federation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CLIENTS", (2,))
+    monkeypatch.setattr(module, "CLIENTS", {3: 2})
     rows = list(scale(Setup()))
     assert [(row["clients"], row["round"]) for row in rows] == [(2, number) for number in range(1, ROUNDS + 1)]
     assert rows[0]["server / round 1"] == 1.0

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from hsplitlora_flwr.transport import messages
@@ -111,3 +111,17 @@ def test_looks_for_replies_grow_rarer_while_none_comes(monkeypatch: pytest.Monke
     assert all(gap <= max(0.1, 0.05 * look) + 1e-9 for gap, look in zip(gaps, looks, strict=False))
     after_the_reply = next(gap for gap, look in zip(gaps, looks, strict=False) if look > 60)
     assert after_the_reply == pytest.approx(0.1), "whoever has answered may do so again at once"
+
+
+def test_what_the_superlink_says_of_a_node_that_is_gone_is_that_node_s_reply() -> None:
+    grid = LocalGrid(ClientApp(), {7: {}})
+    asked = Message(RecordDict(), 7, "query")
+
+    def gone(ids: Iterable[str]) -> Iterable[Message]:
+        reply = Message(Error(5, "the node is gone"), reply_to=asked)
+        reply.metadata.__dict__.update(_src_node_id=1, _reply_to_message_id=next(iter(ids)))
+        return [reply]
+
+    grid.pull_messages = gone  # type: ignore[method-assign]
+    [(node, reply)] = converse(grid, [asked], lambda reply: None, timeout=60)
+    assert node == 7 and reply.error.reason == "the node is gone"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from hsplitlora_flwr.transport.frames import Buffer, FrameError, Ping, check_total, read_prefix
+from hsplitlora_flwr.transport.frames import Buffer, Frame, FrameError, Ping, check_total, read_prefix
 
 CHUNK_BYTES = 2**20
 """Longest message; gRPC takes 4 MiB unless it is told otherwise."""
@@ -33,15 +33,17 @@ def cut(parts: Iterable[Buffer], size: int = CHUNK_BYTES) -> Iterator[bytes]:
         yield b"".join(pieces)
 
 
-def assemble(messages: Iterator[bytes], max_frame_bytes: int, least: int = 1) -> Iterator[memoryview]:
+def assemble(
+    messages: Iterator[bytes], max_frame_bytes: int | Callable[[type[Frame]], int], least: int = 1
+) -> Iterator[memoryview]:
     """The frames that :func:`cut` made ``messages`` of, each in memory of its own that may be written to.
 
     Parameters
     ----------
     messages : Iterator[bytes]
         What arrives.
-    max_frame_bytes : int
-        Longest frame that is accepted.
+    max_frame_bytes : int or Callable[[type[Frame]], int]
+        Longest frame that is accepted, or of a kind at that moment.
     least : int
         Fewest bytes of a message that does not end its frame: each takes time, however short it is.
 
@@ -53,7 +55,8 @@ def assemble(messages: Iterator[bytes], max_frame_bytes: int, least: int = 1) ->
     """
     for message in messages:
         prefix = read_prefix(message)
-        check_total(prefix, max(max_frame_bytes, _PING_FRAME_BYTES) if prefix.kind is Ping else max_frame_bytes)
+        most = max_frame_bytes(prefix.kind) if callable(max_frame_bytes) else max_frame_bytes
+        check_total(prefix, max(most, _PING_FRAME_BYTES) if prefix.kind is Ping else most)
         try:
             data = np.empty(prefix.total, np.uint8).data  # not filled with zeros first
         except MemoryError as error:

@@ -15,7 +15,7 @@ import torch
 
 from hsplitlora_flwr.transport.certificates import Identity
 from hsplitlora_flwr.transport.frames import Buffer, Failure, Frame, FrameError, Ping, Pong, buffers, decode
-from hsplitlora_flwr.transport.link import Endpoint, Handler, Ticket
+from hsplitlora_flwr.transport.link import Endpoint, Guest, Handler, Ticket
 from hsplitlora_flwr.transport.stream import protocol
 from hsplitlora_flwr.transport.stream.backlog import Backlog, Closed
 from hsplitlora_flwr.transport.stream.chunks import CHUNK_BYTES, PING_BYTES, assemble, cut
@@ -139,7 +139,7 @@ class StreamServer:
         max_frame_bytes : int, optional
             Longest of them, where it is less than the server's.
         ended : Callable[[], None], optional
-            Called once, on that thread, after the last of them, however the stream ended.
+            Called once, when none comes any more, however the stream ended; also while one is answered.
         name : str
             How the log calls the client.
 
@@ -148,16 +148,22 @@ class StreamServer:
         str
             The token that its stream must show.
         """
-        token = secrets.token_urlsafe(32)
-        limit = max_frame_bytes or self._max_frame_bytes
-        with self._lock:
-            self._streams = {each: stream for each, stream in self._streams.items() if not stream.over}
-            self._streams[token] = _Stream(handler, self._in_flight, limit, ended, name, self._grace)
-        return token
+        return self._let_in(_OneTask(handler, max_frame_bytes or self._max_frame_bytes, ended), name)
 
     def serve(self, handler: Handler, max_frame_bytes: int, ended: Callable[[], None], name: str) -> Ticket:
         """Let one client in, as :class:`hsplitlora_flwr.transport.link.Port` says; see :meth:`admit`."""
         return Ticket(self.endpoint, self.admit(handler, max_frame_bytes, ended, name))
+
+    def keep(self, guest: Guest, name: str) -> Ticket:
+        """Let one client in, as :class:`hsplitlora_flwr.transport.link.LastingPort` says."""
+        return Ticket(self.endpoint, self._let_in(guest, name))
+
+    def dismiss(self, ticket: Ticket) -> None:
+        """End one client's stream, as :meth:`dismiss_all` ends all."""
+        with self._lock:
+            stream = self._streams.pop(ticket.token, None)
+        if stream:
+            stream.dismiss()
 
     def dismiss_all(self) -> None:
         """End the round: its tokens die.
@@ -174,6 +180,13 @@ class StreamServer:
         self.dismiss_all()
         self._server.stop(grace=STOP_SECONDS).wait()
         self._threads.shutdown(wait=False)
+
+    def _let_in(self, guest: Guest, name: str) -> str:
+        token = secrets.token_urlsafe(32)
+        with self._lock:
+            self._streams = {each: stream for each, stream in self._streams.items() if not stream.over}
+            self._streams[token] = _Stream(guest, self._in_flight, name, self._grace)
+        return token
 
     def _listen(self, address: str, identity: Identity | None) -> int:
         if identity is None:
@@ -203,6 +216,31 @@ class StreamServer:
         raise LookupError("no live token")
 
 
+class _OneTask:
+    """A guest that stays for one task.
+
+    Parameters
+    ----------
+    handler, max_frame_bytes, ended
+        As for :meth:`StreamServer.admit`.
+    """
+
+    def __init__(self, handler: Handler, max_frame_bytes: int, ended: Callable[[], None]) -> None:
+        self._handler, self._max_frame_bytes, self._ended = handler, max_frame_bytes, ended
+
+    def __call__(self, frame: Frame) -> Frame:
+        return self._handler(frame)
+
+    def limit(self, kind: type[Frame]) -> int:
+        return self._max_frame_bytes
+
+    def opened(self) -> None:
+        """Nobody asks."""
+
+    def ended(self, lost: bool) -> None:
+        self._ended()
+
+
 class _Call:
     """One connection of a client.
 
@@ -224,22 +262,15 @@ class _Stream:
     The thread that computes lasts as long as the stream, the others as long as one connection of it.
     """
 
-    def __init__(
-        self,
-        handler: Handler,
-        in_flight: int,
-        max_frame_bytes: int,
-        ended: Callable[[], None],
-        name: str,
-        grace: float,
-    ) -> None:
-        self._handler, self._ended = handler, ended
-        self._max_frame_bytes, self._name, self._grace = max_frame_bytes, name, grace
+    def __init__(self, guest: Guest, in_flight: int, name: str, grace: float) -> None:
+        self._guest, self._name, self._grace = guest, name, grace
         self._window = in_flight + 1  # frames that its client has under way at most
         self._inbox: Backlog[Frame | FrameError] = Backlog(in_flight, keep=False)
         self._answers: Backlog[list[Buffer]] = Backlog(self._window + 1)  # and word that the round is over
         self._arrived, self._pings = 0, 0  # frames that are here, pings among them
         self._begun = self._left = False  # its client came; there is nothing more to do for it
+        self._dismissed = False  # by the server
+        self._told = False  # the guest, that it is over
         self._call: _Call | None = None
         self._timer: Timer | None = None  # what ends it, where it does not come to its own end
         self._lock = Lock()
@@ -269,6 +300,7 @@ class _Stream:
             Thread(target=self._read, args=(call,), name="stream-read", daemon=True).start()
             if not self._begun:
                 self._begun = True
+                self._guest.opened()
                 Thread(target=self._compute, name="stream-compute", daemon=True).start()
         if before:
             before.cancel()
@@ -289,11 +321,13 @@ class _Stream:
                 self._close()
         if waits:
             log.warning("the connection of %s broke off; it has %g s to come back", self._name, self._grace)
+        else:
+            self._tell(lost=not (self._left or self._dismissed))
 
     def dismiss(self) -> None:
         """Tell the client that the round is over, and end, whatever it does."""
         with self._lock:
-            self.over = True
+            self.over = self._dismissed = True
             self._inbox.close()
             self._stop_timer()
             if self._call:
@@ -303,9 +337,18 @@ class _Stream:
 
     def _give_up(self) -> None:
         with self._lock:
-            if self._call is None:
-                log.warning("%s did not come back within %g s", self._name, self._grace)
-                self._close()
+            if self._call is not None:
+                return
+            self._close()
+        log.warning("%s did not come back within %g s", self._name, self._grace)
+        self._tell(lost=True)
+
+    def _tell(self, *, lost: bool) -> None:
+        """Tell the guest that it is over, once."""
+        with self._lock:
+            told, self._told = self._told, True
+        if not told:
+            self._guest.ended(lost)
 
     def _close(self) -> None:
         """End the thread that computes as soon as it has done what it is at."""
@@ -325,7 +368,7 @@ class _Stream:
 
     def _read(self, call: _Call) -> None:
         try:
-            for data in assemble(self._messages(call), self._max_frame_bytes, CHUNK_BYTES):
+            for data in assemble(self._messages(call), self._guest.limit, CHUNK_BYTES):
                 if not self._deliver(call, decode(data)):
                     return
             self._left = True
@@ -372,7 +415,7 @@ class _Stream:
             pass
         finally:
             self._left = True  # there is nothing to come back for
-            self._ended()
+            self._tell(lost=False)
             self._inbox.close(discard=True)
             self._answers.close()
 
@@ -381,7 +424,7 @@ class _Stream:
         try:
             if isinstance(frame, FrameError):
                 raise frame
-            answer = self._pong(frame) if isinstance(frame, Ping) else self._handler(frame)
+            answer = self._pong(frame) if isinstance(frame, Ping) else self._guest(frame)
             return buffers(answer), isinstance(answer, Failure)
         except Exception as error:  # the client must learn why, whatever it is
             failure = Failure.of(error)
