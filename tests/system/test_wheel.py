@@ -1,9 +1,11 @@
-"""The package as others get it: a wheel, installed elsewhere and used in an empty folder; and a bundle of Flower."""
+"""The package as others get it: a wheel, installed elsewhere and used in an empty folder beside a package of somebody
+else's that adds to it; and a bundle of Flower."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,7 +31,7 @@ class Installed:
         """Run ``hsplitlora`` in a folder; whatever it imports of the package is the wheel's."""
         environment = {**os.environ, "PYTHONPATH": str(self.site), **env}
         command = [sys.executable, str(self.site / "bin" / "hsplitlora"), *map(str, arguments)]
-        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
 
 
 NOT_IN_A_CLONE = shutil.ignore_patterns(".git", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info", "*venv", "runs")
@@ -51,21 +53,57 @@ def hsplitlora(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     return Installed(wheel, site)
 
 
-def test_an_installed_command_plans_and_runs_in_an_empty_folder(
+NAMED = {
+    "method.name": "hsplitlora-clipped",
+    "transport.kind": "local_sockets",
+    "transport.up": "four_bits",
+    "transport.down": "four_bits",
+    "train.optimizer": "adagrad",
+    "data.source": "sums",
+    "run.listeners": "loss_table",
+}
+"""Each is known only to what others registered."""
+
+
+def lay_down_plugins(folder: Path) -> None:
+    """The package of docs/extending.md: one module by the entry point of an installed package, ``my_package.others``
+    for ``run.plugins``."""
+    page = (PROJECT / "docs" / "extending.md").read_text()
+    package, facts = folder / "my_package", folder / "my_package-1.0.dist-info"
+    package.mkdir(parents=True)
+    facts.mkdir()
+    for path, code in re.findall(r"^```python\n# (my_package/\w+\.py)\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
+        (folder / path).write_text(code)
+    others = sorted(file.stem for file in package.glob("*.py") if file.stem not in ("rules", "noisy_app"))
+    (package / "others.py").write_text(f"from my_package import {', '.join(others)}\n")
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n")
+    [entry] = re.findall(r'entry-points."(.*?)"\]\n *(\w+) = "(.*?)"', page)
+    (facts / "entry_points.txt").write_text("[{}]\n{} = {}\n".format(*entry))
+
+
+def test_an_installed_command_plans_and_runs_in_an_empty_folder_by_names_that_others_registered(
     hsplitlora: Installed, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    settings = [f"model.path={tiny_folder}", "clients.count=1", "clients.memory_gb=[2.0]"]
-    planned = hsplitlora(tmp_path, "plan", *settings)
+    """What somebody else's package adds is known in every process of the run: launcher, server and clients."""
+    plugins, folder = tmp_path / "plugins", tmp_path / "empty"
+    lay_down_plugins(plugins)
+    folder.mkdir()
+    rows = "".join(json.dumps({"text": f"row {row} of the text"}) + "\n" for row in range(12))
+    (folder / "text.jsonl").write_text(rows)
+    settings = [f"model.path={tiny_folder}", "clients.count=2", "clients.memory_gb=[2.0]"]
+    planned = hsplitlora(folder, "plan", *settings, "data=jsonl", "data.path=text.jsonl", "data.eval_rows=4")
     assert planned.returncode == 0 and "4 blocks" in planned.stdout, planned
-    text = tmp_path / "text.jsonl"
-    text.write_text("".join(json.dumps({"text": f"row {row} of the text"}) + "\n" for row in range(12)))
-    settings += ["data=jsonl", "data.path=text.jsonl", "data.partition=iid", "data.eval_rows=4", "run.dir=out"]
-    settings += ["train.rounds=1", "train.steps=1", "train.batch_size=2", "plan.probe_batches=1"]
-    ran = hsplitlora(tmp_path, "run", *settings)
+    settings += ["clients.wait=600", "run.dir=out", "run.plugins=my_package.others", "data.eval_rows=4"]
+    settings += ["train.rounds=1", "train.steps=2", "train.batch_size=2", "plan.probe_batches=1"]
+    settings += [f"{key}={value}" for key, value in NAMED.items()]
+    ran = hsplitlora(folder, "run", *settings, PYTHONPATH=f"{hsplitlora.site}{os.pathsep}{plugins}")
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert json.loads((tmp_path / "out" / "summary.json").read_text())["status"] == "finished"
-    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
-    assert {path.name for path in tmp_path.iterdir()} == {"text.jsonl", "out", "plan.html"}
+    summary = json.loads((folder / "out" / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert {key: summary["config"][key] for key in NAMED} == NAMED
+    assert len((folder / "out" / "losses.csv").read_text().splitlines()) == 1 + 2 * 2
+    assert (folder / "out" / "adapter" / "adapter_model.safetensors").is_file()
+    assert {path.name for path in folder.iterdir()} == {"text.jsonl", "out", "plan.html"}
 
 
 def test_what_is_missing_is_named_in_one_line(hsplitlora: Installed, tmp_path: Path) -> None:

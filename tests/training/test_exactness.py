@@ -137,7 +137,7 @@ def train_in_turns(
         tensors = {name: tensor.clone() for name, tensor in client.optimizer.tensors().items()}
         before, (client, _) = client, trainers(model, specs, split, labels, micro_batch_size)
         client.optimizer.restore(tensors)
-        client.global_step, client.square, client.record = before.global_step, before.square, before.record
+        client.global_step, client.grad_norm_sq, client.record = before.global_step, before.grad_norm_sq, before.record
         for _ in range(client.global_step):
             next(client.batches)
     return adapters_of(client, server), client.record.losses
