@@ -1,4 +1,6 @@
-"""Whole runs of every method, over the real stream, against the same rounds calculated plainly in NumPy."""
+"""Whole runs of every method, over the real stream, against the same rounds written out: split training as in
+:mod:`tests.plain`, sums in NumPy. Training in one place is held against the step of the product, which
+``tests/training/test_whole.py`` holds against stock PEFT."""
 
 from __future__ import annotations
 
