@@ -46,6 +46,7 @@ SETTINGS: dict[str, int | float | str] = {
     "data.max_length": 32,
     "lora.ranks": "'0,2,4'",
     "train.rounds": 1_000_000,
+    "train.rounds_per_message": 0,
     "train.steps": 4,
     "train.batch_size": 2,
     "transport.address": "127.0.0.1",

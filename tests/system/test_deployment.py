@@ -36,7 +36,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
 
 
 def test_a_deployment_trains_what_a_simulation_does(deployment: Deployment, tiny_folder: Path, tmp_path: Path) -> None:
-    there = {"transport.kind": "auto", "transport.address": BEHIND_A_PROXY, "train.rounds_per_message": 0}
+    there = {"transport.kind": "auto", "transport.address": BEHIND_A_PROXY}
     wanted = settings(tiny_folder, tmp_path / "run", **SETTINGS | there).to_run_config()
     command = [sys.executable, "-m", "simulations.run", f"launcher.superlink={CONNECTION}"]
     command += [f"{key}={json.dumps(value)}" for key, value in wanted.items()]
