@@ -6,7 +6,7 @@ gradient there. Of all bottlenecks of a width the one that costs least keeps the
 decoder is that of least squares.
 
 The first token of a text is a matter of its own: in many models its activation is a hundred times as long as any other,
-says nothing of the token, and everything above relies on it. One direction, the first, is there for it.
+says nothing of the token, and everything above relies on it. One direction, the first, is there for it: a switch.
 
 Codes are scaled so that noise of the same strength on all of their numbers costs the same loss, and a usual token's
 has a norm of about 1: a ``split.clip`` of 1 suits every model.
@@ -104,7 +104,8 @@ class _Moments:
         encoder = torch.linalg.solve_triangular(lower, encoder.T, upper=False)
         decoder = encoder @ everything
         scale = scale.clamp_min(LEAST)[:, None]
-        return Bottleneck(mean.float(), (scale * encoder).float(), (decoder / scale).float())
+        matrices = (scale * encoder).float(), (decoder / scale).float()
+        return Bottleneck(mean.float(), *matrices, switches=int(self._massive.count > 0))
 
 
 class _Sums:

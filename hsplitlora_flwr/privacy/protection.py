@@ -33,7 +33,8 @@ def protection(split: SplitConfig, blocks: int) -> CutTransform | None:
     ConfigError
         If ``split.bottleneck`` holds no such directions.
     """
-    return chained(_narrowed(split, blocks), _blurred(split))
+    narrowed = _narrowed(split, blocks)
+    return chained(narrowed, _blurred(split, narrowed.bottleneck.switches if narrowed and narrowed.bottleneck else 0))
 
 
 def protection_name(split: SplitConfig) -> str:
@@ -51,11 +52,18 @@ def _narrowed(split: SplitConfig, blocks: int) -> CutTransform | None:
     return CutTransform(f"width {split.width}", lambda cut, _: bottleneck.narrow(cut), True, bottleneck)
 
 
-def _blurred(split: SplitConfig) -> CutTransform | None:
+def _blurred(split: SplitConfig, switches: int = 0) -> CutTransform | None:
+    """Clipping and noise. The switches of a bottleneck are sent as they are, on or off: what is behind one is a hundred
+    times as long as all else, and a little noise there would be the end of the rest."""
     if not split.clip:
         return None
+
+    def apply(cut: Tensor, generator: torch.Generator) -> Tensor:
+        kept, rest = cut[..., :switches].round(), cut[..., switches:]
+        return torch.cat([kept, clip_and_blur(rest, generator, split.clip, split.noise)], dim=-1)
+
     name = f"clip {split.clip:g}" + (f", noise {split.noise:g}" if split.noise else "")
-    return CutTransform(name, lambda cut, generator: clip_and_blur(cut, generator, split.clip, split.noise))
+    return CutTransform(name, apply)
 
 
 def clip_and_blur(cut: Tensor, generator: torch.Generator, clip: float, noise: float) -> Tensor:

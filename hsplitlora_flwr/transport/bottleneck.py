@@ -35,11 +35,14 @@ class Bottleneck:
     encoder, decoder : Tensor
         ``(width, hidden)``; a row for every direction, the most important first. ``encoder`` reads it off an
         activation, ``decoder`` puts it back.
+    switches : int
+        How many of the first directions say that a token is of a kind or not, with a code of about 1 or 0.
     """
 
     mean: Tensor
     encoder: Tensor
     decoder: Tensor
+    switches: int = 0
 
     @classmethod
     def read(cls, file: str, split: int, width: int) -> Bottleneck:
@@ -53,13 +56,14 @@ class Bottleneck:
         check_directions(file, split, width)
         with safe_open(Path(file).expanduser(), "pt") as tensors:
             rows = (tensors.get_slice(f"{name}.{split}")[:width] for name in ("encoder", "decoder"))
-            return cls(tensors.get_tensor(f"mean.{split}"), *rows)
+            switches = int(tensors.get_tensor(f"switches.{split}"))
+            return cls(tensors.get_tensor(f"mean.{split}"), *rows, min(switches, width))
 
     @staticmethod
     def write(file: Path, bottlenecks: Mapping[int, Bottleneck]) -> None:
         """Make a file of directions, by split point."""
         tensors = {
-            f"{each.name}.{split}": getattr(bottleneck, each.name).clone(memory_format=torch.contiguous_format)
+            f"{each.name}.{split}": torch.as_tensor(getattr(bottleneck, each.name)).clone().contiguous()
             for split, bottleneck in bottlenecks.items()
             for each in fields(bottleneck)
         }
@@ -91,7 +95,7 @@ class Bottleneck:
     def _like(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """What it consists of on a tensor's device, in its dtype and no less than fp32."""
         dtype = torch.promote_types(tensor.dtype, torch.float32)
-        return tuple(getattr(self, each.name).to(tensor.device, dtype) for each in fields(self))
+        return tuple(each.to(tensor.device, dtype) for each in (self.mean, self.encoder, self.decoder))
 
 
 def widths(file: str) -> dict[int, int]:

@@ -84,6 +84,7 @@ def test_massive_tokens_have_a_direction_of_their_own() -> None:
     cut, gradient = torch.randn(2000, 6, dtype=torch.float64), torch.randn(2000, 6, dtype=torch.float64)
     cut[::20] = 300 * torch.tensor([0.0, 0, 0, 0, 1, 0]) + torch.randn(100, 6)
     found = learnt_from(cut, gradient, 2)
+    assert found.switches == 1 and learnt_from(cut[1::20], gradient[1::20], 2).switches == 0
     code = found.narrow(cut)
     torch.testing.assert_close(found.widen(code)[::20, 4], cut[::20, 4], rtol=0.02, atol=0)
     norms = torch.linalg.vector_norm(code, dim=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from scipy.stats import norm
 from hsplitlora_flwr.config import Config, ConfigError, SplitConfig
 from hsplitlora_flwr.privacy.protection import clip_and_blur, epsilon, protection
 from hsplitlora_flwr.training.cut import CutTransform, chained
+from hsplitlora_flwr.transport.bottleneck import Bottleneck
 
 
 def draws(seed: int = 0) -> torch.Generator:
@@ -50,6 +52,18 @@ def test_settings_ask_for_it() -> None:
     assert torch.equal(change.apply(cut, draws()), clip_and_blur(cut, draws(), 5.0, 0.25))
     with pytest.raises(ConfigError, match=r"split\.noise=0\.5 needs split\.clip"):
         Config.from_run_config({"split.noise": 0.5})
+
+
+def test_switches_of_a_bottleneck_are_on_or_off_and_have_no_noise(tmp_path: Path) -> None:
+    one = torch.eye(4)
+    Bottleneck.write(tmp_path / "file", {2: Bottleneck(torch.zeros(4), one, one, switches=1)})
+    change = protection(SplitConfig(bottleneck=str(tmp_path / "file"), width=3, clip=1.0, noise=0.5), 2)
+    assert change is not None and change.name == "width 3, clip 1, noise 0.5"
+    cut = torch.tensor([[[0.9, 0.3, 0.1, 7.0], [0.04, 3.0, 4.0, 7.0]]], dtype=torch.float64, requires_grad=True)
+    sent = change.apply(cut, draws())
+    assert sent[..., 0].tolist() == [[1, 0]]
+    torch.testing.assert_close(sent[..., 1:], clip_and_blur(cut[..., 1:3], draws(), 1.0, 0.5))
+    assert torch.autograd.gradcheck(lambda x: change.apply(x, draws())[..., 1:], (cut,))
 
 
 def test_changes_follow_one_another() -> None:
