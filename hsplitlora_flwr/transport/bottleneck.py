@@ -55,9 +55,9 @@ class Bottleneck:
         """
         check_directions(file, split, width)
         with safe_open(Path(file).expanduser(), "pt") as tensors:
-            rows = (tensors.get_slice(f"{name}.{split}")[:width] for name in ("encoder", "decoder"))
+            encoder, decoder = (tensors.get_slice(f"{name}.{split}")[:width] for name in ("encoder", "decoder"))
             switches = int(tensors.get_tensor(f"switches.{split}"))
-            return cls(tensors.get_tensor(f"mean.{split}"), *rows, min(switches, width))
+            return cls(tensors.get_tensor(f"mean.{split}"), encoder, decoder, min(switches, width))
 
     @staticmethod
     def write(file: Path, bottlenecks: Mapping[int, Bottleneck]) -> None:
