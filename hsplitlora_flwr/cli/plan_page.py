@@ -14,7 +14,7 @@ from statistics import fmean
 from jinja2 import Environment
 from markupsafe import Markup
 
-from hsplitlora_flwr.cli.plan import PARTS, Forecast
+from hsplitlora_flwr.cli.forecast import PARTS, Forecast
 from hsplitlora_flwr.methods import METHODS
 from hsplitlora_flwr.planning.planner import ClientPlan
 from hsplitlora_flwr.reporting.events import format_bytes

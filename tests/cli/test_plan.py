@@ -13,12 +13,14 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from transformers import LlamaConfig
 
-from hsplitlora_flwr.cli.plan import PARTS, Forecast, forecast, over_budgets, run, usual_budgets
+from hsplitlora_flwr.cli.forecast import PARTS, Forecast, forecast, over_budgets, usual_budgets
+from hsplitlora_flwr.cli.plan import run
 from hsplitlora_flwr.cli.run import Launcher
 from hsplitlora_flwr.cli.settings import CONF, register
 from hsplitlora_flwr.config import Config, ConfigError
 from hsplitlora_flwr.lora.limits import capped_shares
 from hsplitlora_flwr.planning import make_plan
+from hsplitlora_flwr.planning.round import Size
 from hsplitlora_flwr.server.plans import RoundPlanner
 from tests.cli.conftest import PROCESS_BYTES
 
@@ -82,7 +84,8 @@ def test_a_plan_after_a_run_is_the_one_that_the_run_makes(folder: Path, tmp_path
     """By the server's own planner, with what clients told it."""
     settings = planned(folder, "clients.memory_gb=[0.2504,0.251,0.3]", "data.max_length=16")
     config = settings.config
-    server = RoundPlanner(config, LENGTHS, PROCESS_BYTES)
+    sizes = {name: Size(length) for name, length in LENGTHS.items()}
+    server = RoundPlanner(config, sizes, PROCESS_BYTES)
     server.importance = dict(IMPORTANCE)
     shares = dict(zip(EXAMPLES, capped_shares(list(EXAMPLES.values()), config.clients.max_share), strict=True))
     wanted = server.replan(settings.budgets, shares, settings.server)

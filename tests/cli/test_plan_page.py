@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from hsplitlora_flwr.cli.plan import Forecast, Options, over_budgets, run, usual_budgets
+from hsplitlora_flwr.cli.forecast import Forecast, over_budgets, usual_budgets
+from hsplitlora_flwr.cli.plan import Options, run
 from hsplitlora_flwr.cli.plan_page import gains, plan_page
 from tests.cli.conftest import PROCESS_BYTES
 from tests.cli.test_plan import composed, planned
