@@ -121,7 +121,7 @@ def _meant(arguments: Sequence[str]) -> Sequence[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    listed = "\n".join(f"  {name:<10}{command.text}" for name, command in COMMANDS.items())
+    listed = "\n".join(f"  {name:<12}{command.text}" for name, command in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="hsplitlora",
         usage="hsplitlora COMMAND ...",
