@@ -347,7 +347,7 @@ class TrainConfig:
 
     rounds: int = setting(2, "federated rounds", ge=1)
     rounds_per_message: int = setting(
-        1,
+        0,
         "how many of them one of Flower's messages takes a client through, over its stream; 0 = all, 1 = a message for "
         "every task",
         unit="rounds",
