@@ -58,6 +58,13 @@ def one_thread() -> None:
 
 
 @pytest.fixture(autouse=True)
+def one_thread_again() -> Iterator[None]:
+    """A server that computes in the calling thread leaves it with more, on which depends what kernels take."""
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
 def imported_code_is_no_garbage() -> Iterator[None]:
     """Measuring memory collects garbage, which takes most of a second in a process that has imported everything."""
     before = len(sys.modules)
