@@ -193,8 +193,13 @@ def _adapter(section: Any) -> TypeAdapter[Any]:
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
+_LONGEST = 400
+"""How much of a wrong value an error shows."""
+
+
 def _explained(setting: Setting, value: Any, problem: ErrorDetails) -> str:
     said = f"{setting.key}={scalar(value)!r}"
+    said = said if len(said) <= _LONGEST else f"{said[:_LONGEST]}..."
     if problem["type"] == "value_error":
         return f"{said} {problem['ctx']['error']}"
     if len(problem["loc"]) > 1:  # an item of a list

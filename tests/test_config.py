@@ -188,3 +188,9 @@ def test_targets_and_ranks() -> None:
     assert config.lora.targets == ("q_proj", "v_proj")
     assert config.lora.ranks == (0, 4, 8)
     assert Config().lora.targets == "auto"
+
+
+def test_of_a_long_value_an_error_shows_the_beginning():
+    with pytest.raises(ConfigError) as told:
+        Config.from_run_config({"lora.ranks": "9" * 5000 + "x"})
+    assert "lora.ranks='999" in str(told.value) and "..." in str(told.value) and len(str(told.value)) < 600
