@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from hsplitlora_flwr.config import KNOWN_METHODS, Config
+from hsplitlora_flwr.config import Config
+from hsplitlora_flwr.names import KNOWN_METHODS
 from hsplitlora_flwr.registry import Registry
 
 

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.data.sources import load_text
 from hsplitlora_flwr.methods import METHODS
-from hsplitlora_flwr.models.loading import with_model_dtype
+from hsplitlora_flwr.models.configuration import with_model_dtype
 from hsplitlora_flwr.paths import check_run_folder
 from hsplitlora_flwr.registry import import_plugins
 from hsplitlora_flwr.reporting.report import RunReport, cause_of, failed_outside, make_listeners

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import yaml
 
+from hsplitlora_flwr.cli.launcher import Launcher
 from hsplitlora_flwr.cli.overrides import check_keys, literal, renamed
-from hsplitlora_flwr.cli.run import Launcher
 from hsplitlora_flwr.config import Config
 
 DEPLOY = Path(__file__).resolve().parents[1] / "deploy"

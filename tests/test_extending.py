@@ -20,7 +20,7 @@ from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
 from transformers import LlamaConfig
 
-from hsplitlora_flwr import CutTransform, config, server_app, split_client_app
+from hsplitlora_flwr import CutTransform, names, server_app, split_client_app
 from hsplitlora_flwr.config import Config, ConfigError, DataConfig, TrainConfig, TransportConfig
 from hsplitlora_flwr.data.sources import READERS, DataError, Example, load_text, read_rows
 from hsplitlora_flwr.lora.aggregation import RULES, AggregationError, aggregate
@@ -40,7 +40,7 @@ from tests.grid import LocalGrid
 from tests.server.test_strategy import DOUBLE, grid_of, run, settings
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "extending.md"
-REGISTRIES: list[Registry[Any]] = [RULES, READERS, *(r for r in vars(config).values() if isinstance(r, Registry))]
+REGISTRIES: list[Registry[Any]] = [RULES, READERS, *(r for r in vars(names).values() if isinstance(r, Registry))]
 
 Load = Callable[[str], ModuleType]
 
@@ -55,8 +55,8 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
     monkeypatch.syspath_prepend(str(tmp_path))
     before = [(registry, dict(registry._items), dict(registry._names)) for registry in REGISTRIES]
     yield lambda name: importlib.import_module(f"my_package.{name}")
-    for registry, items, names in before:
-        registry._items, registry._names = items, names
+    for registry, items, known in before:
+        registry._items, registry._names = items, known
     for name in [name for name in sys.modules if name.partition(".")[0] == "my_package"]:
         del sys.modules[name]
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hsplitlora_flwr.client import task as task_module
 from hsplitlora_flwr.messages import DESCRIBE, EVALUATE, FORGET, PROBE, TRAIN, TURN
-from hsplitlora_flwr.models.split import ClientModel, ModelPart
+from hsplitlora_flwr.models.parts import ClientModel, ModelPart
 from hsplitlora_flwr.planning import Plan
 from hsplitlora_flwr.planning import round as round_module
 from hsplitlora_flwr.planning.round import make_round_plan

@@ -34,8 +34,9 @@ from hsplitlora_flwr.data.sources import Example, load_text
 from hsplitlora_flwr.lora.base import SharedBase
 from hsplitlora_flwr.lora.export import load_update
 from hsplitlora_flwr.lora.update import Change
-from hsplitlora_flwr.models.loading import read_settled_config, with_model_dtype
+from hsplitlora_flwr.models.configuration import with_model_dtype
 from hsplitlora_flwr.models.split import check_split
+from hsplitlora_flwr.models.stored import read_settled_config
 from hsplitlora_flwr.paths import CHECKPOINTS, last_round
 from hsplitlora_flwr.privacy.attacks import ATTACKS
 from hsplitlora_flwr.privacy.labels import measure_labels

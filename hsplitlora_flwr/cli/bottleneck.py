@@ -21,8 +21,9 @@ from hsplitlora_flwr.cli.attack import deal, numbers, read_settings
 from hsplitlora_flwr.data.fit import fit_text
 from hsplitlora_flwr.data.sources import load_text
 from hsplitlora_flwr.lora.base import SharedBase
-from hsplitlora_flwr.models.loading import read_settled_config, with_model_dtype
+from hsplitlora_flwr.models.configuration import with_model_dtype
 from hsplitlora_flwr.models.split import check_split
+from hsplitlora_flwr.models.stored import read_settled_config
 from hsplitlora_flwr.privacy.directions import learn
 from hsplitlora_flwr.transport.bottleneck import Bottleneck
 

@@ -35,11 +35,15 @@ from rich.console import Console
 
 from hsplitlora_flwr.cli.checks import prepare
 from hsplitlora_flwr.cli.interrupts import Interrupted, interruptible
+from hsplitlora_flwr.cli.launch import launch
+from hsplitlora_flwr.cli.launcher import Launcher
 from hsplitlora_flwr.cli.overrides import check_keys, keys_of, literal, one_line, refuse_keys, renamed
-from hsplitlora_flwr.cli.run import PROJECT, Launcher, launch
-from hsplitlora_flwr.cli.settings import CONF, register, settings_text
+from hsplitlora_flwr.cli.settings import CONF, PROJECT, register, settings_text
 from hsplitlora_flwr.cli.superlink import SuperLink, open_superlink
-from hsplitlora_flwr.comparison.study import CHOSEN_HERE, EACH, Line, Options, Study, tuning_changes, vary
+from hsplitlora_flwr.comparison.board import Line
+from hsplitlora_flwr.comparison.jobs import vary
+from hsplitlora_flwr.comparison.options import CHOSEN_HERE, EACH, Options
+from hsplitlora_flwr.comparison.study import Study, tuning_changes
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.models.cores import all_cores
 from hsplitlora_flwr.paths import with_absolute_paths

@@ -103,7 +103,7 @@ class Outcome:
 
     def _dtype(self, where: str) -> str:
         """In which the base is held; a run writes down what ``auto`` came to."""
-        from hsplitlora_flwr.models.loading import with_model_dtype
+        from hsplitlora_flwr.models.configuration import with_model_dtype
 
         config = replace(self.config, model=replace(self.config.model, path=where))
         return with_model_dtype(config).model.dtype

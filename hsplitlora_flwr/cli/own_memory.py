@@ -92,7 +92,7 @@ def measured(config: Config) -> OwnMemory:
     settings = json.dumps(config.to_run_config())
     done = subprocess.run(command, input=settings, capture_output=True, text=True, timeout=_PATIENCE, check=False)
     if done.returncode:
-        from hsplitlora_flwr.models.loading import read_config
+        from hsplitlora_flwr.models.configuration import read_config
         from hsplitlora_flwr.training.memory import process_bytes
 
         return OwnMemory(process_bytes(read_config(config.model.path)), "this process, without text and tokenizer")
@@ -132,7 +132,7 @@ def _file() -> Path:
 
 def key(config: Config) -> str:
     """Under what it is remembered: a digest of packages, the model's kind and its vocabulary, and the text."""
-    from hsplitlora_flwr.models.loading import read_config
+    from hsplitlora_flwr.models.configuration import read_config
 
     text = {key: value for key, value in config.to_run_config().items() if key.startswith("data.")}
     parts = {
@@ -153,7 +153,7 @@ def _measure(config: Config) -> int:
         import flwr.simulation.ray_transport.ray_actor  # noqa: F401  # as in a client of a simulation
     from hsplitlora_flwr.client_app import app
     from hsplitlora_flwr.messages import DESCRIBE, Description, settings_records
-    from hsplitlora_flwr.models.loading import with_model_dtype
+    from hsplitlora_flwr.models.configuration import with_model_dtype
 
     clients = replace(config.clients, memory_gb=(1.0,), process_mb=0.0)  # a stated budget: nothing else is measured
     config = with_model_dtype(replace(config, clients=clients))

@@ -32,9 +32,9 @@ from rich.console import Console
 from rich.table import Table
 
 from hsplitlora_flwr.cli.forecast import PARTS, Forecast, forecast, over_budgets, usual_budgets
+from hsplitlora_flwr.cli.launcher import Launcher
 from hsplitlora_flwr.cli.overrides import start
 from hsplitlora_flwr.cli.plan_page import gains, plan_page
-from hsplitlora_flwr.cli.run import Launcher
 from hsplitlora_flwr.cli.settings import CONF
 from hsplitlora_flwr.comparison.files import write
 from hsplitlora_flwr.config import Config

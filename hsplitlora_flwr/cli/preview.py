@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hsplitlora_flwr.cli.launcher import Launcher
 from hsplitlora_flwr.cli.overrides import start
-from hsplitlora_flwr.cli.run import Launcher
 from hsplitlora_flwr.cli.settings import CONF
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.data.collate import IGNORED, Tokens, prompts_inside_tokens

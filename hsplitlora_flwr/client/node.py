@@ -24,8 +24,8 @@ from hsplitlora_flwr.data.fit import Cut, fit_text
 from hsplitlora_flwr.data.sources import Example
 from hsplitlora_flwr.messages import Description, Task, read_base, read_settings
 from hsplitlora_flwr.methods import METHODS
+from hsplitlora_flwr.models.configuration import read_config
 from hsplitlora_flwr.models.fingerprint import fingerprint
-from hsplitlora_flwr.models.loading import read_config
 from hsplitlora_flwr.models.placement import check_device, on_gpus
 from hsplitlora_flwr.models.quantisation import check_quantiser
 from hsplitlora_flwr.privacy.protection import protection, protection_name

@@ -21,8 +21,8 @@ from hsplitlora_flwr.lora.aggregation import Factors
 from hsplitlora_flwr.lora.layers import extract, inject
 from hsplitlora_flwr.lora.update import Change
 from hsplitlora_flwr.messages import EVALUATE, PROBE, Description, Outcome, Progress, Task
+from hsplitlora_flwr.models.parts import ClientModel, HeadModel, WholeModel
 from hsplitlora_flwr.models.placement import pick_device
-from hsplitlora_flwr.models.split import ClientModel, HeadModel, WholeModel
 from hsplitlora_flwr.planning.importance import scoring
 from hsplitlora_flwr.training.activation_checkpointing import checkpoint_blocks
 from hsplitlora_flwr.training.client import (

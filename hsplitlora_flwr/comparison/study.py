@@ -7,193 +7,32 @@ exactly the settings that it holds. So a comparison that was stopped, or changed
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
+from hsplitlora_flwr.comparison.board import Board, Line
 from hsplitlora_flwr.comparison.clock import round_seconds
 from hsplitlora_flwr.comparison.files import write
+from hsplitlora_flwr.comparison.jobs import Job, Store, vary
+from hsplitlora_flwr.comparison.options import Options
 from hsplitlora_flwr.comparison.results import CENTRAL, Comparison, Result, measurements
 from hsplitlora_flwr.comparison.table import Tuning, render
 from hsplitlora_flwr.config import Config, ConfigError
 from hsplitlora_flwr.methods import METHODS
-from hsplitlora_flwr.models.loading import with_model_dtype
 from hsplitlora_flwr.paths import with_absolute_paths
-from hsplitlora_flwr.reporting import event_text
-from hsplitlora_flwr.reporting.events import Event
 from hsplitlora_flwr.reporting.summary import ROWS_FILE, read_summary
 from hsplitlora_flwr.schema import scalar
 
-EACH = "each"
 RunOnce = Callable[[Config, "Line"], int]
 """Does one run with absolute paths and tells a listener about it; 0 if it finished."""
-
-CHOSEN_HERE = ("experiment", "method", "method.name", "run.seed", "run.dir", "train.lr")
-"""What is set for every run, and so not by the user."""
-_OF_CLIENTS = (
-    "clients.memory_gb",
-    "clients.gpu_memory_gb",
-    "clients.gflops",
-    "clients.process_mb",
-    "clients.mbit_up",
-    "clients.mbit_down",
-    "clients.adapter_mb",
-    "plan.server_memory_gb",
-    "plan.server_gpu_memory_gb",
-    "data.partition",
-    "data.alpha",
-)
-
-
-@dataclass(frozen=True)
-class Options:
-    """What is compared. ``hsplitlora compare --help`` says what each one means.
-
-    Raises
-    ------
-    ConfigError
-        If a value is not allowed.
-    """
-
-    settings: tuple[str, ...] = ("heterogeneous", "homogeneous")
-    methods: tuple[str, ...] = tuple(METHODS)
-    seeds: tuple[int, ...] = (1, 2, 3)
-    leaders: tuple[str, ...] = ()
-    more_seeds: tuple[int, ...] = ()
-    lrs: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
-    tune_in: str = "heterogeneous"
-    tune_seed: int = 0
-    tune_rows: int = 0
-    tune_rounds: int = 0
-    widen: int = 2
-    target: float | str = "splitlora"
-    out: Path = Path("runs/compare")
-    work: Path = Path("runs/compare-work")
-    keep: bool = False
-    at_once: int = 0
-    overrides: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name in ("settings", "methods", "all_seeds", "lrs"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                raise ConfigError(f"--{name.removeprefix('all_')}={values!r} must name one or more, each once")
-        if unknown := [method for method in self.leaders if method not in self.methods]:
-            raise ConfigError(f"--leaders: {', '.join(unknown)} is not among --methods")
-        if self.at_once < 0:
-            raise ConfigError(f"--at-once={self.at_once} must be at least 1, or 0 for as many as the machine holds")
-        if unknown := [method for method in self.methods if method not in METHODS]:
-            raise ConfigError(f"--methods: unknown {', '.join(unknown)}; known: {', '.join(METHODS)}")
-        if isinstance(self.target, str) and self.target not in self.methods:
-            raise ConfigError(f"--target={self.target} is not among --methods; add it there, or give a perplexity")
-        if not isinstance(self.target, str) and not 0 < self.target < math.inf:
-            raise ConfigError(f"--target={self.target!r} must be a perplexity above 0, or a method")
-        if not all(0 < rate < math.inf for rate in self.lrs):
-            raise ConfigError(f"--lrs={self.lrs!r} must be numbers above 0")
-        if min(*self.all_seeds, self.tune_seed, self.tune_rows, self.tune_rounds, self.widen) < 0:
-            raise ConfigError("seeds, --tune-rows, --tune-rounds and --widen must be at least 0")
-        if self.tuned and self.tune_seed in self.all_seeds:
-            raise ConfigError(
-                f"--tune-seed={self.tune_seed} is among --seeds; choose another, so that no run reports it"
-            )
-
-    @property
-    def all_seeds(self) -> tuple[int, ...]:
-        """Those of every method, and those of the leaders alone."""
-        return (*self.seeds, *self.more_seeds)
-
-    def seeds_of(self, method: str) -> tuple[int, ...]:
-        """The seeds of a method."""
-        return self.all_seeds if method in self.leaders else self.seeds
-
-    @property
-    def tuned(self) -> bool:
-        """There is a choice between learning rates."""
-        return len(self.lrs) > 1
-
-    @property
-    def tuning_settings(self) -> tuple[str, ...]:
-        """The settings in which learning rates are chosen."""
-        if not self.tuned:
-            return ()
-        return self.settings if self.tune_in == EACH else (self.tune_in,)
-
-    @property
-    def all_settings(self) -> tuple[str, ...]:
-        """Those that are compared and those in which learning rates are chosen."""
-        return tuple(dict.fromkeys((*self.settings, *self.tuning_settings)))
-
-    def tuning_setting(self, setting: str) -> str:
-        """The setting in which the learning rates of ``setting`` are chosen."""
-        return setting if self.tune_in == EACH else self.tune_in
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run: a cell of the comparison, or a trial of the tuning. ``config`` has no ``run.dir`` yet."""
-
-    setting: str
-    config: Config
-    trial: bool = False
-
-    @property
-    def method(self) -> str:
-        return self.config.method.name
-
-    @property
-    def name(self) -> str:
-        """Names the job's file and run folder."""
-        kind = f"lr{self.config.train.lr}" if self.trial else f"seed{self.config.run.seed}"
-        return f"{self.setting}-{self.method}-{kind}"
-
-    @property
-    def text(self) -> str:
-        kind = f"lr {self.config.train.lr}" if self.trial else f"seed {self.config.run.seed}"
-        return f"{self.setting} {self.method} {kind}"
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """The settings that make a difference: not the run folder, nor clients where there are none."""
-        ignored = ("run.dir", *(_OF_CLIENTS if self.setting == CENTRAL else ()))
-        return {key: value for key, value in self.config.to_run_config().items() if key not in ignored}
-
-    def result(self, **fields: Any) -> Result:
-        config = self.config
-        return Result(self.setting, self.method, config.run.seed, config.train.lr, self.identity, **fields)
-
-
-class Store:
-    """Results on disk, a JSON file each, in the folder ``records`` of the results folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder / "records"
-        self._folder.mkdir(parents=True, exist_ok=True)
-
-    def load(self, job: Job) -> Result | None:
-        """The job's result, if there is one of exactly its settings."""
-        try:
-            result = Result(**json.loads((self._folder / f"{job.name}.json").read_text(encoding="utf-8")))
-            # Through the schema, so that a setting that is younger than the result has its default; and a folder may be
-            # written in another way.
-            done, wanted = map(with_absolute_paths, map(Config.from_run_config, (result.config, job.identity)))
-            if done.model.dtype != wanted.model.dtype:
-                done, wanted = with_model_dtype(done), with_model_dtype(wanted)
-        except (FileNotFoundError, ValueError, TypeError):
-            return None
-        return result if done == wanted else None
-
-    def save(self, job: Job, result: Result) -> None:
-        write(self._folder / f"{job.name}.json", json.dumps(vars(result)) + "\n")
 
 
 class Study:
@@ -413,54 +252,6 @@ def read_run(config: Config, folder: Path) -> dict[str, Any]:
         rows = json.loads((folder / ROWS_FILE).read_text(encoding="utf-8"))
         fields |= {"row_nll": [round(nll, 4) for nll in rows["nll"]], "row_tokens": rows["tokens"]}
     return fields
-
-
-class Board:
-    """Shows what goes on, a line for each run, while it is open."""
-
-    def __init__(self, console: Console) -> None:
-        self._status, self._lock = console.status(""), threading.Lock()
-        self._lines: dict[str, str] = {}
-
-    def __enter__(self) -> Self:
-        self._status.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._status.stop()
-
-    @contextmanager
-    def line(self, name: str) -> Iterator[Callable[[str], None]]:
-        """A line, and what writes to it."""
-        self._show(name, name)
-        try:
-            yield lambda said: self._show(name, f"{name}: {said}")
-        finally:
-            self._show(name, "")
-
-    def _show(self, name: str, text: str) -> None:
-        with self._lock:
-            self._lines[name] = text
-            self._status.update(Text("\n".join(filter(None, self._lines.values()))))
-
-
-class Line:
-    """Shows the last thing that happened in a run, and remembers why it failed."""
-
-    def __init__(self, show: Callable[[str], None]) -> None:
-        self._show = show
-        self.cause = ""
-
-    def handle(self, event: Event) -> None:
-        if event["kind"] == "failed":
-            self.cause = str(event["error"])
-        elif text := event_text(event):
-            self._show(text.splitlines()[0])
-
-
-def vary(config: Config, changes: Mapping[str, Any]) -> Config:
-    """The same settings but for some dotted keys."""
-    return Config.from_run_config({**config.to_run_config(), **changes})
 
 
 def tuning_changes(options: Options, base: Config) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from transformers import PretrainedConfig
 from hsplitlora_flwr.config import Config, ConfigError
 from hsplitlora_flwr.data.collate import Tokens, tokenize
 from hsplitlora_flwr.data.sources import DataError, Example
-from hsplitlora_flwr.models.loading import load_tokenizer, read_config
+from hsplitlora_flwr.models.configuration import read_config
+from hsplitlora_flwr.models.loading import load_tokenizer
 
 
 @dataclass(frozen=True)

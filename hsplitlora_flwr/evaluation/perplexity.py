@@ -12,7 +12,7 @@ import torch
 from hsplitlora_flwr.copies import to_device, to_host
 from hsplitlora_flwr.data.collate import Batch
 from hsplitlora_flwr.models.cores import all_cores
-from hsplitlora_flwr.models.split import ClientModel, HeadModel, WholeModel
+from hsplitlora_flwr.models.parts import ClientModel, HeadModel, WholeModel
 from hsplitlora_flwr.training.cut import SeededCut
 from hsplitlora_flwr.transport.codecs import pack, unpack
 from hsplitlora_flwr.transport.frames import Activation, Frame, Hidden, Loss

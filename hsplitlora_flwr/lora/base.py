@@ -10,20 +10,11 @@ from transformers import PreTrainedModel
 
 from hsplitlora_flwr.lora.layers import attach_changes, merge_changes, reset_weights, takes_changes
 from hsplitlora_flwr.lora.update import Change
-from hsplitlora_flwr.models.loading import StoredModel, load_causal_lm
+from hsplitlora_flwr.models.loading import load_causal_lm
+from hsplitlora_flwr.models.parts import BodyModel, ClientModel, ModelPart, ServerModel, WholeModel
 from hsplitlora_flwr.models.proof import find_family
-from hsplitlora_flwr.models.split import (
-    BodyModel,
-    ClientModel,
-    ModelPart,
-    ServerModel,
-    WholeModel,
-    body_part,
-    client_part,
-    middle_part,
-    server_part,
-    whole_model,
-)
+from hsplitlora_flwr.models.split import body_part, client_part, middle_part, server_part, whole_model
+from hsplitlora_flwr.models.stored import StoredModel
 
 P = TypeVar("P", bound=ModelPart)
 
@@ -58,7 +49,7 @@ class SharedBase:
 
     @property
     def inside(self) -> Mapping[str, str]:
-        """As of :class:`~hsplitlora_flwr.models.loading.StoredModel`."""
+        """As of :class:`~hsplitlora_flwr.models.stored.StoredModel`."""
         return self._stored.inside
 
     def client_part(self, split: int) -> ClientModel:

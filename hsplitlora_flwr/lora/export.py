@@ -27,8 +27,8 @@ from hsplitlora_flwr.lora.layers import shape_of
 from hsplitlora_flwr.lora.update import AccumulatedUpdate, Change, Patch, UpdateError, digest, recompress
 from hsplitlora_flwr.models.checkpoint import local_path
 from hsplitlora_flwr.models.multimodal import name_in_whole
+from hsplitlora_flwr.models.parts import is_linear
 from hsplitlora_flwr.models.quantisation import QuantisedLinear
-from hsplitlora_flwr.models.split import is_linear
 
 DELTA_FILE = "delta.safetensors"
 ADAPTER_FILE, MANIFEST_FILE = "adapter_model.safetensors", "manifest.json"
@@ -59,7 +59,7 @@ def save_peft_adapter(
         demonstration model by where it lies, so that ``AutoPeftModelForCausalLM`` finds it from anywhere.
     inside : Mapping[str, str], optional
         For an adapter over a multimodal model whose text decoder ``model`` is: how parts of it are called there, as
-        :class:`~hsplitlora_flwr.models.loading.StoredModel` knows.
+        :class:`~hsplitlora_flwr.models.stored.StoredModel` knows.
     """
     from peft import LoraConfig  # takes seconds to import, and a client never gets here
 

@@ -19,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hsplitlora_flwr.lora.aggregation import Factors
 from hsplitlora_flwr.lora.update import Change
+from hsplitlora_flwr.models.parts import ModelPart
 from hsplitlora_flwr.models.quantisation import QuantisedLinear
-from hsplitlora_flwr.models.split import ModelPart
 
 FRESH_ROW = 3**-0.5
 """Length of a row of a fresh ``A``, in the mean square."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hsplitlora_flwr.lora.layers import AdaptedLinear
-from hsplitlora_flwr.models.split import ModelPart
+from hsplitlora_flwr.models.parts import ModelPart
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from hsplitlora_flwr.config import KNOWN_OPTIMIZERS, TrainConfig
+from hsplitlora_flwr.config import TrainConfig
+from hsplitlora_flwr.names import KNOWN_OPTIMIZERS
 from hsplitlora_flwr.registry import Registry
 
 

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
         load_client_parts,
         split_model,
     )
+    from hsplitlora_flwr.models.parts import BodyModel, ClientModel, HeadModel, ServerModel
     from hsplitlora_flwr.models.proof import find_family
-    from hsplitlora_flwr.models.split import BodyModel, ClientModel, HeadModel, ServerModel, SplitError
+    from hsplitlora_flwr.models.split import SplitError
 
 __all__ = [
     "BodyModel",

@@ -29,7 +29,8 @@ from huggingface_hub import hf_hub_download
 from torch import Tensor
 
 from hsplitlora_flwr.models.checkpoint import local_path
-from hsplitlora_flwr.models.loading import PartTensors, load_tokenizer, read_config
+from hsplitlora_flwr.models.configuration import read_config
+from hsplitlora_flwr.models.loading import PartTensors, load_tokenizer
 
 _PROBE = "The mayor's cat—sat  on\tit.\nÜber 1,234.5 naïve 東京 🙂 def f(x): return x**2  <s> [INST]"
 """A text that tokenizers take apart in different ways."""

@@ -19,14 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hsplitlora_flwr.models.build import build_causal_lm
 from hsplitlora_flwr.models.families import FAMILIES, Family, UnsupportedModelError, list_families, tiny_config
-from hsplitlora_flwr.models.split import (
-    ModelPart,
-    body_part,
-    client_part,
-    head_part,
-    server_part,
-    whole_model,
-)
+from hsplitlora_flwr.models.parts import ModelPart
+from hsplitlora_flwr.models.split import body_part, client_part, head_part, server_part, whole_model
 
 log = logging.getLogger(__name__)
 

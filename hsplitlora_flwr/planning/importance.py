@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from hsplitlora_flwr.copies import to_numbers
 from hsplitlora_flwr.lora.layers import AdaptedLinear, dense_weight
-from hsplitlora_flwr.models.split import ClientModel, ModelPart
+from hsplitlora_flwr.models.parts import ClientModel, ModelPart
 
 ROWS = 1024
 """Rows of ``dLoss/dW`` that exist at a time: few beside the matrix of a large model, enough for a fast product."""

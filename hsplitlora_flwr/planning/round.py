@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.methods import METHODS, shares_half
+from hsplitlora_flwr.models.configuration import read_config, with_model_dtype
 from hsplitlora_flwr.models.cores import all_cores
-from hsplitlora_flwr.models.loading import read_config, read_settled_config, with_model_dtype
 from hsplitlora_flwr.models.placement import pick_devices
 from hsplitlora_flwr.models.proof import find_family
+from hsplitlora_flwr.models.stored import read_settled_config
 from hsplitlora_flwr.planning.budget import Budget, PlanError
 from hsplitlora_flwr.planning.cost import CostModel, Workload
 from hsplitlora_flwr.planning.leakage import LeakageTable

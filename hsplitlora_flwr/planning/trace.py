@@ -24,9 +24,10 @@ from transformers.integrations.moe import ExpertsInterface
 
 from hsplitlora_flwr.lora.layers import AdapterSpec, inject, shape_of, takes_changes
 from hsplitlora_flwr.models.families import Architecture, Family, shorten
-from hsplitlora_flwr.models.loading import empty_model
+from hsplitlora_flwr.models.parts import ClientModel, HeadModel
 from hsplitlora_flwr.models.proof import brief
-from hsplitlora_flwr.models.split import ClientModel, HeadModel, head_part, one_block, outline
+from hsplitlora_flwr.models.split import head_part, one_block, outline
+from hsplitlora_flwr.models.stored import empty_model
 from hsplitlora_flwr.planning.budget import PlanError
 
 EXPERTS = "hsplitlora-traced"

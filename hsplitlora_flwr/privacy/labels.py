@@ -16,7 +16,8 @@ from torch import Tensor
 
 from hsplitlora_flwr.data.collate import IGNORED, Tokens, evaluation_batches
 from hsplitlora_flwr.lora.base import SharedBase
-from hsplitlora_flwr.models.split import HeadModel, head_part
+from hsplitlora_flwr.models.parts import HeadModel
+from hsplitlora_flwr.models.split import head_part
 from hsplitlora_flwr.transport.codecs import pack, unpack
 
 ROWS = 4

@@ -26,8 +26,8 @@ from hsplitlora_flwr.lora.export import save_merged_model
 from hsplitlora_flwr.lora.layers import AdapterSpec, extract, inject
 from hsplitlora_flwr.lora.limits import update_norm
 from hsplitlora_flwr.models.loading import load_tokenizer
+from hsplitlora_flwr.models.parts import WholeModel
 from hsplitlora_flwr.models.placement import pick_devices
-from hsplitlora_flwr.models.split import WholeModel
 from hsplitlora_flwr.paths import CHECKPOINTS
 from hsplitlora_flwr.planning.round import cost_model
 from hsplitlora_flwr.reporting.events import Listener

@@ -34,7 +34,7 @@ from hsplitlora_flwr.lora.aggregation import Factors
 from hsplitlora_flwr.lora.export import DELTA_FILE, load_update, save_update
 from hsplitlora_flwr.lora.update import AccumulatedUpdate, Change, pack, unpack
 from hsplitlora_flwr.methods import METHODS, keeps_half
-from hsplitlora_flwr.models.loading import with_model_dtype
+from hsplitlora_flwr.models.configuration import with_model_dtype
 from hsplitlora_flwr.paths import CHECKPOINTS, kept_rounds, last_round
 from hsplitlora_flwr.planning.budget import Budget
 from hsplitlora_flwr.planning.planner import ClientPlan

@@ -25,7 +25,7 @@ from hsplitlora_flwr.lora.layers import AdapterSpec, start_along
 from hsplitlora_flwr.lora.update import AccumulatedUpdate, Change, with_adapter
 from hsplitlora_flwr.methods import METHODS, keeps_half, starts_along_update
 from hsplitlora_flwr.models.loading import load_tokenizer
-from hsplitlora_flwr.models.split import WholeModel
+from hsplitlora_flwr.models.parts import WholeModel
 from hsplitlora_flwr.reporting.card import CARD_FILE
 from hsplitlora_flwr.server.checkpoint import RunState
 

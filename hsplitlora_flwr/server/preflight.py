@@ -11,7 +11,8 @@ from hsplitlora_flwr.data.sources import DataError, TextData
 from hsplitlora_flwr.evaluation.scores import check_installed
 from hsplitlora_flwr.lora.aggregation import RULES
 from hsplitlora_flwr.methods import METHODS
-from hsplitlora_flwr.models.loading import check_model, read_config
+from hsplitlora_flwr.models.configuration import read_config
+from hsplitlora_flwr.models.loading import check_model
 from hsplitlora_flwr.models.quantisation import check_quantiser
 from hsplitlora_flwr.planning.budget import PlanError
 from hsplitlora_flwr.planning.round import cost_model, split_bounds

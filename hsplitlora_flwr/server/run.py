@@ -31,7 +31,8 @@ from hsplitlora_flwr.evaluation.generation import answer, generate_and_score
 from hsplitlora_flwr.evaluation.perplexity import MAX_NLL, evaluate
 from hsplitlora_flwr.lora.export import write_manifest
 from hsplitlora_flwr.methods import METHODS
-from hsplitlora_flwr.models.loading import load_tokenizer, with_model_dtype
+from hsplitlora_flwr.models.configuration import with_model_dtype
+from hsplitlora_flwr.models.loading import load_tokenizer
 from hsplitlora_flwr.paths import last_round
 from hsplitlora_flwr.reporting.card import shrunk_facts, write_card
 from hsplitlora_flwr.reporting.events import Listener

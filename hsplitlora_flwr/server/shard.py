@@ -18,8 +18,8 @@ from hsplitlora_flwr.lora.layers import AdapterSpec, extract, inject
 from hsplitlora_flwr.messages import EVALUATE, PROBE, TRAIN, Task
 from hsplitlora_flwr.methods import METHODS
 from hsplitlora_flwr.models.cores import all_cores
+from hsplitlora_flwr.models.parts import BodyModel, ServerModel
 from hsplitlora_flwr.models.placement import check_device, check_gpu_memory, pick_devices
-from hsplitlora_flwr.models.split import BodyModel, ServerModel
 from hsplitlora_flwr.planning.round import passes_at_once, takes_all
 from hsplitlora_flwr.server.sessions import Sessions
 from hsplitlora_flwr.training.activation_checkpointing import checkpoint_blocks

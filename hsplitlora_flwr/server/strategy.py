@@ -36,7 +36,7 @@ from hsplitlora_flwr.data.sources import Example
 from hsplitlora_flwr.lora.aggregation import Update
 from hsplitlora_flwr.lora.limits import SizeLimit, update_norm, update_size
 from hsplitlora_flwr.messages import EVALUATE, PROBE, TRAIN, Outcome, ReplyError
-from hsplitlora_flwr.models.loading import read_config
+from hsplitlora_flwr.models.configuration import read_config
 from hsplitlora_flwr.models.placement import pick_devices
 from hsplitlora_flwr.models.quantisation import check_quantiser
 from hsplitlora_flwr.planning.importance import scoring
@@ -50,7 +50,8 @@ from hsplitlora_flwr.server.model import FederatedModel
 from hsplitlora_flwr.server.plans import RoundPlanner
 from hsplitlora_flwr.server.records import client_row, plan_rows
 from hsplitlora_flwr.server.run import Run
-from hsplitlora_flwr.server.sessions import SessionGrid, Sessions
+from hsplitlora_flwr.server.session_grid import SessionGrid
+from hsplitlora_flwr.server.sessions import Sessions
 from hsplitlora_flwr.server.shard import Shard
 from hsplitlora_flwr.training.memory import may_fragment
 from hsplitlora_flwr.training.process import OwnProcess

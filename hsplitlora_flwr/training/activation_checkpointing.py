@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hsplitlora_flwr.lora.layers import SeededDropout, dropouts
 from hsplitlora_flwr.lora.multi_adapter import MultiAdapterLinear
-from hsplitlora_flwr.models.split import ModelPart
+from hsplitlora_flwr.models.parts import ModelPart
 
 
 def checkpoint_blocks(part: ModelPart) -> None:

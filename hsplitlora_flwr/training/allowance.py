@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hsplitlora_flwr.models.split import IGNORED, BodyModel, ServerModel
+from hsplitlora_flwr.models.parts import IGNORED, BodyModel, ServerModel
 from hsplitlora_flwr.transport.bottleneck import Bottleneck
 from hsplitlora_flwr.transport.codecs import check_codec, packed_bytes, packed_shape
 from hsplitlora_flwr.transport.frames import HEADER_BYTES, Activation, Finish

@@ -26,8 +26,9 @@ from hsplitlora_flwr.data.collate import Batch
 from hsplitlora_flwr.lora.layers import attach_changes, draw_masks, merge_changes, takes_changes
 from hsplitlora_flwr.lora.update import Change
 from hsplitlora_flwr.models.loading import load_causal_lm, load_client_parts
+from hsplitlora_flwr.models.parts import ClientModel, HeadModel, ModelPart, WholeModel
 from hsplitlora_flwr.models.proof import find_family
-from hsplitlora_flwr.models.split import ClientModel, HeadModel, ModelPart, WholeModel, whole_model
+from hsplitlora_flwr.models.split import whole_model
 from hsplitlora_flwr.training.cut import SeededCut
 from hsplitlora_flwr.training.decorrelation import penalty_gradient
 from hsplitlora_flwr.training.memory import RoomForPeaks

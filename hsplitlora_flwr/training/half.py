@@ -31,7 +31,7 @@ from hsplitlora_flwr.config import TrainConfig
 from hsplitlora_flwr.lora.aggregation import Factors
 from hsplitlora_flwr.lora.layers import AdapterSpec, extract, inject
 from hsplitlora_flwr.lora.multi_adapter import adapted_layers
-from hsplitlora_flwr.models.split import BodyModel, ServerModel
+from hsplitlora_flwr.models.parts import BodyModel, ServerModel
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.training.turns import Turns
 

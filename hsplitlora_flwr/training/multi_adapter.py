@@ -29,7 +29,7 @@ from torch.nn.functional import pad
 from hsplitlora_flwr.copies import to_device
 from hsplitlora_flwr.lora.layers import AdaptedLinear, same_masks
 from hsplitlora_flwr.lora.multi_adapter import AdapterBatch, Share, adapted_layers, batch_adapters
-from hsplitlora_flwr.models.split import IGNORED, BodyModel, ServerModel
+from hsplitlora_flwr.models.parts import IGNORED, BodyModel, ServerModel
 from hsplitlora_flwr.training.activation_checkpointing import checkpoint_blocks
 from hsplitlora_flwr.training.server import MicroBatch, differentiate
 

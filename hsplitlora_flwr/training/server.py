@@ -15,11 +15,7 @@ from torch import Tensor
 
 from hsplitlora_flwr.copies import to_device, to_numbers
 from hsplitlora_flwr.lora.layers import draw_masks
-from hsplitlora_flwr.models.split import (
-    BodyModel,
-    ModelPart,
-    ServerModel,
-)
+from hsplitlora_flwr.models.parts import BodyModel, ModelPart, ServerModel
 from hsplitlora_flwr.training.allowance import TRUSTED, Allowance, Refused, Step, check_activation
 from hsplitlora_flwr.training.half import Seat, check_finite
 from hsplitlora_flwr.transport.bottleneck import Bottleneck

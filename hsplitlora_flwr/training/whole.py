@@ -10,7 +10,7 @@ from torch import Tensor
 from hsplitlora_flwr.copies import to_device, to_numbers
 from hsplitlora_flwr.data.collate import Batch
 from hsplitlora_flwr.lora.layers import draw_masks
-from hsplitlora_flwr.models.split import WholeModel
+from hsplitlora_flwr.models.parts import WholeModel
 from hsplitlora_flwr.training.client import TrainingRecord
 from hsplitlora_flwr.training.memory import RoomForPeaks
 from hsplitlora_flwr.training.schedule import AdapterOptimizer

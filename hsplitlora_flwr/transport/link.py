@@ -16,7 +16,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from hsplitlora_flwr.config import KNOWN_TRANSPORTS, TransportConfig
+from hsplitlora_flwr.config import TransportConfig
+from hsplitlora_flwr.names import KNOWN_TRANSPORTS
 from hsplitlora_flwr.registry import Registry
 from hsplitlora_flwr.transport.frames import Frame
 

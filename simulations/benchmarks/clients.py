@@ -14,8 +14,8 @@ import torch
 from hsplitlora_flwr.config import TrainConfig
 from hsplitlora_flwr.lora.base import SharedBase
 from hsplitlora_flwr.lora.layers import inject
+from hsplitlora_flwr.models.configuration import read_config
 from hsplitlora_flwr.models.cores import all_cores
-from hsplitlora_flwr.models.loading import read_config
 from hsplitlora_flwr.training.client import ClientTrainer, load_client, train_client
 from hsplitlora_flwr.training.half import OwnHalf
 from hsplitlora_flwr.training.memory import return_freed_memory

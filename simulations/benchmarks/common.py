@@ -16,7 +16,7 @@ import torch
 
 from hsplitlora_flwr.data.collate import Batch
 from hsplitlora_flwr.lora.layers import AdapterSpec
-from hsplitlora_flwr.models.split import IGNORED
+from hsplitlora_flwr.models.parts import IGNORED
 
 Row = Mapping[str, float | str]
 """One line of figures, units in their names."""

@@ -12,12 +12,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hsplitlora_flwr.cli.run import PROJECT
+from hsplitlora_flwr.cli.settings import PROJECT
 from hsplitlora_flwr.config import TrainConfig
 from hsplitlora_flwr.lora.base import SharedBase
 from hsplitlora_flwr.lora.layers import inject
+from hsplitlora_flwr.models.configuration import read_config
 from hsplitlora_flwr.models.cores import all_cores
-from hsplitlora_flwr.models.loading import read_config
 from hsplitlora_flwr.reporting import read_events
 from hsplitlora_flwr.reporting.events import EVENTS_FILE, Event
 from hsplitlora_flwr.training.half import OwnHalf

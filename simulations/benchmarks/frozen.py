@@ -10,7 +10,7 @@ from itertools import product
 from hsplitlora_flwr.config import TrainConfig
 from hsplitlora_flwr.lora.base import SharedBase
 from hsplitlora_flwr.lora.layers import inject
-from hsplitlora_flwr.models.loading import read_config
+from hsplitlora_flwr.models.configuration import read_config
 from hsplitlora_flwr.planning import CostModel, Workload
 from hsplitlora_flwr.training.allowance import Allowance
 from hsplitlora_flwr.training.client import ClientTrainer, load_client, train_client

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from hsplitlora_flwr.data.collate import Batch, training_batches
-from hsplitlora_flwr.models.loading import load_causal_lm, read_config, split_model
-from hsplitlora_flwr.models.split import ServerModel
+from hsplitlora_flwr.models.configuration import read_config
+from hsplitlora_flwr.models.loading import load_causal_lm, split_model
+from hsplitlora_flwr.models.parts import ServerModel
 from hsplitlora_flwr.transport.codecs import pack, unpack
 from simulations.benchmarks.common import Row, Setup
 from simulations.benchmarks.step import real_rows

@@ -10,7 +10,7 @@ import torch
 from hsplitlora_flwr.data.collate import Batch
 from hsplitlora_flwr.lora.layers import inject, shape_of
 from hsplitlora_flwr.models.loading import load_causal_lm, split_model
-from hsplitlora_flwr.models.split import ClientModel, ServerModel
+from hsplitlora_flwr.models.parts import ClientModel, ServerModel
 from hsplitlora_flwr.planning import scoring
 from hsplitlora_flwr.planning.trace import LiveBytes
 from simulations.benchmarks.common import SHAPES, Row, Setup, specs, spread_batches, take_turns, timed

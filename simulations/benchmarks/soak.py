@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from hsplitlora_flwr.cli.run import PROJECT
+from hsplitlora_flwr.cli.settings import PROJECT
 from hsplitlora_flwr.reporting import read_events
 from hsplitlora_flwr.reporting.events import EVENTS_FILE
 from simulations.benchmarks.common import Row, Setup

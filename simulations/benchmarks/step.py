@@ -17,9 +17,10 @@ from hsplitlora_flwr.data.collate import Batch, Tokens, tokenize, training_batch
 from hsplitlora_flwr.data.sources import load_text
 from hsplitlora_flwr.lora.base import SharedBase
 from hsplitlora_flwr.lora.layers import inject
+from hsplitlora_flwr.models.configuration import read_config
 from hsplitlora_flwr.models.demo import demo_model, is_demo_model
-from hsplitlora_flwr.models.loading import load_tokenizer, read_config
-from hsplitlora_flwr.models.split import IGNORED
+from hsplitlora_flwr.models.loading import load_tokenizer
+from hsplitlora_flwr.models.parts import IGNORED
 from hsplitlora_flwr.training.client import ClientTrainer, load_client, train_client
 from hsplitlora_flwr.training.half import OwnHalf
 from hsplitlora_flwr.training.memory import return_freed_memory

@@ -14,10 +14,12 @@ from rich.console import Console
 
 from hsplitlora_flwr.cli import compare
 from hsplitlora_flwr.cli.compare import compose_setting, main, parse, runs_at_once
-from hsplitlora_flwr.cli.run import Launcher
+from hsplitlora_flwr.cli.launcher import Launcher
+from hsplitlora_flwr.comparison.jobs import vary
+from hsplitlora_flwr.comparison.options import Options
 from hsplitlora_flwr.comparison.plots import plot
 from hsplitlora_flwr.comparison.results import Comparison
-from hsplitlora_flwr.comparison.study import Options, Study, tuning_changes, vary
+from hsplitlora_flwr.comparison.study import Study, tuning_changes
 from hsplitlora_flwr.config import Config, ConfigError
 from hsplitlora_flwr.methods import METHODS
 from hsplitlora_flwr.reporting import Listener

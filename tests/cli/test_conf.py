@@ -8,7 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from hsplitlora_flwr.cli.run import Launcher
+from hsplitlora_flwr.cli.launcher import Launcher
 from hsplitlora_flwr.cli.settings import CONF, help_text, register
 from hsplitlora_flwr.config import SETTINGS, Config, ConfigError
 from hsplitlora_flwr.methods import METHODS, register_method

@@ -18,7 +18,9 @@ from torch import Tensor
 from hsplitlora_flwr.cli import run_process
 from hsplitlora_flwr.cli.in_process import InProcessGrid, run_here
 from hsplitlora_flwr.cli.interrupts import Interrupted
-from hsplitlora_flwr.cli.run import PROJECT, Launcher, launch
+from hsplitlora_flwr.cli.launch import launch
+from hsplitlora_flwr.cli.launcher import Launcher
+from hsplitlora_flwr.cli.settings import PROJECT
 from hsplitlora_flwr.client.handlers import split_client_app
 from hsplitlora_flwr.config import Config, ConfigError
 from hsplitlora_flwr.data.sources import load_text

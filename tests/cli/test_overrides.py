@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from hsplitlora_flwr.cli.__main__ import main
+from hsplitlora_flwr.cli.launcher import Launcher
 from hsplitlora_flwr.cli.overrides import PATHS, check_keys, check_single, keys_of, literal, one_line, renamed, undashed
-from hsplitlora_flwr.cli.run import PROJECT, Launcher
-from hsplitlora_flwr.cli.settings import CONF, register
+from hsplitlora_flwr.cli.settings import CONF, PROJECT, register
 from hsplitlora_flwr.config import ConfigError
 
 LAUNCHER = keys_of("launcher", Launcher)

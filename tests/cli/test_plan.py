@@ -14,8 +14,8 @@ from rich.console import Console
 from transformers import LlamaConfig
 
 from hsplitlora_flwr.cli.forecast import PARTS, Forecast, forecast, over_budgets, usual_budgets
+from hsplitlora_flwr.cli.launcher import Launcher
 from hsplitlora_flwr.cli.plan import run
-from hsplitlora_flwr.cli.run import Launcher
 from hsplitlora_flwr.cli.settings import CONF, register
 from hsplitlora_flwr.config import Config, ConfigError
 from hsplitlora_flwr.lora.limits import capped_shares

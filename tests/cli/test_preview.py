@@ -11,8 +11,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 
+from hsplitlora_flwr.cli.launcher import Launcher
 from hsplitlora_flwr.cli.preview import run
-from hsplitlora_flwr.cli.run import Launcher
 from hsplitlora_flwr.cli.settings import CONF, register
 
 TEMPLATE = "{% for message in messages %}{{ message.role[0] + '>' + message.content + '\n' }}{% endfor %}"

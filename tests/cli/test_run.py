@@ -22,10 +22,14 @@ import psutil
 import pytest
 from rich.console import Console
 
-from hsplitlora_flwr.cli import run, superlink
+from hsplitlora_flwr.cli import superlink
 from hsplitlora_flwr.cli.interrupts import ENDING
-from hsplitlora_flwr.cli.run import PROJECT, Launcher, _Watch, failure_cause, launch, run_config_toml
+from hsplitlora_flwr.cli.launch import launch, run_config_toml
+from hsplitlora_flwr.cli.launcher import Launcher
+from hsplitlora_flwr.cli.settings import PROJECT
 from hsplitlora_flwr.cli.superlink import RunStatus, SuperLinkError, open_superlink
+from hsplitlora_flwr.cli.verdict import failure_cause
+from hsplitlora_flwr.cli.watch import Watch
 from hsplitlora_flwr.config import Config, render_pyproject_block
 from hsplitlora_flwr.models.cores import all_cores
 from hsplitlora_flwr.reporting import RunConsole
@@ -357,12 +361,11 @@ class Flower:
 
 
 @pytest.fixture
-def watched(monkeypatch) -> tuple[Flower, _Watch, Callable[[float], None]]:
+def watched() -> tuple[Flower, Watch, Callable[[float], None]]:
     """A run on a Flower of ours, and a function that lets seconds pass."""
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: clock.now))
     flower = Flower()
-    watch = _Watch(flower)
+    watch = Watch(flower, lambda: clock.now)
 
     def passes(seconds: float, ended: bool = False) -> None:
         for _ in range(round(seconds)):

@@ -25,7 +25,8 @@ from hsplitlora_flwr.lora.export import load_update, save_merged_model, save_upd
 from hsplitlora_flwr.lora.layers import shape_of
 from hsplitlora_flwr.lora.update import UpdateError
 from hsplitlora_flwr.models import load_causal_lm, split_model
-from hsplitlora_flwr.models.loading import StoredModel, load_tokenizer
+from hsplitlora_flwr.models.loading import load_tokenizer
+from hsplitlora_flwr.models.stored import StoredModel
 from tests.models.test_multimodal import CONFIGS, IDS, MASK, SMALL, VISION
 from tests.tiny import random_batches, tiny_model
 

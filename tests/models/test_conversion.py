@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from hsplitlora_flwr.models import ModelFilesError, load_causal_lm, load_client_parts
-from hsplitlora_flwr.models.loading import check_model, read_config
+from hsplitlora_flwr.models.configuration import read_config
+from hsplitlora_flwr.models.loading import check_model
 from tests.tiny import randomise
 
 BLOCK = 16

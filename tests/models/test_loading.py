@@ -30,16 +30,18 @@ from hsplitlora_flwr.models import (
     ModelFilesError,
     SplitError,
     UnsupportedModelError,
+    configuration,
     find_family,
     load_causal_lm,
     load_client_model,
     load_client_parts,
-    loading,
     split_model,
 )
 from hsplitlora_flwr.models.checkpoint import Checkpoint
+from hsplitlora_flwr.models.configuration import read_config, with_model_dtype
 from hsplitlora_flwr.models.families import tiny_config
-from hsplitlora_flwr.models.loading import StoredModel, check_model, read_config, read_settled_config, with_model_dtype
+from hsplitlora_flwr.models.loading import check_model
+from hsplitlora_flwr.models.stored import StoredModel, read_settled_config
 from hsplitlora_flwr.planning.cost import CostModel, Workload
 from tests.tiny import BLOCKS, CONFIGS, random_batches, randomise, tiny_model
 
@@ -521,7 +523,7 @@ def test_a_hub_that_cannot_be_reached_is_asked_once_and_not_waited_for(monkeypat
         asked.append((url, timeout))
         raise ConnectionError("no route to host")
 
-    monkeypatch.setattr(loading, "get_hf_file_metadata", away)
+    monkeypatch.setattr(configuration, "get_hf_file_metadata", away)
     for _ in range(2):
         with pytest.raises(ModelFilesError, match=r"model\.path=nobody/nothing: no folder of that name, .* no route"):
             read_config("nobody/nothing")

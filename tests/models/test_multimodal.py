@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from hsplitlora_flwr.models import ModelFilesError, UnsupportedModelError, load_causal_lm, load_client_parts
-from hsplitlora_flwr.models.loading import check_model, read_config
+from hsplitlora_flwr.models.configuration import read_config
+from hsplitlora_flwr.models.loading import check_model
 from hsplitlora_flwr.models.multimodal import prove_text_decoder
 
 SMALL: dict[str, Any] = {

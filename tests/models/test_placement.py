@@ -13,9 +13,9 @@ from hsplitlora_flwr.evaluation.perplexity import evaluate
 from hsplitlora_flwr.lora import AdapterSpec, Change, extract, inject
 from hsplitlora_flwr.lora.base import SharedBase
 from hsplitlora_flwr.models import loading
-from hsplitlora_flwr.models.loading import empty_model
 from hsplitlora_flwr.models.placement import pick_device, pick_devices, spread
 from hsplitlora_flwr.models.proof import find_family
+from hsplitlora_flwr.models.stored import empty_model
 from hsplitlora_flwr.planning.importance import scoring
 from hsplitlora_flwr.training.activation_checkpointing import checkpoint_blocks
 from hsplitlora_flwr.training.half import OwnHalf

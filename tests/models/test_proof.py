@@ -37,8 +37,9 @@ from hsplitlora_flwr.lora.layers import AdapterSpec, extract, inject
 from hsplitlora_flwr.models import Family, UnsupportedModelError, find_family, split_model
 from hsplitlora_flwr.models.build import build_causal_lm
 from hsplitlora_flwr.models.families import tiny_config
+from hsplitlora_flwr.models.parts import ModelPart
 from hsplitlora_flwr.models.proof import find_unadapted
-from hsplitlora_flwr.models.split import ModelPart, whole_model
+from hsplitlora_flwr.models.split import whole_model
 from tests.tiny import random_batches
 
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}

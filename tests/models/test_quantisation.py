@@ -12,8 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hsplitlora_flwr.models import load_causal_lm, load_client_parts
 from hsplitlora_flwr.models import quantisation as quantisation_module
+from hsplitlora_flwr.models.parts import is_linear
 from hsplitlora_flwr.models.quantisation import QuantisedLinear, check_quantiser, weight_bytes
-from hsplitlora_flwr.models.split import is_linear
 from tests.tiny import CONFIGS, random_batches, tiny_model
 
 NF4 = (

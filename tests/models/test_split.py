@@ -19,8 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hsplitlora_flwr.models import SplitError, UnsupportedModelError, find_family, list_families, split_model
-from hsplitlora_flwr.models import split as split_module
+from hsplitlora_flwr.models import SplitError, UnsupportedModelError, find_family, list_families, parts, split_model
 from hsplitlora_flwr.models.families import FAMILIES, tiny_config
 from hsplitlora_flwr.models.proof import prove
 from hsplitlora_flwr.models.split import check_split, whole_model
@@ -106,7 +105,7 @@ def test_the_loss_comes_in_chunks(name: str, trains: bool, monkeypatch: pytest.M
     names, parameters = zip(*model.named_parameters(), strict=True)
     gradients = dict(zip(names, torch.autograd.grad(expected, parameters, allow_unused=True), strict=True))
     with monkeypatch.context() as patch:
-        patch.setattr(split_module, "CHUNK", 7)
+        patch.setattr(parts, "CHUNK", 7)
         whole = whole_model(model, find_family(model.config)).train()
         sizes: list[int] = []
         whole.causal_lm.get_output_embeddings().register_forward_hook(lambda m, args, y: sizes.append(len(y)))

@@ -12,7 +12,7 @@ from torch import Tensor
 from hsplitlora_flwr.lora import AdapterSpec, extract, inject
 from hsplitlora_flwr.lora.layers import shape_of
 from hsplitlora_flwr.models import find_family, split_model
-from hsplitlora_flwr.models.split import ClientModel, ServerModel
+from hsplitlora_flwr.models.parts import ClientModel, ServerModel
 from hsplitlora_flwr.planning.cost import CostModel, Layer, Workload
 from hsplitlora_flwr.planning.greedy import unit_cost
 from tests.flops import flop_counter

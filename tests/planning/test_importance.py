@@ -22,7 +22,7 @@ from hsplitlora_flwr.lora import AdapterSpec, extract, inject
 from hsplitlora_flwr.lora.layers import AdaptedLinear, attach_changes, merge_changes, shape_of
 from hsplitlora_flwr.lora.update import Change
 from hsplitlora_flwr.models import split_model
-from hsplitlora_flwr.models.split import ClientModel, ServerModel
+from hsplitlora_flwr.models.parts import ClientModel, ServerModel
 from hsplitlora_flwr.planning import importance as importance_module
 from hsplitlora_flwr.planning.importance import (
     ROWS,

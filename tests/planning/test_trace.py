@@ -8,8 +8,8 @@ import torch
 
 from hsplitlora_flwr.models import find_family
 from hsplitlora_flwr.models.families import tiny_config
-from hsplitlora_flwr.models.loading import empty_model
 from hsplitlora_flwr.models.split import client_part
+from hsplitlora_flwr.models.stored import empty_model
 from hsplitlora_flwr.planning.trace import LiveBytes, trace_block, trace_model
 from tests.tiny import CONFIGS
 

@@ -31,9 +31,10 @@ from hsplitlora_flwr.messages import (
     unpack_content,
 )
 from hsplitlora_flwr.reporting.report import RunReport
-from hsplitlora_flwr.server import sessions
+from hsplitlora_flwr.server import session_grid, sessions
 from hsplitlora_flwr.server.clients import ClientFailedError, Clients
-from hsplitlora_flwr.server.sessions import Session, SessionGrid, Sessions
+from hsplitlora_flwr.server.session_grid import SessionGrid
+from hsplitlora_flwr.server.sessions import Session, Sessions
 from hsplitlora_flwr.server.strategy import HSplitLoRA
 from hsplitlora_flwr.training.process import SharedProcess
 from hsplitlora_flwr.training.server import ServerTrainer
@@ -253,9 +254,9 @@ def test_who_is_lost_has_failed_at_once_and_is_not_sent_to_until_flower_knows(ca
     [reply] = case.pull(again)
     assert "did not come back (transport.grace)" in str(reply.error.reason)
     assert list(case.grid.get_node_ids()) == [2]
-    case.one.ended_at -= 2 * sessions.LOST_SECONDS
+    case.one.ended_at -= 2 * session_grid.LOST_SECONDS
     assert list(case.grid.get_node_ids()) == [1, 2], "or has had its time"
-    case.one.ended_at += 2 * sessions.LOST_SECONDS
+    case.one.ended_at += 2 * session_grid.LOST_SECONDS
     case.flower.fails(case.ids[0], "no heartbeat")
     assert case.pull(again) == []
     assert list(case.grid.get_node_ids()) == [1, 2]
@@ -278,7 +279,7 @@ def test_where_nodes_have_no_process_for_their_message_none_keeps_its_own(
 ) -> None:
     waits(case.one)
     assert len(case.pull()) == 1 and case.one.waiting
-    monkeypatch.setattr(sessions, "START_SECONDS", -1.0)
+    monkeypatch.setattr(session_grid, "START_SECONDS", -1.0)
     case.pull()
     assert not case.sessions.last and isinstance(case.one._following, Released)
     waits(case.two)

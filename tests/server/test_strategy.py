@@ -34,9 +34,10 @@ from hsplitlora_flwr.lora.layers import AdapterSpec, extract, inject
 from hsplitlora_flwr.messages import FORGET, Description, take_tensors, to_arrays
 from hsplitlora_flwr.methods import METHODS, keeps_half, shares_half
 from hsplitlora_flwr.models import find_family, load_causal_lm
-from hsplitlora_flwr.models.loading import with_model_dtype
+from hsplitlora_flwr.models.configuration import with_model_dtype
+from hsplitlora_flwr.models.parts import WholeModel
 from hsplitlora_flwr.models.quantisation import QuantisedLinear
-from hsplitlora_flwr.models.split import WholeModel, whole_model
+from hsplitlora_flwr.models.split import whole_model
 from hsplitlora_flwr.reporting import EVENTS_FILE, read_events
 from hsplitlora_flwr.server import strategy
 from hsplitlora_flwr.server.central import CentralTraining

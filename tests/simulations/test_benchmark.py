@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hsplitlora_flwr.models.split import IGNORED
+from hsplitlora_flwr.models.parts import IGNORED
 from simulations.benchmark import BENCHMARKS, main
 from simulations.benchmarks.common import STEPS, Apart, Row, Sample, Setup, spread_batches, take_turns
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hsplitlora_flwr.models.loading import read_config
+from hsplitlora_flwr.models.configuration import read_config
 from hsplitlora_flwr.models.proof import find_family
 from hsplitlora_flwr.planning import CostModel, Workload
 from simulations.benchmarks import overlap as module

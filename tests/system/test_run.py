@@ -29,7 +29,7 @@ from hsplitlora_flwr.data.sources import load_text
 from hsplitlora_flwr.lora import AdapterSpec, extract, inject
 from hsplitlora_flwr.lora.export import DELTA_FILE, load_update
 from hsplitlora_flwr.models import split_model
-from hsplitlora_flwr.models.loading import with_model_dtype
+from hsplitlora_flwr.models.configuration import with_model_dtype
 from tests.plain import SERVER, PlainRound, block_of
 from tests.system.conftest import Run, start_in
 

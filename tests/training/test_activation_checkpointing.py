@@ -10,7 +10,7 @@ import torch
 from hsplitlora_flwr.lora import AdapterSpec, inject
 from hsplitlora_flwr.lora.layers import draw_masks
 from hsplitlora_flwr.models import split_model
-from hsplitlora_flwr.models.split import ClientModel, ModelPart, ServerModel
+from hsplitlora_flwr.models.parts import ClientModel, ModelPart, ServerModel
 from hsplitlora_flwr.planning.importance import scoring
 from hsplitlora_flwr.training.activation_checkpointing import checkpoint_blocks
 from tests.tiny import CONFIGS, random_batches, tiny_model

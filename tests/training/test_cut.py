@@ -9,7 +9,7 @@ from torch import Tensor
 from hsplitlora_flwr.config import TrainConfig
 from hsplitlora_flwr.lora import AdapterSpec, inject
 from hsplitlora_flwr.models import split_model
-from hsplitlora_flwr.models.split import ClientModel, ServerModel
+from hsplitlora_flwr.models.parts import ClientModel, ServerModel
 from hsplitlora_flwr.training.client import ClientTrainer
 from hsplitlora_flwr.training.cut import CutError, CutTransform, SeededCut
 from hsplitlora_flwr.training.half import OwnHalf

@@ -21,7 +21,7 @@ from hsplitlora_flwr.lora import AdapterSpec, extract, inject
 from hsplitlora_flwr.lora.base import SharedBase
 from hsplitlora_flwr.lora.layers import draw_masks, shape_of
 from hsplitlora_flwr.lora.update import Change
-from hsplitlora_flwr.models.split import ModelPart, ServerModel
+from hsplitlora_flwr.models.parts import ModelPart, ServerModel
 from hsplitlora_flwr.training import multi_adapter
 from hsplitlora_flwr.training.activation_checkpointing import checkpoint_blocks
 from hsplitlora_flwr.training.half import OwnHalf

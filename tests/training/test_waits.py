@@ -14,8 +14,8 @@ from hsplitlora_flwr.config import TrainConfig
 from hsplitlora_flwr.evaluation.perplexity import evaluate
 from hsplitlora_flwr.lora import AdapterSpec, inject
 from hsplitlora_flwr.lora.base import SharedBase
-from hsplitlora_flwr.models import split
-from hsplitlora_flwr.models.split import ModelPart
+from hsplitlora_flwr.models import parts
+from hsplitlora_flwr.models.parts import ModelPart
 from hsplitlora_flwr.planning.importance import scoring
 from hsplitlora_flwr.training.client import ClientTrainer, train_client
 from hsplitlora_flwr.training.half import OwnHalf
@@ -53,7 +53,7 @@ class OnGpu:
 
 @pytest.fixture
 def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[OnGpu]:
-    monkeypatch.setattr(split, "CHUNK", 4)
+    monkeypatch.setattr(parts, "CHUNK", 4)
     with SeveralDevices() as devices:
         yield OnGpu(tmp_path, devices)
 

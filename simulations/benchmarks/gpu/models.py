@@ -17,21 +17,11 @@ from hsplitlora_flwr.data.collate import Batch
 from hsplitlora_flwr.lora.aggregation import Factors
 from hsplitlora_flwr.lora.layers import AdapterSpec
 from hsplitlora_flwr.lora.optimizers import OPTIMIZERS
-from hsplitlora_flwr.models.loading import empty_model
+from hsplitlora_flwr.models.parts import BodyModel, ClientModel, HeadModel, ServerModel
 from hsplitlora_flwr.models.proof import find_family
 from hsplitlora_flwr.models.quantisation import QuantisedLinear
-from hsplitlora_flwr.models.split import (
-    BodyModel,
-    ClientModel,
-    HeadModel,
-    ServerModel,
-    body_part,
-    client_part,
-    head_part,
-    middle_part,
-    server_part,
-    whole_model,
-)
+from hsplitlora_flwr.models.split import body_part, client_part, head_part, middle_part, server_part, whole_model
+from hsplitlora_flwr.models.stored import empty_model
 from simulations.benchmarks.gpu.cases import Place
 
 
