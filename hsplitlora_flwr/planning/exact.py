@@ -6,8 +6,11 @@
 2. **The server's ranks.** With one shared half the server takes one rank for each of its weights, which counts for the
    clients whose split is at or below it; splits and these ranks follow each other until nothing changes. With a half
    for each client its memory has one price (:mod:`hsplitlora_flwr.planning.priced`).
-3. **The shortest round** in which every client keeps, within the tolerance, what it would have alone.
-4. **The clients' ranks**, the best at these splits in the time that the slowest client takes.
+3. **The shortest round** in which every client keeps, within the tolerance, what it would have alone. The server takes
+   one client's step after another while the others compute, so a round takes ``max(sum_i S_i, max_i (O_i + S_i))``:
+   ``S_i`` are the seconds of the server for client ``i``, ``O_i`` those of the client's own, computing and on the wire.
+   A deeper cut takes work off the server, which all wait for, until some client's own turn takes longer than that.
+4. **The clients' ranks**, the best at these splits in the time that the round takes anyway.
 
 A deadline is met by more tolerance, as little as will do.
 """
@@ -46,11 +49,12 @@ class Half(NamedTuple):
 
 
 class Timed(NamedTuple):
-    """A round: the server's half, everybody's split, ``(clients,)``, and seconds of the slowest client and of all."""
+    """A round: the server's half, everybody's split and the seconds that the server takes for it, ``(clients,)``, and
+    those of the round."""
 
     half: Half
     splits: Index
-    slowest: float
+    work: Array
     seconds: float
 
 
@@ -92,7 +96,7 @@ class Solver:
         rounds = (self._round(half, share, self.tolerance) for share in shares)
         timed = min(filter(None, rounds), key=lambda each: each.seconds)
         if self.deadline is None or timed.seconds <= self.deadline:
-            return self._fill(timed, timed.slowest)
+            return self._fill(timed, timed.seconds)
         return self._in_time(half, self.deadline)
 
     def bound(self) -> float:
@@ -117,7 +121,8 @@ class Solver:
         reached = self.values + above
         least = (1 - self.tolerance) * np.maximum(reached.max(axis=1), 0.0)
         flops, choice = self.below.least(np.where(np.isfinite(above), least[:, None] - above, np.inf))
-        seconds = p.own_seconds(flops, choice == RESTS, p.speed_alone) + p.steps * work / p.server_speed_alone[:, None]
+        own = p.own_seconds(flops, choice == RESTS, p.speed_alone)
+        seconds = p.turn_seconds(own, p.steps * work / p.server_speed_alone[:, None], choice == RESTS)
         deepest, quickest = _last(self.below.held), _last(seconds == seconds.min(axis=1, keepdims=True))
         return above, bound, np.where(np.isfinite(reached).any(axis=1), quickest, deepest)
 
@@ -215,7 +220,7 @@ class Solver:
         target = np.minimum((1 - tolerance) * self.value_alone, given)
         half = half._replace(ranks=np.minimum(half.ranks, self._worthiest(share)))
         flops, choice = self.below.least(target[:, None] - p.from_split_up(p.values, half.ranks))
-        return self._served(half, p.own_seconds(flops, choice == RESTS, p.speed))
+        return self._served(half, flops, choice == RESTS)
 
     def _worthiest(self, share: float) -> Ranks:
         """``(layers,)``; the ranks that are worth most for their operations and together hold a share of the value."""
@@ -228,40 +233,45 @@ class Solver:
         ranks: Ranks = taken.reshape(gain.shape).sum(axis=1, dtype=np.uint8)
         return ranks
 
-    def _served(self, half: Half, own: Array) -> Timed | None:
-        """The shortest round that the server has room for, where clients take ``own`` seconds, ``(clients, splits)``.
+    def _served(self, half: Half, flops: Array, resting: Mask) -> Timed | None:
+        """The shortest round that the server has room for, where a client's step takes ``flops`` operations on its own
+        side, and it has no adapters where it is ``resting``, ``(clients, splits)`` both.
 
-        Within a limit every client takes the deepest split that takes it no longer, which is what the server is done
-        with first, and has most room for. A longer limit takes work off the server, one client after another.
+        Within a limit of the clients' turns every client takes the deepest split that keeps to it, which is what the
+        server is done with first, and has most room for. A longer limit takes work off the server, one client after
+        another.
         """
-        p, way = self.problem, half.way
+        p, way, clients = self.problem, half.way, np.arange(len(flops))
         work = way.costs.served[p.splits] + p.from_split_up(way.costs.above[..., OPERATIONS], half.ranks)
+        work = np.broadcast_to(p.steps * work / p.server_speed, flops.shape)
         taken = p.bytes_from_split_up(way, half.ranks)
         if self.shared:  # by the lowest split of all
             passing = taken + way.costs.passing[p.splits] + len(p.names) * p.prices.frames
             allowed, taken = self.allowed & (passing <= p.memory_of_server - p.resting), np.zeros(1)
         else:
             allowed, taken = self.allowed & (p.splits >= way.lowest), taken + way.taken[p.splits]
-        own = np.where(allowed, own, np.inf)
-        order = np.argsort(own, axis=1, kind="stable")
-        limits = np.take_along_axis(own, order, 1)
+        turns = p.turn_seconds(p.own_seconds(flops, resting, p.speed), work, resting)
+        turns = np.where(allowed, turns, np.inf)
+        order = np.argsort(turns, axis=1, kind="stable")
+        limits = np.take_along_axis(turns, order, 1)
         limits = np.maximum(limits, limits[:, 0].max()).T.ravel()  # from when everybody has a split
         in_time = np.argsort(limits, kind="stable")
         deepest = np.maximum.accumulate(order, axis=1)
 
         def together(each: Array) -> Array:
             """The sum over clients within each limit."""
-            of_split = np.take_along_axis(np.broadcast_to(each, own.shape), deepest, 1)
+            of_split = np.take_along_axis(np.broadcast_to(each, turns.shape), deepest, 1)
             sums: Array = np.cumsum(np.diff(of_split, axis=1, prepend=0.0).T.ravel()[in_time])
-            return sums[len(own) - 1 :]
+            return sums[len(turns) - 1 :]
 
-        limits = limits[in_time][len(own) - 1 :]
+        limits = limits[in_time][len(turns) - 1 :]
         fits = np.isfinite(limits) & (together(taken) <= (math.inf if self.shared else way.room))
         if not fits.any():
             return None
-        seconds = limits + p.steps * together(work) / p.server_speed
+        seconds = np.maximum(limits, together(work))
         best = np.where(fits, seconds, np.inf).argmin()
-        return Timed(half, _last(own <= limits[best]), float(limits[best]), float(seconds[best]))
+        splits = _last(turns <= limits[best])
+        return Timed(half, splits, work[clients, splits], float(seconds[best]))
 
     def _in_time(self, half: Half, deadline: float) -> Assignment:
         """The plan for a deadline: clients give up the same share of their value, as little as will do beside what the
@@ -282,7 +292,7 @@ class Solver:
         plans = []
         for each, share in [(quickest.half, 0.0), *((half, share) for share in np.linspace(0, 1, _SHARES_IN_TIME))]:
             if timed := self._least_given_up(each, share, deadline * (1 + SAME)):
-                plans.append(self._fill(timed, timed.slowest + max(deadline - timed.seconds, 0.0)))
+                plans.append(self._fill(timed, deadline))
         return max(plans, key=self.problem.objective)
 
     def _least_given_up(self, half: Half, share: float, deadline: float) -> Timed | None:
@@ -301,17 +311,17 @@ class Solver:
 
     def _quickest(self) -> Timed:
         """The shortest round of all, in which nobody has ranks that it can do without."""
-        p, none = self.problem, np.zeros(len(self.problem.block), np.uint8)
+        none = np.zeros(len(self.problem.block), np.uint8)
         flops, choice = self.below.least(np.zeros_like(self.values))
-        own, anywhere = p.own_seconds(flops, choice == RESTS, p.speed), np.zeros(len(flops), np.intp)
-        rounds = (self._served(Half(way, none, anywhere), own) for way in self._ways())
+        anywhere = np.zeros(len(flops), np.intp)
+        rounds = (self._served(Half(way, none, anywhere), flops, choice == RESTS) for way in self._ways())
         found = min(filter(None, rounds), key=lambda timed: timed.seconds)
         return found._replace(half=found.half._replace(splits=found.splits))
 
     def _fill(self, timed: Timed, seconds: float) -> Assignment:
         """The best ranks of clients at their splits, for whom a round may take so many seconds."""
         p, clients = self.problem, np.arange(len(timed.splits))
-        _, choice = self.below.best(np.full(len(clients), seconds))
+        _, choice = self.below.best(seconds - timed.work)
         below, splits = self.below.ranks(timed.splits, choice[clients, timed.splits]), p.splits[timed.splits]
         return Assignment(splits, np.where(p.block < splits[:, None], below, timed.half.ranks).astype(np.uint8))
 

@@ -82,7 +82,8 @@ class Plan:
     bound : float
         No plan has a higher objective; infinite where nothing is proven, as by the greedy rule.
     seconds : float
-        Predicted time of a round: the slowest client's own and the server's, which serves all.
+        Predicted time of a round's steps. The server takes one client's step after another, and clients compute
+        meanwhile: what lasts longer, the server's steps for all or a client's own with the server's for it.
     """
 
     clients: Mapping[str, ClientPlan]
@@ -289,8 +290,10 @@ def _plan(
     """The plan with what it costs. A side computes nothing again that it can keep."""
     taken, flops, again, resting = problem.of_clients(assignment)
     sides = [(*problem.of_server(costs, assignment), costs.checkpointing) for costs in problem.prices.costs]
-    served, work, server_again = next((s for s in sides if s[0] <= problem.memory_of_server), min(sides))
+    fitting = next((side for side in sides if side[0] <= problem.memory_of_server), None)
+    served, work, server_again = fitting or min(sides, key=lambda side: side[0])
     own = problem.own_seconds(flops[:, None], resting[:, None], problem.speed)[:, 0]
+    work = problem.steps * work / problem.server_speed
     names, ranks = [layer.name for layer in problem.cost.layers], problem.ranks.tolist()
     plans: dict[str, ClientPlan] = {}
     for i, (client, budget) in enumerate(budgets.items()):
@@ -312,7 +315,7 @@ def _plan(
         int(served),
         greedy_objective,
         bound,
-        float(own.max()) + problem.steps * work / problem.server_speed,
+        float(max(problem.turn_seconds(own, work, resting).max(), work.sum())),
     )
 
 

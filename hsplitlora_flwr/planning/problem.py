@@ -289,6 +289,13 @@ class Problem:
         seconds: Array = self.steps * (flops / speed[:, None] + wire)
         return seconds
 
+    def turn_seconds(self, own: Array, work: Array, resting: NDArray[np.bool_]) -> Array:
+        """Time of a round of clients that have the server to themselves, of any shape: a client waits for the gradient
+        of a step before it begins the next one, and one that gets none computes while the server does."""
+        overlaps = resting & (self.cost.workload.labels != "client")
+        seconds: Array = np.where(overlaps, np.maximum(own, work), own + work)
+        return seconds
+
     def of_clients(self, plan: Assignment) -> tuple[Array, Array, NDArray[np.bool_], NDArray[np.bool_]]:
         """``(clients,)``; bytes beside the process, operations of a step, whether activations are computed again: only
         where they could not be kept; and whether there are no adapters."""
@@ -307,8 +314,8 @@ class Problem:
                 flops[some] = (prices.forward[split] + cost[:, OPERATIONS])[fewer]
         return taken, flops, again, blocks == 0
 
-    def of_server(self, costs: Costs, plan: Assignment) -> tuple[float, float]:
-        """Bytes, and operations of a step of every client."""
+    def of_server(self, costs: Costs, plan: Assignment) -> tuple[float, Array]:
+        """Bytes, and operations of a step of each client, ``(clients,)``."""
         above = np.where(self.block >= plan.splits[:, None], plan.ranks, 0)
         cost, clients, workload = self.total(costs.above, above), len(plan.splits), self.cost.workload
         adapters = self.total(self.prices.parameters, above) * workload.adapter_parameter_bytes
@@ -317,8 +324,8 @@ class Problem:
             lowest = [int(plan.splits.argmin())]
             adapters, passes = adapters[lowest], passes[lowest]
         together = np.sort(passes)[-(workload.passes or clients) :]
-        flops = costs.served[plan.splits].sum() + cost[:, OPERATIONS].sum()
-        return self.resting + clients * self.prices.frames + adapters.sum() + together.sum(), float(flops)
+        held = self.resting + clients * self.prices.frames + adapters.sum() + together.sum()
+        return float(held), costs.served[plan.splits] + cost[:, OPERATIONS]
 
     def ways(self, costs: Costs, lowest: int) -> list[Way]:
         """How the server may serve clients of whom none has a split below ``lowest``.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from hsplitlora_flwr.comparison.clock import Step, serve
 from hsplitlora_flwr.models import find_family
 from hsplitlora_flwr.planning import Budget, CostModel, Plan, PlanError, Workload, make_plan
 from hsplitlora_flwr.planning.arrays import Array
@@ -241,7 +242,7 @@ class BruteForce:
                 choice = np.flatnonzero(distinct[low])
                 taken = upper.held[low, choice] + upper.passing[low, choice] + upper.held[low, 0]  # and frames of one
                 tops = [(above[a, choice], above[b, choice])]
-                work = [upper.flops[a, choice] + upper.flops[b, choice]]
+                chosen = [choice, choice]
                 most = choice == distinct[low].nonzero()[0][-1]
             else:
                 one, two = (np.flatnonzero(distinct[split]) for split in (a, b))
@@ -251,14 +252,23 @@ class BruteForce:
                 taken = (upper.held[a, one][:, None] + upper.held[b, two] + passing).ravel()
                 top = np.broadcast_arrays(above[a, one][:, None], above[b, two])
                 tops = [(top[0].ravel(), top[1].ravel())]
-                work = [(upper.flops[a, one][:, None] + upper.flops[b, two]).ravel()]
+                chosen = [each.ravel() for each in np.broadcast_arrays(one[:, None], two)]
                 most = ((one == one[-1])[:, None] & (two == two[-1])).ravel()
             fits = resting + taken <= server.memory_bytes
-            (top_a, top_b), served = (top[fits] for top in tops[0]), work[0][fits] / server.flops
+            work = upper.flops[a, chosen[0]] + upper.flops[b, chosen[1]]
+            (top_a, top_b), served = (top[fits] for top in tops[0]), work[fits] / server.flops
             i, j, k = (g.ravel() for g in np.meshgrid(first, second, np.arange(fits.sum()), indexing="ij"))
             value = np.stack([below[i] + top_a[k], below[j] + top_b[k]], axis=1)
-            slowest = np.maximum(seconds[0][i], seconds[1][j])
-            found.append((np.tile([a, b], (len(i), 1)), value, steps * (slowest + served[k]), most[fits][k]))
+            took = [upper.flops[split, c] / server.flops for split, c in zip((a, b), chosen, strict=True)]
+            turns = [
+                np.where(trains[each], own_side + on_server, np.maximum(own_side, on_server))
+                for each, own_side, on_server in (
+                    (i, seconds[0][i], took[0][fits][k]),
+                    (j, seconds[1][j], took[1][fits][k]),
+                )
+            ]
+            lasts = np.maximum(served[k], np.maximum(*turns))
+            found.append((np.tile([a, b], (len(i), 1)), value, steps * lasts, most[fits][k]))
         return cls(*(np.concatenate(part) for part in zip(*found, strict=True)))
 
 
@@ -503,8 +513,30 @@ def test_predicted_seconds() -> None:
     flops = {name: COST.client_flops(client.split, client.ranks) for name, client in plan.clients.items()}
     own = {"quick": 7 * (flops["quick"] / 4e9 + up / 1e6 + down / 2e6), "slow": 7 * flops["slow"] / 2e9}
     assert {name: client.predicted_seconds for name, client in plan.clients.items()} == pytest.approx(own)
-    server = 7 * sum(COST.server_flops(client.split, client.ranks) for client in plan.clients.values()) / 3e9
-    assert plan.seconds == pytest.approx(max(own.values()) + server), "a speed that is not stated is the mean"
+    served = {name: 7 * COST.server_flops(each.split, each.ranks) / 3e9 for name, each in plan.clients.items()}
+    turns = [own[name] + served[name] for name in own]
+    assert plan.seconds == pytest.approx(max(sum(served.values()), *turns)), "a speed that is not stated is the mean"
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.tuples(SPEEDS, SPEEDS, SPEEDS), min_size=1, max_size=5), SPEEDS, st.integers(1, 20), st.booleans())
+def test_steps_served_one_after_another_take_the_predicted_seconds_and_a_turn_at_most(
+    machines: list[tuple[float, float, float]], of_server: float, steps: int, fixed: bool
+) -> None:
+    budgets = {str(i): Budget(10 * CEILING, 0, *machine) for i, machine in enumerate(machines)}
+    server = Budget(10**12, 0, of_server)
+    plan = make_plan(budgets, dict.fromkeys(NAMES, 1.0), COST, ranks=RANKS, server=server, steps=steps, clients="all")
+    up, down = COST.wire_bytes()
+    turns = []
+    for name, client in plan.clients.items():
+        budget, forward = budgets[name], COST.client_flops(client.split, {})
+        assert budget.flops and budget.up and budget.down
+        backward = COST.client_flops(client.split, client.ranks) - forward
+        served = COST.server_flops(client.split, client.ranks) / of_server
+        turns.append(Step(forward / budget.flops, up / budget.up, served, down / budget.down, backward / budget.flops))
+    lasts = max(serve(turns, steps, fixed=fixed))
+    longest = max(sum(turn[:-1]) for turn in map(astuple, turns))
+    assert plan.seconds * (1 - 1e-9) <= lasts <= (plan.seconds + longest) * (1 + 1e-9)
 
 
 def test_speeds_that_nobody_states_are_nominal() -> None:
