@@ -40,7 +40,7 @@ from hsplitlora_flwr.models.stored import read_settled_config
 from hsplitlora_flwr.paths import CHECKPOINTS, last_round
 from hsplitlora_flwr.privacy.attacks import ATTACKS
 from hsplitlora_flwr.privacy.labels import measure_labels
-from hsplitlora_flwr.privacy.leakage import measure
+from hsplitlora_flwr.privacy.leakage import View, measure
 from hsplitlora_flwr.privacy.membership import ACCUSED, measure_membership
 from hsplitlora_flwr.privacy.protection import epsilon, protection
 
@@ -51,8 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = read_settings(options.overrides)
         splits = _splits(config, options.splits)
-        if options.membership and not options.run:
-            raise ConfigError("--membership is told from the update of a run; name its folder, --run FOLDER")
+        for name in ("membership", "rounds"):
+            if getattr(options, name) and not options.run:
+                raise ConfigError(f"--{name} is told from the updates of a run; name its folder, --run FOLDER")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -67,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "noise": config.split.noise,
         "width": config.split.width,
         "crossings": options.crossings,
+        "gradients": options.gradients,
+        "rounds": options.rounds,
         "seeds": options.seeds,
         "recovered": best_by_split(found),
         "attacks": found,
@@ -132,10 +135,11 @@ def _measured(
     config = with_model_dtype(config)
     base = _base(config)
     if options.run:
-        base.update(_update(options.run))
+        base.update(_update(options.run, last_round(options.run)))
     learn, recover = fit_text(public[: options.public_rows], config), fit_text(private[: options.private_rows], config)
-    protect = partial(protection, config.split)
-    for leakage in measure(base, learn, recover, splits, options.attacks, seed, protect, options.crossings):
+    updates = _updates(options.run) if options.rounds else []
+    view = View(partial(protection, config.split), options.crossings, options.gradients, updates)
+    for leakage in measure(base, learn, recover, splits, options.attacks, seed, view):
         print(
             f"seed {seed}, split {leakage.split}, {leakage.attack}: "
             f"{leakage.recovered:.1%} of {leakage.tokens:,} tokens",
@@ -160,7 +164,7 @@ def _beside(config: Config, options: argparse.Namespace) -> dict[str, Any]:
         found["labels"] = asdict(labels)
     if options.membership:
         rows, others = (fit_text(each[: options.private_rows], config) for each in (text.train, text.held_out))
-        told = measure_membership(base, _update(options.run), rows, others)
+        told = measure_membership(base, _update(options.run, last_round(options.run)), rows, others)
         print(
             f"rows that were trained on, told from others by the update: area under the curve {told.area:.2f}, and "
             f"{told.found:.0%} of them where {ACCUSED:.0%} of others are taken for such"
@@ -173,9 +177,15 @@ def _base(config: Config) -> SharedBase:
     return SharedBase(config.model.path, config.model.dtype, quantise=config.model.quantise)
 
 
-def _update(run: Path) -> Mapping[str, Change]:
-    """Of the last round of a run."""
-    return load_update(run / CHECKPOINTS / f"round-{last_round(run)}").changes()
+def _update(run: Path, number: int) -> Mapping[str, Change]:
+    """Of the end of a round; none before the first."""
+    return load_update(run / CHECKPOINTS / f"round-{number}").changes() if number else {}
+
+
+def _updates(run: Path) -> list[Mapping[str, Change]]:
+    """Those under which rows crossed in the rounds of a run, as far as they were kept."""
+    begun = range(last_round(run))
+    return [_update(run, number) for number in begun if not number or (run / CHECKPOINTS / f"round-{number}").is_dir()]
 
 
 def deal(examples: Sequence[Example], seed: int) -> tuple[list[Example], list[Example]]:
@@ -253,6 +263,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--membership", action="store_true", help="with --run: also tell rows that it trained on from held-out ones"
+    )
+    parser.add_argument(
+        "--gradients", action="store_true", help="the attacker also has the directions of the loss's gradients"
+    )
+    parser.add_argument(
+        "--rounds", action="store_true", help="with --run: each row crossed in all of its rounds, under their updates"
     )
     parser.add_argument("--run", type=Path, help="folder of a run, whose update the model has")
     parser.add_argument("--out", type=Path, default=Path("leakage.json"), help="where to write (leakage.json)")

@@ -5,7 +5,7 @@ which is there for as long as the run, has no other use for them, and the memory
 
 ::
 
-    echo '{"settings": {"model.path": "smollm2-135m"}, "simulated": true, "path": []}' \\
+    echo '{"settings": {"model.path": "smollm2-135m"}, "simulated": true, "planned": false, "path": []}' \\
         | python -m hsplitlora_flwr.cli.checks
 """
 
@@ -51,10 +51,14 @@ class Checked:
         Under which the memory of a client's process is remembered.
     memory : OwnMemory, optional
         What is remembered there.
+    planned_bytes : int
+        What all clients of a round and the server are planned to take together; 0 where there is no plan, or nobody
+        asked.
     """
 
     key: str
     memory: OwnMemory | None
+    planned_bytes: int = 0
 
 
 def prepare(config: Config, console: Listener, *, simulated: bool = True) -> None:
@@ -94,8 +98,8 @@ def prepare(config: Config, console: Listener, *, simulated: bool = True) -> Non
         check_parts(config, text)
 
 
-def prepare_apart(config: Config, console: Listener, *, simulated: bool = True) -> Checked:
-    """As :func:`prepare`, in a process that ends with it.
+def prepare_apart(config: Config, console: Listener, *, simulated: bool = True, planned: bool = False) -> Checked:
+    """As :func:`prepare`, in a process that ends with it; ``planned`` asks for what the run is planned to take.
 
     Raises
     ------
@@ -104,13 +108,14 @@ def prepare_apart(config: Config, console: Listener, *, simulated: bool = True) 
     RuntimeError
         If the process ends otherwise; the text is what it said last.
     """
-    asked = {"settings": config.to_run_config(), "simulated": simulated, "path": sys.path}
+    asked = {"settings": config.to_run_config(), "simulated": simulated, "planned": planned, "path": sys.path}
     with tempfile.TemporaryFile() as said, _child(json.dumps(asked), said) as answers:
         for event in answers:
             match event["kind"]:
                 case "checked":
                     memory = event["memory"]
-                    return Checked(event["key"], OwnMemory(**memory) if memory else None)
+                    own = OwnMemory(**memory) if memory else None
+                    return Checked(event["key"], own, event["planned_bytes"])
                 case "wrong":
                     raise ConfigError(event["error"])
                 case _:
@@ -159,14 +164,30 @@ class _Answers:
         self._output.flush()
 
 
-def _check(asked: dict[str, Any], answers: _Answers) -> None:
+def _planned_bytes(config: Config) -> int:
+    """What all clients of a round and the server take by the forecast; 0 where it has no plan."""
+    from hsplitlora_flwr.cli.forecast import forecast
+
+    try:
+        plan = forecast(config).plan
+    except WRONG:  # the run says it better, or has no clients to plan for
+        return 0
+    clients = sorted((client.predicted_bytes for client in plan.clients.values()), reverse=True)
+    return plan.server_bytes + sum(clients[: config.clients.per_round or None])
+
+
+def _check(asked: dict[str, Any], answers: Listener) -> None:
     sys.path[:] = asked["path"]
     try:
         import_plugins(asked["settings"])
         config = Config.from_run_config(asked["settings"])
         prepare(config, answers, simulated=asked["simulated"])
         memory = own_memory.remembered(config)
-        known = {"key": own_memory.key(config), "memory": asdict(memory) if memory else None}
+        known = {
+            "key": own_memory.key(config),
+            "memory": asdict(memory) if memory else None,
+            "planned_bytes": _planned_bytes(config) if asked["planned"] else 0,
+        }
     except WRONG as error:
         answers.handle({"kind": "wrong", "error": str(error)})
     else:

@@ -38,6 +38,7 @@ from hsplitlora_flwr.cli.interrupts import Interrupted, interruptible
 from hsplitlora_flwr.cli.launch import launch
 from hsplitlora_flwr.cli.launcher import Launcher
 from hsplitlora_flwr.cli.overrides import check_keys, keys_of, literal, one_line, refuse_keys, renamed
+from hsplitlora_flwr.cli.room import SHARE_OF_MEMORY
 from hsplitlora_flwr.cli.settings import CONF, PROJECT, register, settings_text
 from hsplitlora_flwr.cli.superlink import SuperLink, open_superlink
 from hsplitlora_flwr.comparison.board import Line
@@ -120,12 +121,15 @@ def compose_setting(setting: str, overrides: Sequence[str]) -> tuple[Config, Lau
     """
     register(Launcher)
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = compose("config", [f"experiment={setting}", "launcher.engine=process", *overrides])
+        composed = compose("config", [f"experiment={setting}", *_OF_A_COMPARISON, *overrides])
     values: Any = OmegaConf.to_container(composed, resolve=True)
     launcher = Launcher.from_mapping(values.pop("launcher"))
     if launcher.engine == "process" and not launcher.cpus:  # several runs on a core each end sooner than one on all
         launcher = replace(launcher, cpus=1)
     return vary(Config.from_mapping(values), {"run.dir": ""}), launcher
+
+
+_OF_A_COMPARISON = ("launcher.engine=process", "evaluation.texts=0")  # nobody reads the pages of its runs
 
 
 class _Parser(argparse.ArgumentParser):
@@ -228,11 +232,11 @@ def runs_at_once(launcher: Launcher, config: Config) -> int:
     cores = all_cores() // (launcher.cpus or all_cores())
     weights = cost_model(config, config.train.batch_size, config.data.max_length).total_weight_bytes
     needed = _PROCESS_BYTES + (1 + _SHARE_OF_CLIENT * config.clients.count) * weights
-    return max(min(cores, int(_SHARE_OF_MEMORY * psutil.virtual_memory().available / needed)), 1)
+    return max(min(cores, int(SHARE_OF_MEMORY * psutil.virtual_memory().available / needed)), 1)
 
 
-_PROCESS_BYTES, _SHARE_OF_CLIENT, _SHARE_OF_MEMORY = 1e9, 2.0, 0.8
-"""What a process takes without weights, what of them a client holds and trains with, and what all runs may take."""
+_PROCESS_BYTES, _SHARE_OF_CLIENT = 1e9, 2.0
+"""What a process takes without weights, and what of them a client holds and trains with."""
 
 
 def _prepared(options: Options, console: Console) -> tuple[dict[str, Config], Launcher]:

@@ -17,11 +17,12 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
@@ -30,6 +31,7 @@ from rich.console import Console
 from rich.text import Text
 
 from hsplitlora_flwr.cli.checks import WRONG
+from hsplitlora_flwr.cli.room import SHARE_OF_MEMORY, Room
 from hsplitlora_flwr.comparison.files import write
 from hsplitlora_flwr.comparison.points import FIGURES, JOB_FILE, QUALITY, Point, typed_axes
 from hsplitlora_flwr.config import Config, Scalar
@@ -41,8 +43,10 @@ EARLIER = "earlier"
 CONSOLE_FILE = "console.log"
 """What a job tells that shares the terminal with others."""
 _SWEEP = "HSPLITLORA_SWEEP"
-"""The environment variable that tells jobs which command they belong to, which keys it varies, and how many they are.
-"""
+"""The environment variable that tells jobs which command they belong to, which keys it varies, how many they are, and
+what memory there was for them."""
+_ON_THIS_MACHINE = ("joblib",)
+"""Launchers of Hydra that do jobs side by side here."""
 _ITS_OWN = ("run.dir", "run.resume")
 
 
@@ -200,8 +204,13 @@ class SweepCallback(Callback):
         params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
         keys, total = swept([*config.hydra.overrides.task, *params])
         total = int(sweeper.get("n_trials") or total)
-        os.environ[_SWEEP] = json.dumps({"command": secrets.token_hex(8), "keys": keys, "total": total})
+        memory = int(SHARE_OF_MEMORY * psutil.virtual_memory().available)
+        told = {"command": secrets.token_hex(8), "keys": keys, "total": total, "memory": memory}
+        os.environ[_SWEEP] = json.dumps(told)
         SweepCallback.folder = Path(absolute(config.hydra.sweep.dir))
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        shutil.rmtree(_room(Path(absolute(config.hydra.sweep.dir))).folder, ignore_errors=True)
 
 
 def swept(overrides: Sequence[str]) -> tuple[list[str], int]:
@@ -228,19 +237,24 @@ class Place:
         All that was typed, with the values of this job.
     beside : bool
         Other jobs may run at the same time, so that the terminal is not its own.
+    room : Room, optional
+        What it shares with them, where they run on this machine.
     """
 
     sweep: Path
     number: int
     overrides: Sequence[str]
     beside: bool
+    room: Room | None = None
 
     @classmethod
     def here(cls) -> Place:
         """Of the job that this process does now."""
         config = HydraConfig.get()
-        beside = config.runtime.choices.get("hydra/launcher", "basic") != "basic"
-        return cls(Path(absolute(config.sweep.dir)), int(config.job.num), list(config.overrides.task), beside)
+        launcher = config.runtime.choices.get("hydra/launcher", "basic")
+        sweep = Path(absolute(config.sweep.dir))
+        room = _room(sweep) if launcher in _ON_THIS_MACHINE else None
+        return cls(sweep, int(config.job.num), list(config.overrides.task), launcher != "basic", room)
 
     @property
     def headline(self) -> str:
@@ -250,10 +264,25 @@ class Place:
         of = f" of {sweep['total']}" if sweep["total"] else ""
         return f"job {self.number + 1}{of}: " + "  ".join(f"{key}={value}" for key, value in told.items())
 
+    def room_for(self, wanted: int) -> AbstractContextManager[None]:
+        """Wait until there is memory for what the job is planned to take, and keep it; the terminal is told of it."""
+        if not self.room:
+            return nullcontext()
+        return self.room.taken(wanted, lambda told: _print(f"{self.headline}: {told}"))
+
+
+def _room(sweep: Path) -> Room:
+    told = _this_sweep()
+    return Room(sweep / f".{told['command']}", told["memory"])
+
+
+def _print(text: str, style: str = "") -> None:
+    Console(highlight=False).print(Text(text, style=style), soft_wrap=True)
+
 
 def _this_sweep() -> dict[str, Any]:
     told: dict[str, Any] = json.loads(os.environ.get(_SWEEP, "{}"))
-    return {"command": "", "keys": [], "total": 0} | told
+    return {"command": "", "keys": [], "total": 0, "memory": 0} | told
 
 
 def do(place: Place, config: Config | None, wrong: str, start: Callable[[Config, Listener], int]) -> float:
@@ -274,20 +303,15 @@ def do(place: Place, config: Config | None, wrong: str, start: Callable[[Config,
     float
         The perplexity after it, for sweepers that look for the lowest; ``nan`` if it did not finish.
     """
-    terminal = Console(highlight=False)
-
-    def say(text: str, style: str) -> None:
-        terminal.print(Text(text, style=style), soft_wrap=True)
-
     job = Job.claim(place.sweep, place.number, place.overrides, config)
     if job.finished:
-        say(f"{place.headline}: finished before, {_outcome(job)}", "dim")
+        _print(f"{place.headline}: finished before, {_outcome(job)}", "dim")
         return job.point.figures.get(QUALITY, math.nan)
-    say(place.headline, "bold")
+    _print(place.headline, "bold")
     if config:
         config = job.again(config)
         if config.run.resume:
-            say("it goes on after the last round that it finished before", "")
+            _print("it goes on after the last round that it finished before")
         with _console(job.folder if place.beside else None) as console:
             told = _Told(console)
             try:
@@ -300,10 +324,10 @@ def do(place: Place, config: Config | None, wrong: str, start: Callable[[Config,
         job.note(wrong)
     if job.finished:
         job.done()
-        say(f"{place.headline}: {_outcome(job)}", "green")
+        _print(f"{place.headline}: {_outcome(job)}", "green")
     else:
         cause = job.point.cause.strip() or "it ended without a word"
-        say(f"{place.headline}: failed: {cause.splitlines()[-1]}", "red")
+        _print(f"{place.headline}: failed: {cause.splitlines()[-1]}", "red")
     return job.point.figures.get(QUALITY, math.nan)
 
 

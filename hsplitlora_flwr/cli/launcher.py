@@ -13,13 +13,14 @@ import psutil
 from pydantic import AfterValidator
 
 from hsplitlora_flwr.cli.overrides import keys_of
+from hsplitlora_flwr.cli.room import SHARE_OF_MEMORY
 from hsplitlora_flwr.config import Config, ConfigError, unknown_key
 from hsplitlora_flwr.methods import with_room_for_messages
 from hsplitlora_flwr.models.cores import all_cores
 from hsplitlora_flwr.schema import checked, setting
 
-_UNSTATED_BYTES, _SHARE_OF_MEMORY = 2e9, 0.8
-"""What a simulated client without a stated budget is taken for, and how much of the free memory all may take."""
+_UNSTATED_BYTES = 2e9
+"""What a simulated client without a stated budget is taken for."""
 _AGAINST_RAY = {"superlink": "it starts Ray by itself", "cpus": "the cluster says how many it has"}
 
 
@@ -110,7 +111,7 @@ class Launcher:
             return cores
         budgets = itertools.cycle([gb * 1e9 for gb in config.clients.memory_gb] or [_UNSTATED_BYTES])
         taken = sum(itertools.islice(budgets, config.clients.count))
-        return wanted if taken <= _SHARE_OF_MEMORY * psutil.virtual_memory().available else cores
+        return wanted if taken <= SHARE_OF_MEMORY * psutil.virtual_memory().available else cores
 
 
 def takes_turns(config: Config) -> bool:

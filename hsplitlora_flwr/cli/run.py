@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,13 @@ def _check_new(config: Config) -> None:
         raise ConfigError(f"run.dir={folder} already holds a run; choose another folder or remove it")
 
 
-def _start(config: Config, launcher: Launcher, console: Listener) -> int:
+def _start(config: Config, launcher: Launcher, console: Listener, place: Place | None = None) -> int:
     """Check and launch; returns the exit status.
+
+    Parameters
+    ----------
+    place : Place, optional
+        Of a job, which may have to wait for memory.
 
     Raises
     ------
@@ -72,10 +78,11 @@ def _start(config: Config, launcher: Launcher, console: Listener) -> int:
     phase(console, "checking settings, text and model")
     if launcher.superlink:
         check_connection(launcher.superlink, PROJECT)
-    checked = prepare_apart(config, console, simulated=not launcher.superlink)
-    if launcher.superlink or config.clients.process_mb or METHODS[config.method.name].central:
-        return launch(config, PROJECT, launcher, console)
-    return _with_known_process(config, launcher, console, checked)
+    checked = prepare_apart(config, console, simulated=not launcher.superlink, planned=bool(place and place.room))
+    with place.room_for(checked.planned_bytes) if place else nullcontext():
+        if launcher.superlink or config.clients.process_mb or METHODS[config.method.name].central:
+            return launch(config, PROJECT, launcher, console)
+        return _with_known_process(config, launcher, console, checked)
 
 
 def _with_known_process(config: Config, launcher: Launcher, console: Listener, checked: Checked) -> int:
@@ -114,7 +121,8 @@ def _job(composed: DictConfig) -> float:
         config, launcher = _read(composed)
     except WRONG as error:
         wrong = str(error)
-    return do(Place.here(), config, wrong, lambda settled, console: _start(settled, launcher, console))
+    place = Place.here()
+    return do(place, config, wrong, lambda settled, console: _start(settled, launcher, console, place))
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from hsplitlora_flwr.cli import checks
 from hsplitlora_flwr.cli.checks import Checked, prepare_apart
+from hsplitlora_flwr.cli.forecast import forecast
 from hsplitlora_flwr.cli.own_memory import OwnMemory
 from hsplitlora_flwr.config import Config, ConfigError
 from hsplitlora_flwr.reporting.events import Event
@@ -44,12 +46,13 @@ def test_what_goes_on_and_what_is_known_are_told(tmp_path: Path, monkeypatch: py
     code = (
         "print(json.dumps({'kind': 'phase', 'text': asked['settings']['run.dir']}), flush=True)\n"
         "memory = {'bytes': 7, 'source': 'the last run here', 'in_run': True}\n"
-        "print(json.dumps({'kind': 'checked', 'key': str(asked['simulated']), 'memory': memory}))"
+        "known = {'key': str(asked['simulated']), 'memory': memory, 'planned_bytes': 9 * asked['planned']}\n"
+        "print(json.dumps({'kind': 'checked'} | known))"
     )
     answering(code, tmp_path, monkeypatch)
     console = Console()
-    checked = prepare_apart(settings(tmp_path), console, simulated=False)
-    assert checked == Checked("False", OwnMemory(7, "the last run here", in_run=True))
+    checked = prepare_apart(settings(tmp_path), console, simulated=False, planned=True)
+    assert checked == Checked("False", OwnMemory(7, "the last run here", in_run=True), 9)
     assert console.heard == [{"kind": "phase", "text": str(tmp_path / "run")}]
 
 
@@ -79,3 +82,22 @@ def test_who_is_interrupted_leaves_no_process(tmp_path: Path, monkeypatch: pytes
         prepare_apart(settings(tmp_path), console)
     assert not psutil.pid_exists(int(console.heard[0]["text"]))
     assert time.monotonic() - started < checks._PATIENCE
+
+
+def test_what_a_run_is_planned_to_take(folder: Path, monkeypatch: pytest.MonkeyPatch, known_process: None) -> None:
+    """The server, and those clients that can be there at once; nothing where there is no plan."""
+    monkeypatch.setattr(checks, "prepare", lambda *_, **__: None)
+
+    def planned(**changes: Any) -> int:
+        stated = {"model.path": str(folder), "clients.count": 3, "clients.memory_gb": "1.0,3.0,2.0"}
+        told = Console()
+        asked = {"settings": stated | changes, "simulated": True, "planned": True, "path": sys.path}
+        checks._check(asked, told)
+        return int(told.heard[-1]["planned_bytes"])
+
+    config = Config.from_run_config({"model.path": str(folder), "clients.memory_gb": "1.0,3.0,2.0"})
+    plan = forecast(config).plan
+    by_client = sorted(client.predicted_bytes for client in plan.clients.values())
+    assert planned() == plan.server_bytes + sum(by_client)
+    assert planned(**{"clients.per_round": 2}) == plan.server_bytes + sum(by_client[1:])
+    assert planned(**{"clients.memory_gb": "0.01,0.01,0.01"}) == 0

@@ -24,10 +24,11 @@ def composed(*overrides: str) -> dict[str, Any]:
     return values
 
 
-def test_no_override_gives_the_defaults_of_the_schema_but_for_simulated_budgets():
+def test_no_override_gives_the_defaults_of_the_schema_but_for_simulated_budgets_and_texts_to_read():
     values = composed()
     values["run"]["dir"] = ""
     assert values["clients"].pop("memory_gb") == "1.0,1.3,1.8"
+    assert values["evaluation"].pop("texts") == 3
     assert Config.from_mapping(values) == Config()
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from hsplitlora_flwr.cli import run
 from hsplitlora_flwr.cli.jobs import EARLIER, Job, Place, SweepCallback, do, failed_jobs, sweep_folder, swept
+from hsplitlora_flwr.cli.room import Room
 from hsplitlora_flwr.comparison.points import JOB_FILE, read_points
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.reporting import Listener
@@ -171,7 +172,7 @@ def test_a_sweep_through_hydra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """One finishes, one fails, one has wrong settings."""
     done = []
 
-    def start(settled: Config, launcher: run.Launcher, console: Listener) -> int:
+    def start(settled: Config, launcher: run.Launcher, console: Listener, place: Place) -> int:
         done.append(settled.train.lr)
         return (fails if settled.train.lr == 2.0 else finishes)(settled, console)
 
@@ -190,3 +191,17 @@ def test_a_sweep_through_hydra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert failed_jobs(sweep) == 2
     assert "3 runs: 1 finished, 2 failed" in (sweep / "sweep.html").read_text()
     assert (sweep / "sweep.csv").read_text().count("\n") == 4
+
+
+def test_a_job_that_waits_for_memory_says_so_under_its_headline(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = place(tmp_path, 0, 1.0)
+    with alone.room_for(10**9):
+        pass
+    assert not capsys.readouterr().out, "nobody is beside it"
+    with dataclasses.replace(alone, room=Room(tmp_path / "room", 10**8)).room_for(10**9):
+        pass
+    assert capsys.readouterr().out == (
+        "job 1: train.lr=1.0: it is planned to take 1.00 GB of the 0.10 GB there are: alone\n"
+    )

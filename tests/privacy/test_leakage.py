@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import random
 from array import array
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from hsplitlora_flwr.config import SplitConfig
 from hsplitlora_flwr.data.collate import Tokens
 from hsplitlora_flwr.lora.base import SharedBase
+from hsplitlora_flwr.lora.update import AccumulatedUpdate, Change
 from hsplitlora_flwr.models.loading import split_model
 from hsplitlora_flwr.models.split import head_part
 from hsplitlora_flwr.privacy.attacks import ATTACKS, Text
 from hsplitlora_flwr.privacy.labels import labels_from_gradients, measure_labels
-from hsplitlora_flwr.privacy.leakage import cut_activations, embeddings_of, measure
+from hsplitlora_flwr.privacy.leakage import View, cut_activations, embeddings_of, measure
 from hsplitlora_flwr.privacy.protection import protection
 from tests.tiny import tiny_model
 
@@ -80,13 +83,77 @@ def test_noise_tells_nothing(base: SharedBase, attack: str) -> None:
 
 def test_noise_of_a_node_s_own_hides_and_clipping_alone_does_not(base: SharedBase) -> None:
     def recovered(noise: float) -> float:
-        protect = partial(protection, SplitConfig(clip=0.5, noise=noise))
-        [leakage] = measure(base, rows_of(150, 1), rows_of(20, 2), [1], ["regression"], protect=protect)
+        view = View(partial(protection, SplitConfig(clip=0.5, noise=noise)))
+        [leakage] = measure(base, rows_of(150, 1), rows_of(20, 2), [1], ["regression"], view=view)
         assert leakage.norm < 0.51 or noise
         return leakage.recovered
 
     assert recovered(0.0) > 0.9
     assert recovered(8.0) < 0.3
+
+
+def test_beside_an_activation_stands_the_direction_of_its_gradient(base: SharedBase, tiny_folder: Path) -> None:
+    rows = rows_of(2, 0)
+    [(_, texts)] = cut_activations(base, rows, [2], View(gradients=True))
+    unsplit, hidden = AutoModelForCausalLM.from_pretrained(tiny_folder).eval(), int(base.model.config.hidden_size)
+    for row, (seen, _) in zip(rows, texts, strict=True):
+        ids = torch.tensor([row.input_ids])
+        output = unsplit(ids, labels=ids, output_hidden_states=True)
+        cut = output.hidden_states[2]
+        (gradient,) = torch.autograd.grad(output.loss, cut)
+        torch.testing.assert_close(seen[:, :hidden], cut[0].detach(), rtol=1e-4, atol=1e-5)
+        direction = torch.nn.functional.normalize(gradient[0], dim=-1) * hidden**0.5
+        torch.testing.assert_close(seen[:, hidden : 2 * hidden], direction, rtol=1e-3, atol=1e-3)
+        assert not seen[0, 2 * hidden :].any() and torch.equal(seen[1:, 2 * hidden :], seen[:-1, hidden : 2 * hidden])
+
+
+def test_gradients_alone_tell_planted_text_and_with_them_noise_still_tells_nothing(base: SharedBase) -> None:
+    def seen(rows: list[Tokens], seed: int, hidden: bool) -> list[Text]:
+        """With activations that are noise, and the gradients that honest ones have, or noise as well."""
+        generator, [(_, texts)] = (
+            torch.Generator().manual_seed(seed),
+            cut_activations(base, rows, [1], View(gradients=True)),
+        )
+        wide = int(base.model.config.hidden_size)
+        blank = [(torch.randn(each.shape, generator=generator), ids) for each, ids in texts]
+        if hidden:
+            return blank
+        return [
+            (torch.cat([noise[:, :wide], each[:, wide:]], 1), ids)
+            for (each, ids), (noise, _) in zip(texts, blank, strict=True)
+        ]
+
+    def recovered(hidden: bool) -> float:
+        recover = ATTACKS["regression"](seen(rows_of(300, 1), 1, hidden), embeddings_of(base), 0)
+        private = seen(rows_of(40, 2), 2, hidden)
+        return sum(int((recover(each) == ids).sum()) for each, ids in private) / (40 * 12)
+
+    assert recovered(hidden=True) < 4 / WORDS
+    assert recovered(hidden=False) > 20 / WORDS
+
+
+def test_what_crossed_under_several_updates_stands_side_by_side(base: SharedBase) -> None:
+    rows, name = rows_of(3, 0), "model.layers.0.mlp.down_proj"
+    wide = base.model.config.hidden_size, base.model.config.intermediate_size
+    draws = torch.Generator().manual_seed(0)
+    update = AccumulatedUpdate()
+    update.add({name: (torch.randn(wide[0], 1, generator=draws), torch.randn(1, wide[1], generator=draws))})
+    rounds: list[Mapping[str, Change]] = [{}, update.changes()]
+    both = dict(cut_activations(base, rows, [1, 2], View(updates=rounds)))
+    for number, changes in enumerate(rounds):
+        base.update(changes)
+        for split, texts in cut_activations(base, rows, [1, 2]):
+            for (seen, ids), (alone, its) in zip(both[split], texts, strict=True):
+                part = seen[:, number * wide[0] : (number + 1) * wide[0]]
+                assert torch.equal(part, alone) and torch.equal(ids, its)
+    base.update({})
+
+
+def test_labels_that_the_server_has_count_as_read(base: SharedBase) -> None:
+    private = [Tokens(row.ids, masked=9) for row in rows_of(20, 2)]  # the last three are labels
+    noise = View(partial(protection, SplitConfig(clip=0.5, noise=50.0)))
+    [leakage] = measure(base, rows_of(60, 1), private, [1], ["regression"], view=noise)
+    assert 3 / 12 <= leakage.with_labels <= 3 / 12 + leakage.recovered < 0.4
 
 
 def test_split_points_must_rise(base: SharedBase) -> None:
