@@ -40,7 +40,7 @@ from hsplitlora_flwr.data.sources import load_text
 from hsplitlora_flwr.lora.base import SharedBase
 from hsplitlora_flwr.lora.layers import AdapterSpec, extract, inject
 from hsplitlora_flwr.lora.update import AccumulatedUpdate
-from hsplitlora_flwr.models.split import ModelPart
+from hsplitlora_flwr.models.parts import ModelPart
 from hsplitlora_flwr.privacy import directions
 from hsplitlora_flwr.privacy.attacks import Text
 from hsplitlora_flwr.privacy.leakage import PLAIN, Reader, View, as_received, cut_activations

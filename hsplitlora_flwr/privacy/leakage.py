@@ -24,7 +24,7 @@ from torch.nn import functional
 from hsplitlora_flwr.data.collate import IGNORED, Batch, Tokens, evaluation_batches
 from hsplitlora_flwr.lora.base import SharedBase
 from hsplitlora_flwr.lora.update import Change
-from hsplitlora_flwr.models.split import ServerModel
+from hsplitlora_flwr.models.parts import ServerModel
 from hsplitlora_flwr.privacy.attacks import ATTACKS, Text
 from hsplitlora_flwr.training.cut import CutTransform, SeededCut
 

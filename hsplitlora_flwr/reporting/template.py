@@ -24,7 +24,14 @@ svg circle:hover, svg rect:hover { stroke: currentColor; fill-opacity: 1; }
 .texts td { white-space: pre-wrap; vertical-align: top; min-width: 9rem; }
 .legend span { margin-right: 1rem; }
 .legend i { display: inline-block; width: .8rem; height: .8rem; margin-right: .3rem; }
-code, pre { font: 13px/1.45 ui-monospace, monospace; }
+code, pre { font: 13px/1.45 ui-monospace, monospace; overflow-wrap: anywhere; }
+pre { white-space: pre-wrap; }
+@media (max-width: 60rem) {
+  .wide th, .wide td { padding-right: .35rem; font-size: .75rem; line-height: 1.3; }
+  .wide th, .wide td.text { white-space: normal; vertical-align: bottom; }
+  .texts td { min-width: 0; }
+  .texts td, .texts td.text { white-space: pre-wrap; vertical-align: top; }
+}
 """
 
 
