@@ -216,6 +216,7 @@ class SplitConfig:
     """Where a model may be cut."""
 
     min: int = setting(1, "fewest blocks on a client; a floor for privacy", unit="blocks", ge=1)
+    min_share: float = setting(0.0, "the same as a share of the model's blocks; the higher floor counts", ge=0, lt=1)
     leakage: str = setting(
         "", "file of an attack on this model (hsplitlora attack): how much a server reads off each split"
     )

@@ -117,19 +117,22 @@ def split_bounds(config: Config, num_blocks: int) -> tuple[int, int]:
     ConfigError, PlanError
         If ``split.leakage`` is no table, or leaves no split point; or ``split.bottleneck`` lacks one that is left.
     """
-    least = config.split.min
-    if (table := LeakageTable.of(config)) and config.split.max_leakage < 1:
-        least = max(least, table.floor(config.split.max_leakage))
+    split, floors = config.split, {"split.min": config.split.min}
+    floors["split.min_share"] = min(math.ceil(split.min_share * num_blocks), num_blocks - 1)
+    if (table := LeakageTable.of(config)) and split.max_leakage < 1:
+        floors["split.max_leakage"] = table.floor(split.max_leakage)
+    name = max(floors, key=lambda name: floors[name])
+    least = floors[name]
     most = num_blocks // 2 if shares_half(config) else num_blocks - 1
-    most = config.split.max or max(most, least)
+    most = split.max or max(most, least)
     if least > most:
         raise PlanError(
-            f"split.max_leakage={config.split.max_leakage:g} asks for {least} blocks on a client by split.leakage, and "
-            f"split.max={most}; raise one of them"
+            f"{name}={getattr(split, name.removeprefix('split.')):g} asks for {least} of {num_blocks} blocks on a "
+            f"client, and split.max={most}; raise that, or lower {name}"
         )
-    if config.split.bottleneck and METHODS[config.method.name].split:
-        for split in range(least, most + 1):
-            check_directions(config.split.bottleneck, split, config.split.width)
+    if split.bottleneck and METHODS[config.method.name].split:
+        for blocks in range(least, most + 1):
+            check_directions(split.bottleneck, blocks, split.width)
     return least, most
 
 

@@ -119,11 +119,12 @@ def test_the_reference_experiment():
 
 
 @pytest.mark.parametrize(
-    ("level", "width", "trains"), [("off", 0, "plan"), ("moderate", 64, "none"), ("strong", 32, "none")]
+    ("level", "depth", "width", "trains"),
+    [("off", 0.0, 0, "plan"), ("moderate", 0.5, 64, "none"), ("strong", 0.5, 32, "none")],
 )
-def test_levels_of_privacy(level, width, trains):
+def test_levels_of_privacy(level, depth, width, trains):
     config = Config.from_mapping(composed(f"privacy={level}"))
-    assert (config.split.width, config.lora.clients) == (width, trains)
+    assert (config.split.min_share, config.split.width, config.lora.clients) == (depth, width, trains)
     assert Config.from_mapping(composed(f"privacy={level}", "split.width=16", "split.bottleneck=x")).split.width == 16
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,8 +53,27 @@ def test_a_plan_keeps_to_the_floor(tmp_path: Path) -> None:
 def test_a_floor_above_the_most_blocks_is_told(tmp_path: Path) -> None:
     file = tmp_path / "leakage.json"
     file.write_text(json.dumps({"recovered": {"1": 0.9, "8": 0.3}}))
-    with pytest.raises(PlanError, match=r"split.max_leakage=0.5 asks for 8 blocks .* split.max=4; raise one"):
+    with pytest.raises(PlanError, match=r"split.max_leakage=0.5 asks for 8 of 30 blocks .* split.max=4; raise"):
         split_bounds(config_with(file, **{"split.max": 4}), 30)
+
+
+@pytest.mark.parametrize(
+    ("share", "more", "bounds"),
+    [
+        (0.5, {}, (15, 15)),
+        (0.51, {}, (16, 16)),
+        (0.999, {}, (29, 29)),
+        (0.5, {"server.half": "per_client"}, (15, 29)),
+        (0.2, {"split.min": 8}, (8, 15)),
+    ],
+)
+def test_a_floor_may_be_a_share_of_the_blocks(share: float, more: dict[str, Any], bounds: tuple[int, int]) -> None:
+    assert split_bounds(Config.from_run_config({"split.min_share": share, **more}), 30) == bounds
+
+
+def test_a_share_above_the_most_blocks_is_told_by_its_name() -> None:
+    with pytest.raises(PlanError, match=r"split.min_share=0.5 asks for 15 of 30 blocks .* split.max=4; raise that"):
+        split_bounds(Config.from_run_config({"split.min_share": 0.5, "split.max": 4}), 30)
 
 
 @pytest.mark.parametrize(
