@@ -1,9 +1,12 @@
-"""Choices of ranks that no other beats, found layer after layer.
+"""Pareto fronts of rank choices: which combinations of ranks are worth keeping for a knapsack.
 
-Every rank of a layer is offered to every choice so far; what costs as much as another choice and is worth no more is
-dropped. That is exact while choices are few. Of many, the corners of the curve of value over cost stay, which are best
-at some price, and a sample of the rest. Corners of a sum are sums of corners: so the curve through them bounds what any
-choice is worth.
+A *choice* gives every layer a rank. It has a value, ``sum_m J_m log2(1 + r_m)``, and a cost in bytes, adapter
+parameters and operations. Choices are built one layer after another: every rank of the layer is added to every choice
+so far, and a choice that costs at least as much as another one and is worth no more is dropped.
+
+That is exact while choices are few. Of many, two samples stay: the corners of the upper concave hull of value over
+cost, each of which is the best choice at some price per unit of cost, and as many choices spread evenly over the front.
+The hull of a sum is the sum of hulls, so the curve through the corners bounds the value of any choice, kept or not.
 """
 
 from __future__ import annotations
@@ -16,16 +19,16 @@ import numpy as np
 from hsplitlora_flwr.planning.arrays import Array, Index, Ranks
 
 BYTES, PARAMETERS, OPERATIONS = range(3)
-"""Columns of a cost; operations are those of a step."""
+"""Columns of a cost: bytes of memory, adapter parameters, and operations of a step."""
 SAME = 1e-12
-"""Values that differ by less are alike."""
-_FEW = 300  # choices that are compared each with each
-_POINTS = 600  # corners that stay, and as many others
+"""Values that differ by less count as equal."""
+_FEW = 300  # up to so many choices are compared pairwise, by all costs at once
+_POINTS = 600  # most corners that stay, and most others
 
 
 @dataclass(frozen=True)
 class Frontier:
-    """Choices of ranks.
+    """A set of choices of ranks, of which none dominates another.
 
     Parameters
     ----------
@@ -36,11 +39,11 @@ class Frontier:
     ranks : Ranks
         ``(choices, layers)``.
     sides : tuple of int
-        Columns of ``cost`` by which choices are compared.
+        The columns of ``cost`` by which choices are compared; the others are carried along.
     whole : bool
-        Nothing was dropped but what another choice beats.
+        No choice was dropped that no other dominates, so the front is exact.
     lost : float
-        What the curve through the corners may be too low by.
+        By how much the curve through the kept corners may lie below the true hull.
     """
 
     cost: Array
@@ -52,18 +55,18 @@ class Frontier:
 
     @classmethod
     def start(cls, layers: int, sides: tuple[int, ...] = (BYTES,), choices: int = 1) -> Frontier:
-        """The choice of no adapter at all, or no choice."""
+        """The front of one choice without any adapter, or (``choices=0``) of none."""
         return cls(np.zeros((choices, 3)), np.zeros(choices), np.zeros((choices, layers), np.uint8), sides)
 
     @classmethod
     def of(cls, fronts: Sequence[Frontier]) -> Frontier:
-        """The choices of all."""
+        """The union of fronts, not thinned."""
         cost, value, ranks = (np.concatenate([getattr(f, name) for f in fronts]) for name in ("cost", "value", "ranks"))
         whole, lost = all(f.whole for f in fronts), max(f.lost for f in fronts)
         return cls(cost, value, ranks, fronts[0].sides, whole, lost)
 
     def plus(self, cost: Array) -> Frontier:
-        """The same choices at a higher cost, ``(3,)``."""
+        """The same choices, each with ``cost``, ``(3,)``, added."""
         return replace(self, cost=self.cost + cost)
 
     def with_block(
@@ -75,18 +78,20 @@ class Frontier:
         limit: Array,
         start: Frontier | None = None,
     ) -> Frontier:
-        """Offer the ranks of all layers of a block.
+        """The front with the layers of one more block.
 
         Parameters
         ----------
+        layers_by_input : dict[int, list[int]]
+            The block's layers by the input that they read.
         items, values : Array
-            ``(layers, ranks, 3)`` and ``(layers, ranks)``; what a rank costs and is worth.
+            ``(layers, ranks, 3)`` and ``(layers, ranks)``; cost and value of an adapter.
         inputs : Array
-            ``(inputs,)``; bytes that the first adapter on an input adds.
+            ``(inputs,)``; bytes that the first adapter on an input adds, as autograd then keeps it.
         limit : Array
-            ``(3,)``; choices that cost more are of no use.
+            ``(3,)``; choices that cost more are of no use to anybody.
         start : Frontier, optional
-            That of no adapter yet, where choices must have one.
+            The choice without adapters so far, where every choice of this front is to have at least one.
         """
         front = self
         for number, layers in layers_by_input.items():
@@ -112,12 +117,12 @@ class Frontier:
         )
 
     def thinned(self, limit: Array) -> Frontier:
-        """The choices that stay."""
+        """The front without what is dominated, in order of the first of ``sides``."""
         kept, whole, lost = self._select(self.cost, self.value, limit)
         return Frontier(self.cost[kept], self.value[kept], self.ranks[kept], self.sides, whole, lost)
 
     def _select(self, cost: Array, value: Array, limit: Array) -> tuple[Index, bool, float]:
-        """Indices of the choices that stay, and the new ``whole`` and ``lost``. By one side they are in its order."""
+        """Indices of the choices that stay, by rising cost of the first side, and the new ``whole`` and ``lost``."""
         if len(self.sides) > 1 and len(value) <= _FEW:
             order = np.lexsort((-value, *cost.T[::-1]))
             c, v = cost[order], value[order]
@@ -142,21 +147,28 @@ class Frontier:
         kept = np.unique(np.concatenate(stay))
         return kept[np.argsort(cost[kept, self.sides[0]], kind="stable")], whole, self.lost + lost
 
-    # ------------------------------------------------------------------ what clients, or servers, choose
+    # ------------------------------------------------------------------ the best choice within limits
 
     def best(self, limits: Array) -> Index:
-        """``(clients,)``; the choice of the highest value within each client's ``limits``, ``(clients, 3)``; -1 where
-        there is none."""
+        """The most valuable choice within each client's ``limits``, ``(clients, 3)``.
+
+        Returns
+        -------
+        Index
+            ``(clients,)``; index of the choice, -1 where none fits.
+        """
         return _first_fitting(np.lexsort((self.cost[:, BYTES], -self.value)), self.cost, limits)
 
     def least(self, limits: Array, values: Array) -> Index:
-        """The same of the fewest operations for a value, ``(clients,)``, within ``limits``, ``(clients, 2)``."""
+        """The choice of the fewest operations that is worth at least ``values``, ``(clients,)``, within ``limits`` of
+        bytes and parameters, ``(clients, 2)``; returned as by :meth:`best`."""
         worth = np.column_stack([self.cost[:, :OPERATIONS], -self.value])
         order = np.lexsort((-self.value, self.cost[:, OPERATIONS]))
         return _first_fitting(order, worth, np.column_stack([limits, SAME - values]))
 
     def bound(self, limits: Array) -> Array:
-        """``(clients,)``; no choice within the limits, ``(clients, 2)``, is worth more, whether it was kept or not."""
+        """Upper bounds, ``(clients,)``, of what any choice within ``limits`` of bytes and parameters, ``(clients, 2)``,
+        is worth, whether it was kept or not."""
         if self.whole:
             return np.append(self.value, -np.inf)[self.best(np.column_stack([limits, np.full(len(limits), np.inf)]))]
         bounds = np.full(len(limits), np.inf)
@@ -169,9 +181,9 @@ class Frontier:
 
 
 def _first_fitting(order: Index, cost: Array, limits: Array) -> Index:
-    """``(clients,)``; the first choice in ``order`` within each client's limits, -1 where there is none.
+    """``(clients,)``; the first choice in ``order`` within each client's limits, -1 where none fits.
 
-    Choices are compared once for all clients whose limits lie between the same ones.
+    Clients whose limits lie between the same costs have the same answer, which is found once.
     """
     levels = [np.searchsorted(np.sort(side), limit, "right") for side, limit in zip(cost.T, limits.T, strict=True)]
     alike = np.ravel_multi_index(levels, (len(cost) + 1,) * len(levels))
@@ -184,7 +196,7 @@ def _first_fitting(order: Index, cost: Array, limits: Array) -> Index:
 
 
 def _unbeaten(cost: Array, value: Array) -> Index:
-    """Indices of what costs less than all that is worth as much, by rising cost and value."""
+    """Indices of the Pareto front in one cost, by rising cost and value."""
     order = np.lexsort((-value, cost))
     best = np.maximum.accumulate(value[order])
     kept: Index = order[np.append(True, value[order][1:] > best[:-1] + SAME)[: len(order)]]
@@ -192,11 +204,14 @@ def _unbeaten(cost: Array, value: Array) -> Index:
 
 
 def corners(cost: Array, value: Array) -> Index:
-    """Indices of the choices that some price makes best, of choices by rising cost and value."""
+    """Indices of the corners of the upper concave hull, of choices by rising cost and value.
+
+    Each corner is the best choice, value less price times cost, at some price.
+    """
     kept = np.arange(len(cost))
     while len(kept) > 2:
         slope = np.diff(value[kept]) / np.diff(cost[kept])
-        under = slope[1:] >= slope[:-1]  # the line between its neighbours
+        under = slope[1:] >= slope[:-1]  # on or below the line between its neighbours
         if not under.any():
             break
         kept = kept[np.concatenate([[True], ~under, [True]])]
@@ -204,5 +219,5 @@ def corners(cost: Array, value: Array) -> Index:
 
 
 def _spread(index: Index, points: int) -> Index:
-    """As many of them at most, evenly."""
+    """At most ``points`` of ``index``, evenly spread."""
     return index if len(index) <= points else index[np.linspace(0, len(index) - 1, points).astype(int)]

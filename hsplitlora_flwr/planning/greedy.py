@@ -1,9 +1,9 @@
-"""The greedy rule of the paper (HSplitLoRA, section ARMSC).
+"""The greedy rule of the paper (HSplitLoRA, ARMSC; docs/method.md, section 2): ``plan.planner=greedy``.
 
-Weights are taken by importance over cost (:func:`unit_cost`), each with the largest rank that still fits; a client's
-split point is the deepest at which the important weights of its part all get the highest rank. The server's memory
-bounds the ranks above the split points in the same way. Time and bytes that are sent play no part, but for a limit on
-the adapters of a client. A side computes activations again where that lets it have more.
+Weights are taken in the order of importance over cost, ``J_m / c_m`` (:func:`unit_cost`), each with the largest rank
+that still fits. A client's split point is the deepest at which the important weights of its part all get the highest
+rank. The server's memory bounds the ranks above the split points in the same way. Time and link play no part; a limit
+on the adapters that a client sends does. A side uses activation checkpointing where that lets it have more.
 """
 
 from __future__ import annotations
@@ -16,12 +16,19 @@ import numpy as np
 from hsplitlora_flwr.planning.arrays import Index, Ranks
 from hsplitlora_flwr.planning.cost import Layer
 from hsplitlora_flwr.planning.frontier import BYTES, PARAMETERS
-from hsplitlora_flwr.planning.problem import Assignment, Costs, Prices, Problem, Way
+from hsplitlora_flwr.planning.problem import Assignment, CostTables, Problem, Serving, TrainingCosts
 
 
 def solve(problem: Problem, important_share: float, resource: str = "parameters") -> Assignment:
-    """Split and ranks by client; the most important weights that together hold ``important_share`` of the importance
-    are the important ones. ``resource`` is what importance is divided by.
+    """The plan of the greedy rule.
+
+    Parameters
+    ----------
+    problem : Problem
+    important_share : float
+        The important weights are the most important ones that together hold this share of the importance.
+    resource : {"parameters", "flops"}
+        What the importance is divided by; see :func:`unit_cost`.
 
     Raises
     ------
@@ -31,13 +38,13 @@ def solve(problem: Problem, important_share: float, resource: str = "parameters"
     orders = {split: _order(problem, resource, split) for split in problem.splits.tolist()}
     above = _order(problem, resource, 0)
     scores = problem.importance[above] / problem.importance.sum()
-    important = above[np.cumsum(scores) - scores < important_share]  # what those before hold
+    important = above[np.cumsum(scores) - scores < important_share]  # the share of those before it
     chosen = Assignment(
         np.zeros(len(problem.names), np.intp), np.zeros((len(problem.names), len(problem.block)), np.uint8)
     )
     reached = np.full(len(problem.names), -np.inf)
-    for (index, prices), costs in ((group, costs) for group in problem.groups for costs in group[1].costs):
-        splits = _deepest(problem, index, prices, costs, important)
+    for (index, tables), costs in ((group, costs) for group in problem.groups for costs in group[1].costs):
+        splits = _deepest(problem, index, tables, costs, important)
         for split in np.unique(splits).tolist():
             clients = index[splits == split]
             ranks = _fill_clients(problem, costs, split, orders[split], clients)
@@ -46,11 +53,11 @@ def solve(problem: Problem, important_share: float, resource: str = "parameters"
             reached[clients[better]] = value[better]
             chosen.splits[clients[better]], chosen.ranks[clients[better]] = split, ranks[better]
     lowest, missing, plans = int(chosen.splits.min()), math.inf, []
-    for way in (way for costs in problem.prices.costs for way in problem.ways(costs, lowest)):
-        room = way.room - way.taken[chosen.splits].sum()
+    for serving in (each for costs in problem.tables.costs for each in problem.servings(costs, lowest)):
+        room = serving.room - serving.per_client[chosen.splits].sum()
         missing = min(missing, -room)
         if room >= 0:
-            plans.append(_fill_server(problem, way, chosen, room, above))
+            plans.append(_fill_server(problem, serving, chosen, room, above))
     if not plans:
         raise problem.server_too_small(missing)
     return max(plans, key=problem.objective)
@@ -59,7 +66,7 @@ def solve(problem: Problem, important_share: float, resource: str = "parameters"
 def unit_cost(
     layers: Sequence[Layer], resource: str = "parameters", rank: int = 8, *, server: bool = False
 ) -> dict[str, float]:
-    """What one unit of rank on each weight of a side costs, ``c_m``.
+    """``c_m``: what one unit of rank on each weight of a side costs (docs/method.md, section 1).
 
     An adapter's own cost is proportional to ``in + out`` in parameters and in FLOPs alike. What differs in FLOPs is how
     far the frozen backward pass must reach. It runs through block ``j`` of a client only if a weight below ``j`` has an
@@ -114,7 +121,7 @@ def unit_cost(
 
 
 def _order(problem: Problem, resource: str, split: int) -> Index:
-    """Layers by importance over cost: those of a client with this split, or, where it is 0, of the server."""
+    """Layers by falling ``J_m / c_m``: those of a client with this split or, for split 0, those of the server."""
     layers = [layer for layer in problem.cost.all_layers if not split or layer.block < split]
     costs = unit_cost(layers, resource, int(problem.ranks[-1]), server=not split)
     mine = [m for m, layer in enumerate(problem.cost.layers) if layer.name in costs]
@@ -123,9 +130,9 @@ def _order(problem: Problem, resource: str, split: int) -> Index:
     return order
 
 
-def _deepest(problem: Problem, clients: Index, prices: Prices, costs: Costs, important: Index) -> Index:
-    """``(clients,)``; the deepest split at which a client can give the important layers the highest rank; the lowest
-    where it is to have no adapters."""
+def _deepest(problem: Problem, clients: Index, tables: CostTables, costs: TrainingCosts, important: Index) -> Index:
+    """``(clients,)``; the deepest split at which the important layers of each client get the highest rank; the lowest
+    split if there is none, or clients have no adapters."""
     if not problem.may_train:
         return np.full(len(clients), problem.splits[0])
     wanted = np.zeros((len(problem.splits), len(problem.block)), np.uint8)
@@ -135,7 +142,7 @@ def _deepest(problem: Problem, clients: Index, prices: Prices, costs: Costs, imp
     reaching = np.maximum(problem.splits - lowest, 0)[:, None] * costs.block
     cost = problem.total(costs.below, wanted) + reaching
     needed = costs.base[problem.splits] + cost[:, BYTES] + problem.kept(costs.inputs_below, wanted)
-    needed = np.maximum(needed, prices.floor[problem.splits])
+    needed = np.maximum(needed, tables.floor[problem.splits])
     fits = needed <= problem.memory[clients, None]
     fits &= cost[:, PARAMETERS] <= problem.adapters[clients, None]
     deepest = len(problem.splits) - 1 - fits[:, ::-1].argmax(axis=1)
@@ -143,8 +150,8 @@ def _deepest(problem: Problem, clients: Index, prices: Prices, costs: Costs, imp
     return splits
 
 
-def _fill_clients(problem: Problem, costs: Costs, split: int, order: Index, clients: Index) -> Ranks:
-    """Ranks of the weights below the split: by importance, the largest that still fits."""
+def _fill_clients(problem: Problem, costs: TrainingCosts, split: int, order: Index, clients: Index) -> Ranks:
+    """Ranks below the split, ``(clients, layers)``: in ``order``, the largest that still fits."""
     ranks = np.zeros((len(clients), len(problem.block)), np.uint8)
     if not problem.may_train:
         return ranks
@@ -164,16 +171,16 @@ def _fill_clients(problem: Problem, costs: Costs, split: int, order: Index, clie
     return ranks
 
 
-def _fill_server(problem: Problem, way: Way, plan: Assignment, room: float, order: Index) -> Assignment:
-    """Ranks of the weights above the splits: by importance, for all clients alike, what still fits."""
+def _fill_server(problem: Problem, serving: Serving, plan: Assignment, room: float, order: Index) -> Assignment:
+    """The plan with ranks above the splits: in ``order``, the largest that still fits, for all clients alike."""
     ranks, shared = plan.ranks.copy(), problem.cost.workload.half == "shared"
-    opened = np.zeros((len(plan.splits), len(way.inputs)), bool)
+    opened = np.zeros((len(plan.splits), len(serving.inputs)), bool)
     for m in order.tolist():
         g, above = problem.input[m], plan.splits <= problem.block[m]
         for cheap in (True, False):
             waiting = np.flatnonzero(above & (opened[:, g] == cheap))
             for k in range(len(problem.ranks) - 1, 0, -1):
-                price = way.prices[m, k, BYTES] + (0.0 if cheap else way.inputs[g])
+                price = serving.adapters[m, k, BYTES] + (0.0 if cheap else serving.inputs[g])
                 units = 1 if shared else len(waiting)
                 taking = units if math.isinf(room) else min(units, int(room // price))
                 takers, waiting = (waiting, waiting[:0]) if shared and taking else np.split(waiting, [taking])

@@ -4,11 +4,12 @@ The importance of a weight is the gradient-weight product
 
     I_m = sum over entries of |W_m * dLoss/dW_m|
 
-on a probe batch. The paper divides it by what one unit of rank on ``m`` costs; here the planner charges costs by
-itself, and the greedy rule alone divides (:func:`hsplitlora_flwr.planning.greedy.unit_cost`). ``W`` is frozen, so its
-gradient exists nowhere: a hook forms it a few rows at a time, reduces them to a number and drops them. Each side scores
-what it holds. The scores of all clients make the global importance (:func:`combine`), which is smoothed over rounds
-(:func:`smooth`) and compared with the one that the plan was made for (:func:`drift`).
+on a probe batch. The paper divides it by what one unit of rank on ``m`` costs; here only the greedy rule does
+(:func:`hsplitlora_flwr.planning.greedy.unit_cost`), because the other planner counts costs as constraints. ``W`` is
+frozen, so autograd does not form its gradient: a hook forms it a few rows at a time, reduces them to a number and drops
+them. Each side scores the weights that it holds. The scores of all clients make the global importance
+(:func:`combine`), which is smoothed over rounds (:func:`smooth`) and compared with the one that the current plan was
+made for (:func:`drift`).
 """
 
 from __future__ import annotations

@@ -1,10 +1,14 @@
-"""Adaptive rank and model split configuration (HSplitLoRA, section ARMSC): budgets become split points and ranks.
+"""Adaptive rank and model split configuration (ARMSC; docs/method.md, section 2): budgets become splits and ranks.
 
-A plan maximises ``sum_i p_i sum_m J_m log2(1 + r_im)`` under every client's memory and the bytes that it may send, the
-server's memory and, when given, a deadline; among the plans in which every client comes within a tolerance of that it
-takes the shortest round (:mod:`hsplitlora_flwr.planning.exact`). So a client with room takes blocks off the server, and
-a weak one spends its memory on the few weights that matter. The greedy rule of the paper
-(:mod:`hsplitlora_flwr.planning.greedy`) is the named alternative, and its value stands beside every plan.
+A plan gives every client ``i`` a split point ``l_i`` and a rank ``r_im`` for every weight ``m``. It maximises
+
+    sum_i p_i sum_m J_m log2(1 + r_im)
+
+(``p_i``: the client's share of the examples, ``J_m``: the weight's importance) under every client's memory and the
+bytes of adapters that it may send, the server's memory and, where stated, a deadline. Among the plans in which every
+client comes within a tolerance of its best, the shortest round wins (:mod:`hsplitlora_flwr.planning.exact`). The greedy
+rule of the paper (:mod:`hsplitlora_flwr.planning.greedy`) is ``planner="greedy"``, and its value stands beside every
+plan.
 """
 
 from __future__ import annotations
@@ -41,7 +45,7 @@ class ClientPlan:
     predicted_seconds : float
         The client's own time in a round, computing and on the wire.
     checkpointing, server_checkpointing : bool
-        Whether blocks of the client, and of the server for it, compute their activations again in the backward pass.
+        Activation checkpointing of the client's blocks, and of the server's for it.
     forward_only : bool
         The client has no adapters: it computes forward alone, and its steps train the server's half.
     """
@@ -56,7 +60,7 @@ class ClientPlan:
 
     @property
     def checkpointed(self) -> str:
-        """The sides that compute their activations again: ``none``, ``client``, ``server`` or ``both``."""
+        """The sides under activation checkpointing: ``none``, ``client``, ``server`` or ``both``."""
         sides = [
             side for side, again in (("client", self.checkpointing), ("server", self.server_checkpointing)) if again
         ]
@@ -72,18 +76,18 @@ class Plan:
     clients : Mapping[str, ClientPlan]
         By client.
     left_out : Mapping[str, int]
-        Clients that no plan fits, with the bytes that they miss.
+        Clients that cannot take part, with the bytes that they lack.
     objective : float
         ``sum_i p_i sum_m J_m log2(1 + r_im)``.
     server_bytes : int
         Predicted peak memory of the server.
     greedy_objective : float
-        The objective of the greedy rule, which knows no deadline; 0 where it finds no plan.
+        The objective of the greedy rule's plan, without the deadline; 0 where it finds no plan.
     bound : float
-        No plan has a higher objective; infinite where nothing is proven, as by the greedy rule.
+        An upper bound of the objective of any plan; infinite where none is known, as with the greedy rule.
     seconds : float
-        Predicted time of a round's steps. The server takes one client's step after another, and clients compute
-        meanwhile: what lasts longer, the server's steps for all or a client's own with the server's for it.
+        Predicted time of a round's steps. The server takes one client's step after another while the clients compute:
+        the longer of the server's steps for all clients, and a client's own with the server's for it.
     """
 
     clients: Mapping[str, ClientPlan]
@@ -118,21 +122,21 @@ def make_plan(
 ) -> Plan:
     """Choose a split point and ranks for every client.
 
-    A client trains wherever its budget holds adapters at its split: its memory, the bytes that it may send, the
-    deadline. Where it holds none at ``min_split`` or above, the client takes part without, as its steps still train
-    the server's half; and so it does where all that its part could gain lies within the tolerance, for a shorter round.
+    A client has adapters wherever its budget (memory, bytes that it may send, deadline) holds any at its split. If it
+    holds none even at ``min_split``, the client takes part without adapters, and its steps train the server's half
+    alone. So does a client whose adapters would gain less than the tolerance, if that shortens the round.
 
     Parameters
     ----------
     budgets : Mapping[str, Budget]
         By client.
     importance : Mapping[str, float]
-        ``J_m`` by absolute layer name, 0 or more; see :func:`hsplitlora_flwr.planning.importance.combine`. Uniform when
-        no layer has any.
+        ``J_m`` by absolute layer name, 0 or more; see :func:`hsplitlora_flwr.planning.importance.combine`. Taken as
+        uniform if all are 0.
     cost : CostModel
         What plans cost.
     shares : Mapping[str, float], optional
-        ``p_i`` by client in any unit, as its number of examples; equal when None.
+        ``p_i`` by client in any unit, such as numbers of examples; equal when None.
     ranks : Sequence[int]
         The set ``Q``.
     server : Budget, optional
@@ -142,30 +146,32 @@ def make_plan(
     planner : {"exact", "greedy"}
         How splits and ranks are chosen.
     important_share : float
-        Greedy: the most important weights that together hold this share of the importance are to get the highest rank.
+        Greedy: the most important weights, which together hold this share of the importance, get the highest rank
+        first.
     resource : {"parameters", "flops"}
         Greedy: what importance is divided by; see :func:`hsplitlora_flwr.planning.greedy.unit_cost`.
     tolerance : float
-        Exact: share of its value that every client may give up for a shorter round, from 0 to 1.
+        Exact: the share of its value, 0 to 1, that every client may give up for a shorter round.
     deadline : float, optional
         Exact: longest predicted round in seconds.
     steps : int
-        Passes of the cost model's workload in a round of a client.
+        Micro-batches of a client in a round: how often the cost model's workload is computed.
     wire : tuple[str, str]
-        Numbers on the wire, up and down; see :meth:`hsplitlora_flwr.planning.cost.CostModel.wire_bytes`.
+        Codecs up and down; see :meth:`hsplitlora_flwr.planning.cost.CostModel.wire_bytes`.
     checkpointing : {"off", "on", "auto"}
-        Whether blocks compute their activations again in the backward pass, on both sides; with ``auto`` a client does,
-        and so does the server, where its memory does not hold its part of the plan otherwise.
+        Activation checkpointing on both sides; ``auto`` uses it on the sides whose memory does not hold their part of
+        the plan otherwise.
     clients : {"plan", "all", "none"}
-        Which clients have adapters: as above; all, and who cannot hold any is left out; or none.
+        Which clients have adapters: those that hold any, as above; all, so that a client that holds none is left out;
+        or none.
     own : Mapping[str, CostModel], optional
-        What plans cost a client, by name, where its rows are not as long as those that the server counts with: so
-        another's long rows take none of its blocks.
+        Cost models of single clients by name, where their rows are shorter than those that the server counts with, so
+        that another client's long rows do not take blocks from them.
 
     Returns
     -------
     Plan
-        No budget is exceeded by the cost model.
+        By the cost model, no budget is exceeded.
 
     Raises
     ------
@@ -217,7 +223,7 @@ def make_plan(
 
 
 def checkpointing_choices(checkpointing: str) -> tuple[bool, ...]:
-    """Whether activations may be kept (False) or computed again (True), what takes less time first.
+    """Whether activations may be kept (False) or recomputed (True), the faster choice first.
 
     Raises
     ------
@@ -237,8 +243,8 @@ def missing_bytes(
     clients: str,
     checkpointing: Sequence[bool],
 ) -> dict[str, int]:
-    """What every client lacks to take part, in bytes of memory or of adapters that it may send; 0 or less where it has
-    enough. Parameters as for :func:`make_plan`, and ``rank`` the lowest."""
+    """By client, the bytes that it lacks to take part, of memory or of adapters that it may send; 0 or less if it has
+    enough. Parameters as for :func:`make_plan`; ``rank`` is the lowest one."""
     needed, sent = least_bytes(cost, split, rank, clients, checkpointing), 0
     if clients == "all":
         below = (layer.adapter_parameters(rank) for layer in cost.layers if layer.block < split)
@@ -262,10 +268,11 @@ def probe_plan(
     checkpointing: bool = False,
     clients: str = "plan",
 ) -> ClientPlan | None:
-    """What a client holds while the importance is measured; None when it cannot take part.
+    """The split of a client while the importance is measured; None if it cannot take part.
 
-    Scoring keeps the input of every weight, so there must be room for the lowest rank on all of them. A client that has
-    none, or is to have no adapters, computes forward alone, and the server scores what lies above its cut.
+    Scoring keeps the input of every weight, as an adapter on each would, so the client must have room for the lowest
+    rank on all of them. A client without that room, or without adapters, computes forward alone, and only the server
+    scores the weights above its cut.
     """
     room = budget.memory_bytes - budget.process_bytes
     if cost.client_bytes(min_split, {}) > room:
@@ -287,12 +294,12 @@ def _plan(
     greedy_objective: float,
     bound: float,
 ) -> Plan:
-    """The plan with what it costs. A side computes nothing again that it can keep."""
-    taken, flops, again, resting = problem.of_clients(assignment)
-    sides = [(*problem.of_server(costs, assignment), costs.checkpointing) for costs in problem.prices.costs]
+    """The plan with what it costs. No side recomputes activations that it can keep."""
+    taken, flops, again, forward_only = problem.of_clients(assignment)
+    sides = [(*problem.of_server(costs, assignment), costs.checkpointing) for costs in problem.tables.costs]
     fitting = next((side for side in sides if side[0] <= problem.memory_of_server), None)
     served, work, server_again = fitting or min(sides, key=lambda side: side[0])
-    own = problem.own_seconds(flops[:, None], resting[:, None], problem.speed)[:, 0]
+    own = problem.own_seconds(flops[:, None], forward_only[:, None], problem.speed)[:, 0]
     work = problem.steps * work / problem.server_speed
     names, ranks = [layer.name for layer in problem.cost.layers], problem.ranks.tolist()
     plans: dict[str, ClientPlan] = {}
@@ -304,9 +311,9 @@ def _plan(
             chosen,
             memory,
             float(own[i]),
-            checkpointing=bool(again[i] and not resting[i]),
+            checkpointing=bool(again[i] and not forward_only[i]),
             server_checkpointing=server_again,
-            forward_only=bool(resting[i]),
+            forward_only=bool(forward_only[i]),
         )
     return Plan(
         plans,
@@ -315,12 +322,12 @@ def _plan(
         int(served),
         greedy_objective,
         bound,
-        float(max(problem.turn_seconds(own, work, resting).max(), work.sum())),
+        float(max(problem.turn_seconds(own, work, forward_only).max(), work.sum())),
     )
 
 
 def first_fitting(memory: Callable[..., int], choices: Sequence[bool], limit: float) -> tuple[int, bool]:
-    """``memory(checkpointing=choice)`` and the choice: the first that keeps to a limit, else the smallest."""
+    """``memory(checkpointing=choice)`` and the choice: the first within ``limit``, else the smallest."""
     tried = []
     for choice in choices:
         tried.append((memory(checkpointing=choice), choice))
@@ -330,7 +337,7 @@ def first_fitting(memory: Callable[..., int], choices: Sequence[bool], limit: fl
 
 
 def nobody_fits(budgets: Mapping[str, Budget], left_out: Mapping[str, int], what: str, remedy: str) -> PlanError:
-    """The error of a plan in which nobody takes part: who has how many bytes, and how many are missing for ``what``."""
+    """The error if no client can take part: what each has, and how many bytes it lacks for ``what``."""
     who = "; ".join(
         f"client {client} has {budgets[client].memory_bytes:,} bytes and misses {missing:,}"
         for client, missing in left_out.items()

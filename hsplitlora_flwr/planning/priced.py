@@ -1,7 +1,9 @@
-"""The server's memory, handed out to halves of the clients' own.
+"""The server's memory, divided between halves of the clients' own (``server.half=per_client``).
 
-A byte of it has a price, the lowest at which all choices together fit: at a price every client takes the split, and the
-ranks of its half, that are worth most beyond what they cost. What is left goes to one client after another.
+This is a knapsack with one constraint that all clients share, solved by Lagrangian relaxation: a byte of the server's
+memory has a price, and at a given price every client takes the split, and the ranks of its half, that maximise their
+value less what their bytes cost. Bisection finds the lowest price at which all choices together fit. What memory is
+left then goes to one client after another.
 """
 
 from __future__ import annotations
@@ -13,67 +15,70 @@ import numpy as np
 
 from hsplitlora_flwr.planning.arrays import Array, Index, Ranks
 from hsplitlora_flwr.planning.frontier import BYTES, SAME, Frontier, corners
-from hsplitlora_flwr.planning.problem import Problem, Way
+from hsplitlora_flwr.planning.problem import Problem, Serving
 
-_HALVINGS = 60  # of the price
-_FILLED = 64  # clients that may take what is left
+_HALVINGS = 60  # bisection steps of the price
+_FILLED = 64  # most clients that are offered what is left
 
 
 def fronts_above(
-    problem: Problem, prices: Array, inputs: Array, values: Array, room: float, lowest: int = 0
+    problem: Problem, adapters: Array, inputs: Array, values: Array, room: float, lowest: int = 0
 ) -> list[Frontier]:
-    """The server's choices of ranks from every split up, the deepest split first, as far as the ``lowest``.
+    """The Pareto fronts of the server's ranks from each split point up, the deepest split first.
 
     Parameters
     ----------
-    prices, values : Array
-        ``(layers, ranks, 3)`` and ``(layers, ranks)``; what an adapter costs and is worth.
+    adapters, values : Array
+        ``(layers, ranks, 3)`` and ``(layers, ranks)``; cost and value of an adapter.
     inputs : Array
         ``(inputs,)``; bytes that the first adapter on an input adds.
     room : float
         Bytes that there are.
+    lowest : int
+        Index of the lowest split that is wanted.
     """
     limit, front = np.array([room, math.inf, math.inf]), Frontier.start(len(problem.block))
     fronts = []
     for block in range(problem.cost.num_blocks - 1, int(problem.splits[lowest]) - 1, -1):
-        front = front.with_block(problem.by_block[block], prices, inputs, values, limit)
+        front = front.with_block(problem.by_block[block], adapters, inputs, values, limit)
         if block <= problem.splits[-1]:
             fronts.append(front)
     return fronts
 
 
 class Chosen(NamedTuple):
-    """``(clients,)`` each: split, choice of the half from there up, and the server's bytes for both."""
+    """For every client, ``(clients,)`` each: its split, the choice of its half's ranks in the front of that split, and
+    the server's bytes for both."""
 
     split: Index
     choice: Index
     taken: Array
 
 
-class Market:
-    """Clients that buy bytes of the server's memory.
+class PricedMemory:
+    """The server's memory at a price per byte.
 
     Parameters
     ----------
     problem : Problem
-    way : Way
+    serving : Serving
         How the server serves.
     fronts : list of Frontier
-        One client's choices of a half from every split up.
+        The choices of one client's half, by split.
     below : Array
-        ``(clients, splits)``; what clients' ranks are worth below a split; minus infinity where they may not be split.
+        ``(clients, splits)``; value of the ranks below a split; minus infinity where the client cannot have that split.
     """
 
-    def __init__(self, problem: Problem, way: Way, fronts: list[Frontier], below: Array) -> None:
-        self._room, self._share, self._fronts = way.room, problem.share, fronts
-        self._fixed = way.taken[problem.splits]
+    def __init__(self, problem: Problem, serving: Serving, fronts: list[Frontier], below: Array) -> None:
+        self._room, self._share, self._fronts = serving.room, problem.share, fronts
+        self._fixed = serving.per_client[problem.splits]
         self._below = np.where(
             np.isfinite(below), problem.share[:, None] * np.where(np.isfinite(below), below, 0.0), -np.inf
         )
         self._corners = [corners(front.cost[:, BYTES], front.value) for front in fronts]
 
-    def sell(self) -> tuple[Chosen, float] | None:
-        """What every client gets, and the price of a byte; None where not even halves without ranks find room."""
+    def divide(self) -> tuple[Chosen, float] | None:
+        """The choices of all clients, and the price of a byte; None if not even halves without ranks fit."""
         low, high = 0.0, 1e-18
         chosen = more = self._at(0.0)
         if self._fits(chosen):
@@ -93,23 +98,24 @@ class Market:
         return self._fill(chosen, more), high
 
     def value(self, chosen: Chosen) -> float:
-        """What the choices of all are worth."""
+        """The value of all choices, ``sum_i p_i (below + above)``."""
         above = [self._fronts[s].value[k] for s, k in zip(chosen.split.tolist(), chosen.choice.tolist(), strict=True)]
         return float(np.take_along_axis(self._below, chosen.split[:, None], 1).sum() + self._share @ above)
 
     def ranks(self, chosen: Chosen) -> Ranks:
-        """``(clients, layers)``."""
+        """The ranks of the halves, ``(clients, layers)``."""
         each = zip(chosen.split.tolist(), chosen.choice.tolist(), strict=True)
         return np.stack([self._fronts[s].ranks[k] for s, k in each])
 
     def bound(self, price: float) -> float:
-        """Nothing that can be sold is worth more, whatever the price."""
+        """The Lagrangian bound: no division of the memory is worth more, at whatever price it is computed."""
         worth, _, _ = self._offers(price)
         lost = self._share[:, None] * [front.lost for front in self._fronts]
         return float((worth + lost).max(axis=1).sum()) + (price * self._room if price else 0.0)
 
     def _offers(self, price: float) -> tuple[Array, Index, Array]:
-        """``(clients, splits)``; what the best half of each split is worth beyond its price, that choice, and bytes."""
+        """For each split the best half at a price: its value less its cost, its choice, and its bytes, ``(clients,
+        splits)`` each."""
         worth, taken, choice = (
             np.empty_like(self._below),
             np.empty_like(self._below),
@@ -126,7 +132,7 @@ class Market:
     def _at(self, price: float) -> Chosen:
         worth, choice, taken = self._offers(price)
         best, clients = worth.max(axis=1, keepdims=True), np.arange(len(worth))
-        # Of splits that are worth the same the lowest: its ranks serve the others too.
+        # Of splits that are worth the same, the lowest: its half holds the ranks of the others too.
         split = (worth >= best - SAME * np.abs(best)).argmax(axis=1)
         return Chosen(split, choice[clients, split], taken[clients, split])
 
@@ -134,7 +140,7 @@ class Market:
         return bool(chosen.taken.sum() <= self._room)
 
     def _fill(self, chosen: Chosen, more: Chosen) -> Chosen:
-        """What is left: first as a lower price would have it, then whatever is worth most to a client."""
+        """Hand out what is left: first the choices of a slightly lower price, then the best that still fits."""
         split, choice, taken = chosen
         left = self._room - float(taken.sum())
         for i in np.flatnonzero(more.taken > taken).tolist():

@@ -1,10 +1,16 @@
-"""The planning problem in numbers: what every split point and rank costs, and what a rank is worth.
+"""The planning problem as arrays: what every split point and rank costs, and what a rank is worth.
 
-Read once from the cost model, which is linear in them: for a fixed split, memory and time of a client, and what the
-server takes, are a constant, a price for each adapter, and a price for each input that an adapter makes autograd keep.
-Arrays run over clients ``i``, layers ``m`` (of ``CostModel.layers``), ranks ``k`` (ascending, 0 first), inputs ``g``
-and splits, or over all ``L`` blocks where a split point itself is the index. A last dimension of 3 holds bytes,
-parameters and operations of a step (:mod:`hsplitlora_flwr.planning.frontier`).
+    maximise  sum_i p_i sum_m J_m log2(1 + r_im)        (docs/method.md, section 2)
+
+over a split point ``l_i`` and ranks ``r_im`` for every client ``i`` and layer ``m``, within every client's memory, time
+and bytes of adapters, and the server's memory. For a fixed split point each of these is a sum: a constant, a cost per
+adapter, and the bytes of each layer's input that an adapter makes autograd keep, once however many adapters read it.
+These terms are read from the cost model (:mod:`hsplitlora_flwr.planning.cost`) once.
+
+Array dimensions are named ``clients`` (``i``), ``layers`` (``m``, in the order of ``CostModel.layers``), ``ranks`` (the
+set ``Q`` ascending, 0 first), ``inputs`` (tensors that layers read), ``splits`` (the allowed ones) and ``L`` (all
+blocks, indexed by the split point itself). A last dimension of 3 holds bytes, adapter parameters and operations of a
+step (:data:`~hsplitlora_flwr.planning.frontier.BYTES` and following).
 """
 
 from __future__ import annotations
@@ -33,46 +39,74 @@ class Assignment(NamedTuple):
     ranks: Ranks
 
 
-class Costs(NamedTuple):
-    """What training costs where activations are kept for backward, or where they are computed again."""
+class TrainingCosts(NamedTuple):
+    """What training costs with activations kept for backward, or under activation checkpointing.
+
+    Parameters
+    ----------
+    checkpointing : bool
+    below, above : Array
+        ``(layers, ranks, 3)``; an adapter on a client, and on the server.
+    inputs_below, inputs_above : Array
+        ``(inputs,)``; bytes that the first adapter on an input adds, on a client and on the server.
+    base : Array
+        ``(L,)``; bytes of a client that trains, beside its adapters and kept activations, by split.
+    block : Array
+        ``(3,)``; what a client pays for every block from its lowest adapter up, whatever that block's own ranks: kept
+        activations and the backward pass.
+    work : float
+        Operations of a step per adapter parameter.
+    passing, served : Array
+        ``(L,)``; bytes and operations of a pass of the server without adapters, by split.
+    """
 
     checkpointing: bool
     below: Array
-    """``(layers, ranks, 3)``; an adapter on a client, and ``above`` on the server."""
     above: Array
     inputs_below: Array
-    """``(inputs,)``; bytes that the first adapter on an input adds on a client, and ``inputs_above`` on the server."""
     inputs_above: Array
     base: Array
-    """``(L,)``; bytes of a client that trains, by split, beside its adapters and the activations that it keeps."""
     block: Array
-    """``(3,)``; every block of a client from its lowest adapter up, beside what it costs without any."""
     work: float
-    """Operations of a step for every parameter of an adapter."""
     passing: Array
-    """``(L,)``; bytes of a pass of the server without adapters, by split; ``served`` is its operations."""
     served: Array
 
 
-class Way(NamedTuple):
-    """How the server may serve clients of whom none has a split below ``lowest``: what adapters and inputs cost there,
-    ``(layers, ranks, 3)`` and ``(inputs,)``, bytes for every client by split, ``(L,)``, and bytes for all of it. Those
-    for every client are for its pass as well, or else there is room for as many as can meet (``every_pass``)."""
+class Serving(NamedTuple):
+    """How the server serves clients whose splits are all at or above ``lowest``, and what its memory then pays for.
 
-    costs: Costs
+    Parameters
+    ----------
+    costs : TrainingCosts
+    lowest : int
+    every_pass : bool
+        Every client pays for a pass of its own. Otherwise ``room`` is what is left beside as many of the largest passes
+        as can meet.
+    adapters : Array
+        ``(layers, ranks, 3)``; cost of an adapter.
+    inputs : Array
+        ``(inputs,)``; bytes that the first adapter on an input adds.
+    per_client : Array
+        ``(L,)``; bytes of every client beside its adapters, by split.
+    room : float
+        Bytes for all clients together.
+    """
+
+    costs: TrainingCosts
     lowest: int
     every_pass: bool
-    prices: Array
+    adapters: Array
     inputs: Array
-    taken: Array
+    per_client: Array
     room: float
 
 
 def least_bytes(cost: CostModel, split: int, rank: int, clients: str, checkpointing: Sequence[bool]) -> int:
-    """The least that a client takes beside its process.
+    """The fewest bytes that a client takes beside its process.
 
-    Without adapters, where it may have none (``clients``); else with one of ``rank`` in the highest block that can get
-    any, below which nothing is kept.
+    That is without adapters, where it may have none (``clients``, as for
+    :func:`~hsplitlora_flwr.planning.planner.make_plan`); otherwise with one of ``rank`` in its highest block that can
+    have any, since nothing below an adapter is kept.
     """
     if clients != "all":
         return cost.client_bytes(split, {})
@@ -81,20 +115,20 @@ def least_bytes(cost: CostModel, split: int, rank: int, clients: str, checkpoint
     return min(cost.client_bytes(split, ranks, checkpointing=again) for ranks in one for again in checkpointing)
 
 
-class Prices:
-    """What plans cost by one cost model; parameters as for :class:`Problem`.
+class CostTables:
+    """The terms of one cost model; parameters as for :class:`Problem`.
 
     Attributes
     ----------
     floor, forward : Array
-        ``(L,)``; by split, the least bytes of a client, and its operations of a step without adapters.
+        ``(L,)``; the fewest bytes of a client, and its operations of a step without adapters, by split.
     frames : float
-        Bytes that every client takes of the server's memory.
+        Bytes of the server's memory that every client takes for its frames.
     wire : dict[bool, tuple[int, int]]
-        Bytes of a step up and down, by whether the client has no adapters.
+        Bytes of a step up and down, by whether the client computes forward alone.
     parameters : Array
-        ``(layers, ranks)``.
-    costs : tuple of Costs
+        ``(layers, ranks)``; adapter parameters.
+    costs : tuple of TrainingCosts
         For every choice in ``checkpointing``.
     """
 
@@ -113,16 +147,16 @@ class Prices:
             self.floor[split] = least_bytes(cost, split, self._ranks[1], clients, checkpointing)
             self.forward[split] = cost.client_flops(split, {})
         self.frames = float(cost.held_bytes(cost.num_blocks - 1, {}))
-        self.wire = {resting: cost.wire_bytes(*wire, forward_only=resting) for resting in (False, True)}
+        self.wire = {alone: cost.wire_bytes(*wire, forward_only=alone) for alone in (False, True)}
         inputs = {(layer.block, layer.input_id): layer.input_bytes for layer in cost.layers}
         self._inputs = np.array(list(inputs.values()), float)
         self.parameters = np.array([[layer.adapter_parameters(rank) for rank in self._ranks] for layer in cost.layers])
         self.costs = tuple(map(self._costs, checkpointing))
 
-    def _costs(self, checkpointing: bool) -> Costs:
+    def _costs(self, checkpointing: bool) -> TrainingCosts:
         cost, first, in_flight = self._cost, self._cost.layers[0], self._cost.workload.in_flight
-        # A client's peak is either `floor`, with the accumulated update, or `base` and what training adds to it. At a
-        # rank that outweighs every update it is the latter.
+        # A client peaks while it loads the update (`floor`) or while it trains (`base` and what adapters add). A rank
+        # beyond every update makes the second peak the larger one, so that subtracting the adapters leaves `base`.
         base, passing, served = np.zeros((3, cost.num_blocks))
         huge = {first.name: 2**40}
         for split in self._splits:
@@ -131,7 +165,7 @@ class Prices:
             passing[split] = cost.pass_bytes(split, {}, checkpointing=checkpointing)
             served[split] = cost.server_flops(split, {}, checkpointing=checkpointing)
         one = {first.name: self._ranks[1]}
-        # On a server, with all blocks, the backward pass runs anyway: what an adapter adds is its own.
+        # On a server that holds all blocks the backward pass runs in any case: what one adapter adds is its own work.
         alone = cost.server_flops(0, {}, checkpointing=checkpointing)
         work = (cost.server_flops(0, one, checkpointing=checkpointing) - alone) / cost.adapter_parameters(one)
         split = max(self._splits[0], first.block + 1)
@@ -145,7 +179,7 @@ class Prices:
             return np.stack([np.array(taken, float), self.parameters, work * self.parameters], axis=2)
 
         inputs = np.zeros_like(self._inputs) if checkpointing else self._inputs
-        return Costs(
+        return TrainingCosts(
             checkpointing,
             items(in_flight),
             items(on_server),
@@ -160,20 +194,32 @@ class Prices:
 
 
 class Problem:
-    """Budgets, shares, importance and costs as arrays. Values are in units of the importance of all layers together.
+    """Budgets, shares, importance and costs as arrays. Importance is normalised to sum 1 over all layers.
 
-    Parameters are those of :func:`hsplitlora_flwr.planning.planner.make_plan`; ``budgets`` are of the clients that can
-    take part, and ``checkpointing`` says whether activations may be kept (False), computed again, or either, the faster
-    first.
+    Parameters are those of :func:`hsplitlora_flwr.planning.planner.make_plan`; ``budgets`` are those of clients that
+    can take part, and ``checkpointing`` lists whether activations may be kept (False), recomputed (True), or either,
+    the faster first.
 
     Attributes
     ----------
-    prices : Prices
-        By the cost model that the server counts with.
-    groups : list of (Index, Prices)
+    tables : CostTables
+        Of the cost model that the server counts with.
+    groups : list of (Index, CostTables)
         The clients by the cost model of their own side.
-    may_train, may_rest : bool
-        Whether a client can be given adapters, and whether it can be given none.
+    values : Array
+        ``(layers, ranks)``; ``J_m log2(1 + r)``.
+    share : Array
+        ``(clients,)``; ``p_i``.
+    memory, adapters : Array
+        ``(clients,)``; bytes beside the process, and adapter parameters that a client may send.
+    speed, speed_alone : Array
+        ``(clients,)``; FLOP/s, where an unstated one is the mean of the stated ones, or as for the server.
+    wire, wire_forward_only : Array
+        ``(clients,)``; seconds of a step on the wire.
+    memory_of_server, server_base : float
+        The server's bytes, and what it takes without clients.
+    may_train, may_only_forward : bool
+        Whether clients may have adapters, and whether they may have none.
     """
 
     def __init__(
@@ -194,21 +240,21 @@ class Problem:
         own: Mapping[str, CostModel] | None,
     ) -> None:
         self.cost, self.steps, self.names = cost, steps, list(budgets)
-        self.may_train, self.may_rest = clients != "none", clients != "all"
+        self.may_train, self.may_only_forward = clients != "none", clients != "all"
         self.ranks = np.array([0, *sorted({rank for rank in ranks if rank > 0})])
         self.splits = np.arange(min_split, max_split + 1)
         self._read_layers(importance)
         models = [(own or {}).get(name, cost) for name in self.names]
-        prices = {
-            id(model): Prices(model, self.splits, self.ranks, clients, checkpointing, wire)
+        tables = {
+            id(model): CostTables(model, self.splits, self.ranks, clients, checkpointing, wire)
             for model in {id(model): model for model in (cost, *models)}.values()
         }
-        self.prices = prices[id(cost)]
-        of = np.array([list(prices).index(id(model)) for model in models])
-        self.groups = [(np.flatnonzero(of == g), each) for g, each in enumerate(prices.values()) if (of == g).any()]
+        self.tables = tables[id(cost)]
+        of = np.array([list(tables).index(id(model)) for model in models])
+        self.groups = [(np.flatnonzero(of == g), each) for g, each in enumerate(tables.values()) if (of == g).any()]
         self._read_clients(list(budgets.values()), server, shares)
         self.memory_of_server = float(server.memory_bytes) if server else math.inf
-        self.resting = cost.server_bytes({}, server.process_bytes if server else 0)
+        self.server_base = cost.server_bytes({}, server.process_bytes if server else 0)
 
     def _read_layers(self, importance: Mapping[str, float]) -> None:
         layers = self.cost.layers
@@ -243,10 +289,10 @@ class Problem:
         self.speed_alone = np.array([budget.flops or of_server or NOMINAL_FLOPS for budget in budgets])
         self.server_speed_alone = np.full(len(budgets), of_server) if of_server else self.speed_alone
         slowness = np.array([[1 / link if link else 0.0 for link in (b.up, b.down)] for b in budgets])
-        self.wire, self.wire_of_resting = np.empty((2, len(budgets)))  # seconds of a step
-        for index, prices in self.groups:
-            self.wire[index], self.wire_of_resting[index] = (
-                slowness[index] @ prices.wire[rest] for rest in (False, True)
+        self.wire, self.wire_forward_only = np.empty((2, len(budgets)))  # seconds of a step
+        for index, tables in self.groups:
+            self.wire[index], self.wire_forward_only[index] = (
+                slowness[index] @ tables.wire[alone] for alone in (False, True)
             )
         share = np.array([1.0 if shares is None else shares[name] for name in self.names])
         if not (np.isfinite(share) & (share >= 0)).all() or not share.any():
@@ -258,23 +304,23 @@ class Problem:
     # ------------------------------------------------------------------ sums over layers
 
     def total(self, table: Array, ranks: Ranks) -> Array:
-        """``(...,)`` or ``(..., 3)``; the sum over layers of what ``table`` has for their rank."""
+        """``(...,)`` or ``(..., 3)``; ``table[m, r_m]`` summed over layers, of ranks ``(..., layers)``."""
         totals: Array = table[np.arange(len(self.block)), ranks].sum(axis=ranks.ndim - 1)
         return totals
 
     def kept(self, inputs: Array, ranks: Ranks) -> Array:
-        """``(...,)``; bytes of the inputs that adapters make autograd keep."""
+        """``(...,)``; bytes of the layers' inputs that adapters make autograd keep, each input once."""
         kept: Array = ((ranks > 0) @ self._reads > 0) @ inputs
         return kept
 
     def from_split_up(self, table: Array, ranks: Ranks) -> Array:
-        """``(..., splits)``; the sum over layers from each split up of what ``table`` has for their rank."""
+        """``(..., splits)``; ``table[m, r_m]`` summed over the layers at and above each split point."""
         return self._from_split_up(table[np.arange(len(self.block)), ranks] @ self._lies_in)
 
-    def bytes_from_split_up(self, way: Way, ranks: Ranks) -> Array:
-        """``(..., splits)``; what the server's ranks take from each split up."""
-        inputs = self._from_split_up((((ranks > 0) @ self._reads > 0) * way.inputs) @ self._input_lies_in)
-        return self.from_split_up(way.prices[..., BYTES], ranks) + inputs
+    def bytes_from_split_up(self, serving: Serving, ranks: Ranks) -> Array:
+        """``(..., splits)``; bytes that the server's adapters take at and above each split point."""
+        inputs = self._from_split_up((((ranks > 0) @ self._reads > 0) * serving.inputs) @ self._input_lies_in)
+        return self.from_split_up(serving.adapters[..., BYTES], ranks) + inputs
 
     def _from_split_up(self, blocks: Array) -> Array:
         sums: Array = np.cumsum(blocks[..., ::-1], axis=-1)[..., ::-1][..., self.splits]
@@ -282,71 +328,99 @@ class Problem:
 
     # ------------------------------------------------------------------ what a plan takes
 
-    def own_seconds(self, flops: Array, resting: NDArray[np.bool_], speed: Array) -> Array:
-        """Time of a round of clients whose step takes ``flops`` operations, ``(clients, splits)``; those that are
-        ``resting`` have no adapters, and no gradient comes down to them."""
-        wire = np.where(resting, self.wire_of_resting[:, None], self.wire[:, None])
+    def own_seconds(self, flops: Array, forward_only: NDArray[np.bool_], speed: Array) -> Array:
+        """Seconds of a round of each client by itself, computing and on the wire.
+
+        Parameters
+        ----------
+        flops : Array
+            ``(clients, splits)``; operations of a step.
+        forward_only : NDArray[np.bool_]
+            The same shape; whether no gradient comes down, as the client has no adapters.
+        speed : Array
+            ``(clients,)``; FLOP/s.
+        """
+        wire = np.where(forward_only, self.wire_forward_only[:, None], self.wire[:, None])
         seconds: Array = self.steps * (flops / speed[:, None] + wire)
         return seconds
 
-    def turn_seconds(self, own: Array, work: Array, resting: NDArray[np.bool_]) -> Array:
-        """Time of a round of clients that have the server to themselves, of any shape: a client waits for the gradient
-        of a step before it begins the next one, and one that gets none computes while the server does."""
-        overlaps = resting & (self.cost.workload.labels != "client")
+    def turn_seconds(self, own: Array, work: Array, forward_only: NDArray[np.bool_]) -> Array:
+        """Seconds of a round of each client if it had the server to itself, of any shape.
+
+        A client waits for the gradient of a step before it begins the next one. One that gets no gradient computes
+        while the server does.
+
+        Parameters
+        ----------
+        own, work : Array
+            Seconds of the client itself, and of the server for it.
+        forward_only : NDArray[np.bool_]
+            Whether the client has no adapters.
+        """
+        overlaps = forward_only & (self.cost.workload.labels != "client")
         seconds: Array = np.where(overlaps, np.maximum(own, work), own + work)
         return seconds
 
     def of_clients(self, plan: Assignment) -> tuple[Array, Array, NDArray[np.bool_], NDArray[np.bool_]]:
-        """``(clients,)``; bytes beside the process, operations of a step, whether activations are computed again: only
-        where they could not be kept; and whether there are no adapters."""
+        """What a plan takes on the clients, ``(clients,)`` each.
+
+        Returns
+        -------
+        taken, flops : Array
+            Bytes beside the process, and operations of a step.
+        again, forward_only : NDArray[np.bool_]
+            Whether activations are recomputed, which they are only where memory does not hold them; and whether the
+            client has no adapters.
+        """
         below = np.where(self.block < plan.splits[:, None], plan.ranks, 0)
         blocks = np.maximum(plan.splits - np.where(below > 0, self.block, self.cost.num_blocks).min(axis=1), 0)
         taken, flops, again = np.full(len(below), np.inf), np.zeros(len(below)), np.zeros(len(below), bool)
-        for index, prices in self.groups:
-            split, floor = plan.splits[index], prices.floor[plan.splits[index]]
-            for costs in prices.costs:
+        for index, tables in self.groups:
+            split, floor = plan.splits[index], tables.floor[plan.splits[index]]
+            for costs in tables.costs:
                 cost = blocks[index, None] * costs.block + self.total(costs.below, below[index])
                 training = cost[:, BYTES] + costs.base[split] + self.kept(costs.inputs_below, below[index])
                 needed = np.where(blocks[index] > 0, np.maximum(floor, training), floor)
                 fewer = (taken[index] > self.memory[index]) & (needed < taken[index])
                 some = index[fewer]
                 taken[some], again[some] = needed[fewer], costs.checkpointing
-                flops[some] = (prices.forward[split] + cost[:, OPERATIONS])[fewer]
+                flops[some] = (tables.forward[split] + cost[:, OPERATIONS])[fewer]
         return taken, flops, again, blocks == 0
 
-    def of_server(self, costs: Costs, plan: Assignment) -> tuple[float, Array]:
-        """Bytes, and operations of a step of each client, ``(clients,)``."""
+    def of_server(self, costs: TrainingCosts, plan: Assignment) -> tuple[float, Array]:
+        """What a plan takes on the server: its bytes, and its operations for a step of each client, ``(clients,)``."""
         above = np.where(self.block >= plan.splits[:, None], plan.ranks, 0)
         cost, clients, workload = self.total(costs.above, above), len(plan.splits), self.cost.workload
-        adapters = self.total(self.prices.parameters, above) * workload.adapter_parameter_bytes
+        adapters = self.total(self.tables.parameters, above) * workload.adapter_parameter_bytes
         passes = costs.passing[plan.splits] + cost[:, BYTES] - adapters + self.kept(costs.inputs_above, above)
         if workload.half == "shared":
             lowest = [int(plan.splits.argmin())]
             adapters, passes = adapters[lowest], passes[lowest]
         together = np.sort(passes)[-(workload.passes or clients) :]
-        held = self.resting + clients * self.prices.frames + adapters.sum() + together.sum()
+        held = self.server_base + clients * self.tables.frames + adapters.sum() + together.sum()
         return float(held), costs.served[plan.splits] + cost[:, OPERATIONS]
 
-    def ways(self, costs: Costs, lowest: int) -> list[Way]:
-        """How the server may serve clients of whom none has a split below ``lowest``.
+    def servings(self, costs: TrainingCosts, lowest: int) -> list[Serving]:
+        """The ways in which the server can serve clients of whom none has a split below ``lowest``.
 
-        With a half for each client it needs room for as many passes as can meet, each of them as large as the largest
-        from there; or for one of every client, where that is less.
+        With halves of their own there is either room for a pass of every client, or for as many passes as can meet
+        (``train.passes``), each as large as the largest from ``lowest`` up; which takes less depends on the clients.
         """
         workload, passes = self.cost.workload, self.cost.workload.passes
-        frames, room = np.full(self.cost.num_blocks, self.prices.frames), self.memory_of_server - self.resting
+        frames, room = np.full(self.cost.num_blocks, self.tables.frames), self.memory_of_server - self.server_base
         if workload.half == "shared":
-            return [Way(costs, lowest, False, costs.above, costs.inputs_above, frames, room - costs.passing[lowest])]
-        ways = [Way(costs, lowest, True, costs.above, costs.inputs_above, frames + costs.passing, room)]
+            room -= costs.passing[lowest]
+            return [Serving(costs, lowest, False, costs.above, costs.inputs_above, frames, room)]
+        found = [Serving(costs, lowest, True, costs.above, costs.inputs_above, frames + costs.passing, room)]
         if passes is not None and passes < len(self.names):
             every = np.where(self.block >= lowest, len(self.ranks) - 1, 0)
             adapters = costs.above.copy()
-            adapters[..., BYTES] = self.prices.parameters * workload.adapter_parameter_bytes
+            adapters[..., BYTES] = self.tables.parameters * workload.adapter_parameter_bytes
             largest = costs.passing[lowest] + self.total(costs.above - adapters, every)[BYTES]
             largest += self.kept(costs.inputs_above, every)
             nothing = np.zeros_like(costs.inputs_above)
-            ways.append(Way(costs, lowest, False, adapters, nothing, frames, room - passes * float(largest)))
-        return ways
+            found.append(Serving(costs, lowest, False, adapters, nothing, frames, room - passes * float(largest)))
+        return found
 
     def objective(self, plan: Assignment) -> float:
         """``sum_i p_i sum_m J_m log2(1 + r_im)``, in units of the importance as it was given."""

@@ -1,4 +1,4 @@
-"""The plan of a round as a run's settings and its method ask for it."""
+"""The plan of a round: from the settings of a run and its method to a cost model, split bounds and a plan."""
 
 from __future__ import annotations
 
@@ -14,24 +14,26 @@ from hsplitlora_flwr.models.placement import pick_devices
 from hsplitlora_flwr.models.proof import find_family
 from hsplitlora_flwr.models.stored import read_settled_config
 from hsplitlora_flwr.planning.budget import Budget, PlanError
-from hsplitlora_flwr.planning.cost import CostModel, Workload
+from hsplitlora_flwr.planning.cost import CostModel
 from hsplitlora_flwr.planning.leakage import LeakageTable
 from hsplitlora_flwr.planning.planner import Plan, make_plan
 from hsplitlora_flwr.planning.uniform import equal_plan, whole_plan
+from hsplitlora_flwr.planning.workload import Workload
 from hsplitlora_flwr.transport.bottleneck import check_directions
 
 
 def cost_model(config: Config, rows: int, length: int, clients: int = 0, width: int | None = None) -> CostModel:
-    """What plans of a run cost, from the configuration of its model.
+    """The cost model of a run, from its settings and the configuration of its model.
 
     Parameters
     ----------
+    config : Config
     rows, length : int
-        Of a micro-batch.
+        Examples of a micro-batch, and tokens of its longest one.
     clients : int
-        How many may add to the update in a round; 0 = ``clients.count``.
+        Clients whose adapters may add to the update in a round; 0 = ``clients.count``.
     width : int, optional
-        Numbers in which a token crosses the cut, 0 for all of it; ``split.width`` when None.
+        Numbers per token that cross the cut, 0 for the whole hidden state; ``split.width`` when None.
 
     Raises
     ------
@@ -52,7 +54,7 @@ def cost_model(config: Config, rows: int, length: int, clients: int = 0, width: 
         in_flight=min(config.transport.in_flight, micro_batches) if method.split else 1,
         quantise=config.model.quantise,
         half="shared" if shares_half(config) else "per_client",
-        # in a joint pass all clients meet; where the labels stay, activations wait for gradients
+        # all clients meet in a batched pass; where the labels stay, activations of all wait for their gradients
         passes=None if config.split.labels == "client" or takes_all(config) else passes_at_once(config),
         width=(config.split.width if width is None else width) if method.split else 0,
     )
@@ -73,24 +75,24 @@ def cost_model(config: Config, rows: int, length: int, clients: int = 0, width: 
 
 
 class Size(NamedTuple):
-    """Of what a client sends: tokens of its longest example, and numbers of a token; 0 for all of its hidden state."""
+    """What a client sends: tokens of its longest example, and numbers per token, 0 for the whole hidden state."""
 
     tokens: int
     width: int = 0
 
 
 def own_costs(config: Config, rows: int, sizes: Mapping[str, Size], clients: int = 0) -> dict[str, CostModel]:
-    """What plans cost each client, by what it sends itself: what another says of its rows does not count.
+    """The cost model of each client by the length of its own rows, so that other clients' rows do not count.
 
-    Lengths are rounded up to one of few, four from one to its double, that settings alone decide; clients with the same
-    share a model.
+    Lengths are rounded up by :func:`rounded_length`, so that there are few cost models; clients with the same length
+    share one.
 
     Parameters
     ----------
-    sizes : Mapping[str, Size]
-        By name of the client.
-    rows, clients
+    config, rows, clients
         As for :func:`cost_model`.
+    sizes : Mapping[str, Size]
+        By client.
     """
     most = config.data.max_length
     rounded = {name: size._replace(tokens=rounded_length(size.tokens, most)) for name, size in sizes.items()}
@@ -101,7 +103,7 @@ def own_costs(config: Config, rows: int, sizes: Mapping[str, Size], clients: int
 
 
 def rounded_length(length: int, most: int) -> int:
-    """The least of ``most / 2^(k/4)``, rounded up, that is no less than ``length``."""
+    """The smallest of ``most / 2^(k/4)``, ``k = 0, 1, ...``, rounded up, that is at least ``length``."""
     steps = math.floor(4 * math.log2(most / min(max(length, 2), most)))
     return max(math.ceil(most / 2 ** (steps / 4)), length)
 
@@ -109,8 +111,8 @@ def rounded_length(length: int, most: int) -> int:
 def split_bounds(config: Config, num_blocks: int) -> tuple[int, int]:
     """Fewest and most blocks on a client.
 
-    Without a stated limit a client of a shared half holds no more than half of the blocks: what it holds learns from
-    its own steps, what the server holds from everybody's, and a plan weighs both alike.
+    Without a stated limit, and with a shared half, a client holds at most half of the blocks: its own part learns from
+    its own steps alone and the server's half from everybody's, while the objective values both alike.
 
     Raises
     ------
@@ -137,8 +139,8 @@ def split_bounds(config: Config, num_blocks: int) -> tuple[int, int]:
 
 
 def takes_all(config: Config) -> bool:
-    """Whether the server takes all clients that wait through its blocks in one pass."""
-    # they come one by one
+    """Whether the server computes for all waiting clients in one pass: multi-adapter batching."""
+    # here clients come one by one
     if shares_half(config) or config.transport.kind == "messages" or config.split.labels == "client":
         return False
     joint = config.train.multi_adapter_batching
@@ -146,7 +148,7 @@ def takes_all(config: Config) -> bool:
 
 
 def passes_at_once(config: Config) -> int:
-    """Clients that the server computes for at once, each in a pass of its own; steps of a shared half take turns."""
+    """Clients that the server computes for at the same time, each in a pass of its own; a shared half serves one."""
     return 1 if shares_half(config) else config.train.passes or all_cores()
 
 
@@ -168,7 +170,7 @@ def make_round_plan(
     server : Budget, optional
         The server's; unlimited when None.
     importance : Mapping[str, float]
-        By absolute layer name; all weights count the same where the method scores none.
+        ``J_m`` by absolute layer name; all weights count the same where the method scores none.
     shares : Mapping[str, float], optional
         ``p_i`` by client; equal when None.
     own : Mapping[str, CostModel], optional

@@ -1,7 +1,7 @@
-"""What one block keeps for backward and how much memory its step takes, and that of the head, seen without weights.
+"""How much memory one step of a block and of the head takes, traced on tensors without values.
 
-They run forward and backward on fake tensors. Those take the way that real tensors take on a CPU, fused attention
-included, and know how large they are and how long they live, but hold no values: a block of a 70B model takes no more
+A forward and a backward pass run on fake tensors: those take the same path through the code as real tensors on a CPU,
+fused attention included, and have sizes and lifetimes but no memory. So a block of a 70B model costs no more to trace
 than one of a small model.
 """
 
@@ -31,33 +31,33 @@ from hsplitlora_flwr.models.stored import empty_model
 from hsplitlora_flwr.planning.budget import PlanError
 
 EXPERTS = "hsplitlora-traced"
-"""How experts of a mixture are to be computed in models that are traced: which tokens each gets is in no fake tensor,
-and products of groups exist in few dtypes there. Sizes are those of the products of groups."""
+"""The implementation of a mixture's experts in traced models. Fake tensors have no values that would say which tokens
+each expert gets, and grouped products support few dtypes there; sizes here are those of the grouped products."""
 
 
 @dataclass(frozen=True)
 class LayerTrace:
-    """A linear layer of the block: its sizes, and what an adapter on it makes autograd keep."""
+    """A linear layer of a block: its sizes, and what an adapter on it makes autograd keep."""
 
     in_features: int
     out_features: int
     input_id: int
     """Layers with the same number read the same tensor; it is kept once."""
     input_bytes: int
-    """Bytes of that tensor when a block without adapters would not keep it, else 0."""
+    """Bytes of that tensor if a block without adapters would not keep it; else 0."""
 
 
 @dataclass(frozen=True)
 class BlockTrace:
-    """What :func:`trace_block` saw."""
+    """Bytes of one block in a step, for one micro-batch; see :func:`trace_block`."""
 
     kept: int
-    """Bytes that a block without adapters keeps for backward, masks and rotary tables apart."""
+    """What a block without adapters keeps for backward, without masks and rotary tables, which all blocks share."""
     peak: int
-    """Most bytes alive at one time in a step of one block with adapters on all layers, its parameters and their
-    gradients apart."""
+    """The most that is alive at one time in a step of one block with adapters on all layers, without its parameters and
+    their gradients."""
     forward: int
-    """The same of a forward pass without adapters that keeps nothing."""
+    """The same in a forward pass without adapters, which keeps nothing."""
     layers: dict[str, LayerTrace]
     """By name inside the block."""
     parameters: int
@@ -65,22 +65,22 @@ class BlockTrace:
 
 @dataclass(frozen=True)
 class ModelTrace:
-    """What :func:`trace_model` saw."""
+    """The traces of a model; see :func:`trace_model`."""
 
     kinds: list[int]
-    """For every block the first one that is like it."""
+    """For every block, the index of the first block of its kind."""
     blocks: dict[int, BlockTrace]
-    """Of every kind."""
+    """By the index of the kind."""
     head: int
-    """Of :func:`trace_head`."""
+    """Bytes of a step of norm, head and loss; see :func:`trace_head`."""
     beside_blocks: int
-    """Parameters that are in no block."""
+    """Parameters outside the blocks: embeddings, final norm and head."""
     embeddings: int
-    """Those of them that the client holds."""
+    """Those of the embeddings, which the client holds."""
 
 
 def trace_model(config: PretrainedConfig, family: Family, dtype: str, rows: int, length: int, rank: int) -> ModelTrace:
-    """Trace a model's kinds of blocks and its head; a second time the same costs nothing.
+    """Trace each kind of block of a model, and its head. Results are cached.
 
     Parameters
     ----------
@@ -130,17 +130,17 @@ def _trace_model(
 
 
 def trace_block(client: ClientModel, rows: int, length: int, rank: int) -> BlockTrace:
-    """Trace the first block.
+    """Trace the first block of a part.
 
     Parameters
     ----------
     client : ClientModel
-        A client with one block; its weights need no memory, and it is not to be used after.
+        A client with one block, whose weights need no memory; it must not be used afterwards.
     rows, length : int
-        Batch size and sequence length. Rows are taken to be padded, as those of a batch mostly are: attention with a
-        mask may keep more than without.
+        Batch size and sequence length. Rows count as padded, as those of a batch mostly are: attention with a mask may
+        keep more than without.
     rank : int
-        Of the adapters in the step whose peak is wanted.
+        Rank of the adapters in the step whose peak is measured.
     """
     parameters = _numel(client.blocks[0])
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -169,14 +169,14 @@ def trace_block(client: ClientModel, rows: int, length: int, rank: int) -> Block
 
 
 def trace_head(head: HeadModel, rows: int, length: int) -> int:
-    """Most bytes alive at one time in a step of the final norm, the head and the loss, its weights apart.
+    """The most bytes alive at one time in a step of the final norm, the head and the loss, without their weights.
 
     Parameters
     ----------
     head : HeadModel
-        Its weights need no memory, and it is not to be used after.
+        Its weights need no memory; it must not be used afterwards.
     rows, length : int
-        Batch size and sequence length. Every position is taken as labelled.
+        Batch size and sequence length. Every position counts as labelled.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         head.to_empty(device="cpu").train()
@@ -190,7 +190,7 @@ def trace_head(head: HeadModel, rows: int, length: int) -> int:
 
 
 def _all_by_the_first(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """What experts ``(experts, out, in)`` make of ``hidden`` ``(tokens, hidden)``, had the first all of it to do."""
+    """The output of a mixture's experts for ``hidden``, ``(tokens, hidden)``, as if the first did all work."""
 
     def product(x: Tensor, name: str) -> Tensor:
         weight = getattr(experts, name)[0]
@@ -215,7 +215,7 @@ class LiveBytes(TorchDispatchMode):
     Parameters
     ----------
     given : Iterable[Tensor]
-        Tensors that are there already; views of them do not count.
+        Tensors that exist already; views of them do not count.
 
     Attributes
     ----------

@@ -1,7 +1,7 @@
-"""The plans of methods that do not choose a split point and a rank for every weight.
+"""The plans of methods that choose neither a split point for each client nor a rank for each weight.
 
-They answer in the same terms as :func:`hsplitlora_flwr.planning.planner.make_plan`, and hold budgets by the same cost
-model.
+They are :class:`~hsplitlora_flwr.planning.planner.Plan` objects like those of
+:func:`hsplitlora_flwr.planning.planner.make_plan`, and keep to budgets by the same cost model.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def whole_plan(
     Parameters
     ----------
     ranks : Sequence[int]
-        A client gets the highest of them that its memory holds and that it may send.
+        A client gets the highest of them whose adapters its memory holds and it may send.
     over_budget : bool
-        A client whose budget does not hold even the lowest gets that one instead of being left out.
+        A client whose budget does not hold even the lowest rank gets that one instead of being left out.
     checkpointing : {"off", "on", "auto"}
         As for :func:`~hsplitlora_flwr.planning.planner.make_plan`.
     shares : Mapping[str, float], optional
@@ -86,7 +86,8 @@ def equal_plan(
     Parameters
     ----------
     split : int
-        The split point; 0 takes the deepest that every client can hold. A client that cannot hold it is left out.
+        The split point; 0 takes the deepest that all clients can hold that can hold any. A client that cannot hold it
+        is left out.
     server : Budget, optional
         The server's budget; unlimited when None.
     checkpointing : {"off", "on", "auto"}
@@ -94,7 +95,7 @@ def equal_plan(
     shares : Mapping[str, float], optional
         ``p_i`` by client; equal when None.
     trains : bool
-        Whether clients have adapters; the server's half alone trains else.
+        Whether clients have adapters; otherwise only the server's half trains.
     own : Mapping[str, CostModel], optional
         As for :func:`~hsplitlora_flwr.planning.planner.make_plan`.
 
@@ -148,14 +149,14 @@ def equal_plan(
 
 
 def _missing(budget: Budget, taken: int, cost: CostModel, ranks: Mapping[str, int], split: int) -> int:
-    """Bytes of memory, or of adapters that may be sent, that a client lacks; 0 or less where there are enough."""
+    """The bytes that a client lacks, of memory or of adapters that it may send; 0 or less if it has enough."""
     sent = sum(layer.adapter_parameters(ranks.get(layer.name, 0)) for layer in cost.layers if layer.block < split)
     unsent = 0 if budget.adapter_bytes is None else sent * cost.workload.adapter_item - budget.adapter_bytes
     return max(taken - budget.memory_bytes, unsent)
 
 
 def _objective(plans: Mapping[str, ClientPlan], cost: CostModel, shares: Mapping[str, float] | None) -> float:
-    """The planner's objective where all weights count the same."""
+    """``sum_i p_i sum_m J_m log2(1 + r_im)`` with the same importance, ``1 / layers``, for all weights."""
     weights = {client: 1.0 if shares is None else shares[client] for client in plans}
     values = (weights[client] * math.log2(1 + rank) for client, plan in plans.items() for rank in plan.ranks.values())
     return sum(values) / sum(weights.values()) / len(cost.layers)
