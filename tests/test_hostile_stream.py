@@ -29,10 +29,9 @@ from hsplitlora_flwr.server.shard import Shard
 from hsplitlora_flwr.training.client import ClientTrainer, load_client, train_client
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.transport.frames import Failure, Finished, Frame, decode, encode
-from hsplitlora_flwr.transport.stream import StreamLink
-from hsplitlora_flwr.transport.stream import server as server_end
+from hsplitlora_flwr.transport.stream import StreamLink, served
+from hsplitlora_flwr.transport.stream.channel import open_channel
 from hsplitlora_flwr.transport.stream.chunks import assemble, cut
-from hsplitlora_flwr.transport.stream.client import open_channel
 from tests.attacks import (
     AT_ONCE,
     ON_EVALUATION,
@@ -213,7 +212,7 @@ def test_an_honest_client_beside_a_hostile_one(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(server_end, "END_SECONDS", 0.5)
+    monkeypatch.setattr(served, "END_SECONDS", 0.5)
     config = settings(tiny_folder, labels, joint)
     expected = alone(config)
     assert all(bool(b.any()) for b, _ in expected.values()), "every adapter has moved"

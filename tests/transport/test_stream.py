@@ -31,7 +31,7 @@ from hsplitlora_flwr.transport.frames import (
     encode,
 )
 from hsplitlora_flwr.transport.link import Endpoint
-from hsplitlora_flwr.transport.stream import StreamError, StreamLink, StreamServer, Unreachable
+from hsplitlora_flwr.transport.stream import StreamError, StreamLink, StreamServer, Unreachable, served
 from hsplitlora_flwr.transport.stream import client as client_end
 from hsplitlora_flwr.transport.stream import server as server_end
 from tests.transport.pki import certificate, p256, pem
@@ -205,7 +205,7 @@ def test_a_client_that_does_not_leave_is_shown_out(server: StreamServer, held_op
 def test_a_client_that_does_not_listen_is_cut_off(
     server: StreamServer, held_open: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_end, "END_SECONDS", 0.3)
+    monkeypatch.setattr(served, "END_SECONDS", 0.3)
     big = Gradient(torch.zeros(8, 3, 2**18), NONE, 1.0, 0.0)  # 24 MiB, more than fits on the way
     with raw_channel(server) as channel:
         call = raw_call(channel, server.admit(lambda _: big), never_ending(held_open, encode(activation())))
@@ -707,7 +707,7 @@ def test_pings_are_bounded(plain: StreamServer, payload: int, answer: int) -> No
 
 def test_a_stream_has_a_number_of_pings(plain: StreamServer) -> None:
     with StreamLink(plain.endpoint, plain.admit(double)) as link:
-        for _ in range(server_end.PINGS):
+        for _ in range(served.PINGS):
             exchange(link, Ping(torch.zeros(0, dtype=torch.uint8), 0))
-        with pytest.raises(StreamError, match=f"more than {server_end.PINGS} pings"):
+        with pytest.raises(StreamError, match=f"more than {served.PINGS} pings"):
             exchange(link, Ping(torch.zeros(0, dtype=torch.uint8), 0))

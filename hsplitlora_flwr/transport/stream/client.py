@@ -1,9 +1,8 @@
-"""A client's end of the stream: it opens the connection, and comes back when it broke."""
+"""A client's end of the stream: it opens a connection, and another one when that breaks."""
 
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
@@ -16,8 +15,8 @@ import torch
 
 from hsplitlora_flwr.transport.frames import Buffer, Failure, Frame, FrameError, Ping, Pong, buffers, decode
 from hsplitlora_flwr.transport.link import Endpoint
-from hsplitlora_flwr.transport.stream import protocol
 from hsplitlora_flwr.transport.stream.backlog import Backlog, Closed
+from hsplitlora_flwr.transport.stream.channel import TurnedAway, Unreachable, open_channel, proxy_in_use, reason_of
 from hsplitlora_flwr.transport.stream.chunks import PING_BYTES, assemble, cut
 from hsplitlora_flwr.transport.stream.protocol import (
     HAS_KEY,
@@ -35,14 +34,6 @@ CONNECT_SECONDS = 8.0
 """Time in which a stream must open."""
 FAILED_SECONDS = 1.0
 """Time that a client which failed takes to say that it leaves."""
-
-
-class Unreachable(StreamError):
-    """No stream of the server shard answers at its address."""
-
-
-class _TurnedAway(Unreachable):
-    """What answers closed the connection, as a server does that has no room for another one at the moment."""
 
 
 class StreamLink:
@@ -91,7 +82,7 @@ class StreamLink:
         self.bytes_down = 0
 
     def __enter__(self) -> StreamLink:
-        self._retry(self._connect, CONNECT_SECONDS, _TurnedAway)
+        self._retry(self._connect, CONNECT_SECONDS, TurnedAway)
         self._reader = Thread(target=self._read, name="stream-read", daemon=True)
         self._reader.start()
         return self
@@ -201,10 +192,10 @@ class StreamLink:
         if code is grpc.StatusCode.CANCELLED:
             details = f"no answer within {CONNECT_SECONDS:g} s, as when a firewall drops what is sent"
         protocol = "TLS" if self._endpoint.certificate else "plain text"
-        protocol += f", through {_proxy_in_use()}" if self._proxy else ""
-        kind = _TurnedAway if "Socket closed" in details or "reset by peer" in details else Unreachable
+        protocol += f", through {proxy_in_use()}" if self._proxy else ""
+        kind = TurnedAway if "Socket closed" in details or "reset by peer" in details else Unreachable
         raise kind(
-            f"no stream to the server shard at {self._endpoint.address} ({protocol}): {_reason(details)}; check that "
+            f"no stream to the server shard at {self._endpoint.address} ({protocol}): {reason_of(details)}; check that "
             "transport.address and the port lead from this machine to the server, and that no firewall stands between; "
             "transport.proxy says whether to go through a proxy"
         )
@@ -263,44 +254,9 @@ class StreamLink:
         return time.perf_counter() - start
 
 
-def open_channel(endpoint: Endpoint, proxy: bool = False) -> grpc.Channel:
-    """A connection to the endpoint that trusts its certificate alone; it opens with the first call."""
-    options: list[tuple[str, str | int]] = [*protocol.OPTIONS, ("grpc.enable_http_proxy", int(proxy))]
-    if not endpoint.certificate:
-        return grpc.insecure_channel(endpoint.address, options=options)
-    credentials = grpc.ssl_channel_credentials(root_certificates=endpoint.certificate.encode())
-    options.append(("grpc.ssl_target_name_override", endpoint.name))
-    return grpc.secure_channel(endpoint.address, credentials, options=options)
-
-
-def _proxy_in_use() -> str:
-    """Where gRPC finds the proxy; not its address, which may hold a password."""
-    name = next((name for name in ("grpc_proxy", "https_proxy", "http_proxy") if os.environ.get(name)), None)
-    return f"the proxy of {name}" if name else "no proxy, as grpc_proxy, https_proxy and http_proxy are not set"
-
-
 def _speed(seconds: Callable[[int], float]) -> float:
     """Bytes/s of the first transfer that takes long enough to be timed, or of the largest one."""
     size = 2**16
     while (taken := seconds(size)) <= 0.1 and size < PING_BYTES:
         size *= 2
     return size / max(taken, 1e-6)
-
-
-_MEANINGS = {
-    "certificate has expired": "the server's certificate has expired, by this machine's clock",
-    "certificate is not yet valid": "the server's certificate is not valid yet, by this machine's clock",
-    "CERTIFICATE_VERIFY_FAILED": "what answers there shows another certificate than the one of this run's server",
-    "Hostname Verification": "what answers there shows a certificate that is made out to another name",
-    "WRONG_VERSION_NUMBER": "what answers there does not speak TLS",
-    "Socket closed": "what answers there closed the connection; is transport.tls the same on both sides?",
-}
-
-
-def _reason(details: str) -> str:
-    """What gRPC says went wrong on the way to the server, and what that means where its words do not tell."""
-    reason = details.rpartition("last error: ")[2]
-    for words, meaning in _MEANINGS.items():
-        if words in reason:
-            return f"{meaning} ({reason})"
-    return reason
