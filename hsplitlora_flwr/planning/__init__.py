@@ -7,10 +7,10 @@ In the order of a round (docs/method.md, sections 1 and 2):
   :mod:`~hsplitlora_flwr.planning.trace` reads off the model, for a
   :class:`~hsplitlora_flwr.planning.workload.Workload`.
 - :mod:`~hsplitlora_flwr.planning.planner` makes a plan (ARMSC). The problem as arrays is
-  :mod:`~hsplitlora_flwr.planning.problem`; :mod:`~hsplitlora_flwr.planning.exact` solves it, with the Pareto fronts of
-  :mod:`~hsplitlora_flwr.planning.frontier`, the clients' side in :mod:`~hsplitlora_flwr.planning.below` and the
-  server's memory in :mod:`~hsplitlora_flwr.planning.priced`; :mod:`~hsplitlora_flwr.planning.greedy` is the paper's
-  rule.
+  :mod:`~hsplitlora_flwr.planning.problem` with the costs of :mod:`~hsplitlora_flwr.planning.tables`;
+  :mod:`~hsplitlora_flwr.planning.exact` solves it, with the Pareto fronts of :mod:`~hsplitlora_flwr.planning.frontier`,
+  the clients' side in :mod:`~hsplitlora_flwr.planning.below` and the server's memory in
+  :mod:`~hsplitlora_flwr.planning.priced`; :mod:`~hsplitlora_flwr.planning.greedy` is the paper's rule.
 - :mod:`~hsplitlora_flwr.planning.uniform` has the plans of other methods, :mod:`~hsplitlora_flwr.planning.leakage` the
   floor for privacy, and :mod:`~hsplitlora_flwr.planning.round` goes from a run's settings to its plan.
 """

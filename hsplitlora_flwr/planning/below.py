@@ -12,7 +12,8 @@ import numpy as np
 
 from hsplitlora_flwr.planning.arrays import Array, Index, Ranks
 from hsplitlora_flwr.planning.frontier import BYTES, OPERATIONS, PARAMETERS, SAME, Frontier
-from hsplitlora_flwr.planning.problem import CostTables, Problem
+from hsplitlora_flwr.planning.problem import Problem
+from hsplitlora_flwr.planning.tables import CostTables
 
 _FEW_LAYERS = 16  # in models this small, single ranks matter for the time
 

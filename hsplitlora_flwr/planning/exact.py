@@ -32,7 +32,8 @@ from hsplitlora_flwr.planning.below import FORWARD_ONLY, Below
 from hsplitlora_flwr.planning.budget import PlanError
 from hsplitlora_flwr.planning.frontier import BYTES, OPERATIONS, SAME, Frontier
 from hsplitlora_flwr.planning.priced import PricedMemory, fronts_above
-from hsplitlora_flwr.planning.problem import Assignment, CostTables, Problem, Serving, TrainingCosts
+from hsplitlora_flwr.planning.problem import Assignment, Problem, Serving
+from hsplitlora_flwr.planning.tables import CostTables, TrainingCosts
 
 _TURNS = 6  # times that splits and a shared half's ranks are chosen in turn
 _HALVINGS = 10  # bisection steps of the tolerance that meets a deadline

@@ -16,7 +16,8 @@ import numpy as np
 from hsplitlora_flwr.planning.arrays import Index, Ranks
 from hsplitlora_flwr.planning.cost import Layer
 from hsplitlora_flwr.planning.frontier import BYTES, PARAMETERS
-from hsplitlora_flwr.planning.problem import Assignment, CostTables, Problem, Serving, TrainingCosts
+from hsplitlora_flwr.planning.problem import Assignment, Problem, Serving
+from hsplitlora_flwr.planning.tables import CostTables, TrainingCosts
 
 
 def solve(problem: Problem, important_share: float, resource: str = "parameters") -> Assignment:

@@ -23,7 +23,8 @@ from hsplitlora_flwr.planning import greedy
 from hsplitlora_flwr.planning.budget import Budget, PlanError
 from hsplitlora_flwr.planning.cost import CostModel
 from hsplitlora_flwr.planning.exact import Solver
-from hsplitlora_flwr.planning.problem import Assignment, Problem, least_bytes
+from hsplitlora_flwr.planning.problem import Assignment, Problem
+from hsplitlora_flwr.planning.tables import least_bytes
 
 PLANNERS = ("exact", "greedy")
 CLIENTS = ("plan", "all", "none")
