@@ -24,7 +24,7 @@ compared with what:
 
 ``soak``, which is not among all, is a deployment whose links and processes fail at random for ``--minutes``.
 
-``--model`` is for the first six, ``narrow``, ``start`` and ``deployment``; the others bring shapes of their own.
+``--model`` is for all but :data:`OWN_SHAPES`.
 Figures are written after every row, so that those of a run that is ended are there.
 """
 
@@ -44,9 +44,9 @@ from typing import Any
 
 import psutil
 import torch
-from rich.console import Console
 from rich.table import Table
 
+from hsplitlora_flwr.cli.terminal import table_console
 from hsplitlora_flwr.models.cores import all_cores
 from simulations.benchmarks.common import Benchmark, Row, Setup
 
@@ -80,6 +80,8 @@ _MODULES = {
 BENCHMARKS = {name: _later(module, name) for name, module in _MODULES.items()}
 ALONE = {"soak": _later("soak", "soak")}
 """Those that run where they are named, and not among all."""
+OWN_SHAPES = ("aggregate", "wire", "scale", "plan", "gpu", "soak")
+"""Those that know nothing of ``--model``: they bring models of their own, or none."""
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "grpcio", "safetensors", "bitsandbytes")
 
 
@@ -128,13 +130,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if unknown := [name for name in options.names if name not in BENCHMARKS | ALONE]:
         parser.error(f"no benchmark is called {', '.join(unknown)}; choose from {', '.join(BENCHMARKS)}")
-    setup, console = Setup(options.model, options.data, options.small, options.minutes), Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 200  # a file has no width to keep to
+    setup, console = Setup(options.model, options.data, options.small, options.minutes), table_console()
     machine = environment()
     results: dict[str, list[Row]] = {}
-    written = {"model": setup.model, "data": setup.data or "dialogues", "environment": machine, "benchmarks": results}
-    for name in options.names or BENCHMARKS:
+    names = options.names or list(BENCHMARKS)
+    model = setup.model if set(names) - set(OWN_SHAPES) else "of its own"
+    written = {"model": model, "data": setup.data or "dialogues", "environment": machine, "benchmarks": results}
+    for name in names:
         results[name] = []
         for row in (BENCHMARKS | ALONE)[name](setup):
             results[name].append(row)

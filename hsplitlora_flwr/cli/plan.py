@@ -23,10 +23,9 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
@@ -35,9 +34,9 @@ from hsplitlora_flwr.cli.forecast import PARTS, Forecast, forecast, over_budgets
 from hsplitlora_flwr.cli.launcher import Launcher
 from hsplitlora_flwr.cli.overrides import start
 from hsplitlora_flwr.cli.plan_page import gains, plan_page
-from hsplitlora_flwr.cli.settings import CONF
+from hsplitlora_flwr.cli.settings import CONF, composed_config
+from hsplitlora_flwr.cli.terminal import table_console
 from hsplitlora_flwr.comparison.files import write
-from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.methods import METHODS
 from hsplitlora_flwr.planning import ClientPlan
 from hsplitlora_flwr.planning.leakage import LeakageTable
@@ -178,9 +177,7 @@ def run(composed: DictConfig, console: Console, options: Options | None = None) 
 
     options = options or Options()
     try:
-        values: Any = OmegaConf.to_container(composed, resolve=True)
-        del values["launcher"]
-        result = forecast(Config.from_mapping(values), options.like)
+        result = forecast(composed_config(composed), options.like)
         show(result, console)
         if options.page:
             others = over_budgets(result.config, options.budgets or usual_budgets(result.config))
@@ -197,9 +194,7 @@ def run(composed: DictConfig, console: Console, options: Options | None = None) 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def main(composed: DictConfig) -> None:
     """Hydra's entry point."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 200  # a file has no width to keep to
+    console = table_console()
     if status := run(composed, console, _typed[-1]):
         sys.exit(status)
 

@@ -22,7 +22,7 @@ from itertools import groupby, pairwise
 from typing import Any
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
@@ -30,7 +30,8 @@ from rich.text import Text
 
 from hsplitlora_flwr.cli.launcher import Launcher
 from hsplitlora_flwr.cli.overrides import start
-from hsplitlora_flwr.cli.settings import CONF
+from hsplitlora_flwr.cli.settings import CONF, composed_config
+from hsplitlora_flwr.cli.terminal import table_console
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.data.collate import IGNORED, Tokens, prompts_inside_tokens
 from hsplitlora_flwr.data.fit import Cut, beyond_training, fit_text
@@ -193,9 +194,7 @@ def _dealt(found: Preview) -> Table:
 def run(composed: DictConfig, console: Console) -> int:
     """Read the composed settings, and show; returns the exit status."""
     try:
-        values: Any = OmegaConf.to_container(composed, resolve=True)
-        del values["launcher"]
-        show(preview(with_absolute_paths(Config.from_mapping(values))), console)
+        show(preview(with_absolute_paths(composed_config(composed))), console)
     except (ValueError, DemoModelError, OmegaConfBaseException) as error:  # what settings, data and models raise
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -205,9 +204,7 @@ def run(composed: DictConfig, console: Console) -> int:
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def main(composed: DictConfig) -> None:
     """Hydra's entry point."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 200  # a file has no width to keep to
+    console = table_console()
     if status := run(composed, console):
         sys.exit(status)
 

@@ -14,10 +14,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.table import Table
 
 from hsplitlora_flwr.cli.outcome import Outcome, ends
+from hsplitlora_flwr.cli.terminal import table_console
 from hsplitlora_flwr.comparison.results import measurements
 from hsplitlora_flwr.reporting.page import PAGE_FILE, write_page
 
@@ -35,9 +35,7 @@ def report(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Make the page of a run anew; several runs are laid side by side.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     outcomes = [Outcome.read(folder) for folder in parser.parse_args(arguments).runs]
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 200  # a file has no width to keep to
+    console = table_console()
     for outcome in outcomes:
         write_page(outcome.summary, outcome.folder)
         console.print(str(outcome.folder / PAGE_FILE), soft_wrap=True, markup=False)

@@ -13,9 +13,9 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from hsplitlora_flwr.config import SECTIONS, SETTINGS
+from hsplitlora_flwr.config import SECTIONS, SETTINGS, Config
 from hsplitlora_flwr.methods import METHODS
 from hsplitlora_flwr.schema import scalar, settings_of
 
@@ -44,6 +44,19 @@ def _first(count: Any, values: str) -> str:
     """The first ``count`` of values that commas separate; all of them where that is no number of clients."""
     parts = values.split(",")
     return ",".join(parts[:count] if isinstance(count, int) and count > 0 else parts)
+
+
+def composed_config(composed: DictConfig) -> Config:
+    """The checked settings of a run as Hydra composed them, for commands that start none.
+
+    Raises
+    ------
+    ConfigError, PluginError, OmegaConfBaseException
+        If a key or a value is wrong, or a plug-in cannot be imported.
+    """
+    values: Any = OmegaConf.to_container(composed, resolve=True)
+    del values["launcher"]
+    return Config.from_mapping(values)
 
 
 def help_text(about: str, launcher: type[Any]) -> str:

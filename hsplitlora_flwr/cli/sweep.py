@@ -14,10 +14,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from hsplitlora_flwr.cli.outcome import ends
+from hsplitlora_flwr.cli.terminal import table_console
 from hsplitlora_flwr.comparison.page import write_points
 from hsplitlora_flwr.comparison.points import FIGURES, Point, axes_of, fronts, read_points
 from hsplitlora_flwr.config import ConfigError
@@ -43,9 +43,7 @@ def show(folder: Path) -> None:
     if not points:
         raise ConfigError(f"{folder} holds no runs: none of its folders has a summary.json or a job.json")
     write_points(points, folder, "sweep", f"Sweep: {folder.name}")
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 200  # a file has no width to keep to
+    console = table_console()
     console.print(table(points))
     console.print(f"{folder / 'sweep.html'}, and sweep.csv beside it", soft_wrap=True, markup=False)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hsplitlora_flwr.config import ConfigError
 from hsplitlora_flwr.methods import METHODS
+from hsplitlora_flwr.schema import scalar
 
 EACH = "each"
 CHOSEN_HERE = ("experiment", "method", "method.name", "run.seed", "run.dir", "train.lr")
@@ -46,7 +47,7 @@ class Options:
         for name in ("settings", "methods", "all_seeds", "lrs"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
-                raise ConfigError(f"--{name.removeprefix('all_')}={values!r} must name one or more, each once")
+                raise ConfigError(f"--{name.removeprefix('all_')}={scalar(values)} must name one or more, each once")
         if unknown := [method for method in self.leaders if method not in self.methods]:
             raise ConfigError(f"--leaders: {', '.join(unknown)} is not among --methods")
         if self.at_once < 0:
@@ -58,7 +59,7 @@ class Options:
         if not isinstance(self.target, str) and not 0 < self.target < math.inf:
             raise ConfigError(f"--target={self.target!r} must be a perplexity above 0, or a method")
         if not all(0 < rate < math.inf for rate in self.lrs):
-            raise ConfigError(f"--lrs={self.lrs!r} must be numbers above 0")
+            raise ConfigError(f"--lrs={scalar(self.lrs)} must be numbers above 0")
         if min(*self.all_seeds, self.tune_seed, self.tune_rows, self.tune_rounds, self.widen) < 0:
             raise ConfigError("seeds, --tune-rows, --tune-rounds and --widen must be at least 0")
         if self.tuned and self.tune_seed in self.all_seeds:

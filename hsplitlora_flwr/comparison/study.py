@@ -1,8 +1,4 @@
-"""The runs of a comparison: which ones there are, which of them are done, and doing the others.
-
-A run is a :class:`Job`; its :class:`~hsplitlora_flwr.comparison.results.Result` is a JSON file, and counts only for
-exactly the settings that it holds. So a comparison that was stopped, or changed, goes on with what is missing.
-"""
+"""A comparison under way: which runs it needs, which are finished, and doing the others."""
 
 from __future__ import annotations
 
@@ -176,8 +172,8 @@ class Study:
                 for other in others:
                     if differ := [key for key in first if first[key] != other[key]]:
                         raise ConfigError(
-                            f"{method} has no clients and stands in all settings of {self._options.settings}, but they "
-                            f"differ in {', '.join(differ)}; make them equal, or compare the settings one by one"
+                            f"{method} has no clients and is the same in all of {', '.join(self._options.settings)}, "
+                            f"but they differ in {', '.join(differ)}; make them equal, or compare them one by one"
                         )
 
     # ------------------------------------------------------------------ one run

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from hsplitlora_flwr.config import ConfigError
 from hsplitlora_flwr.models.families import Family
+from hsplitlora_flwr.schema import scalar
 
 Place = Callable[[str], str]
 """The device of a parameter or buffer of a model, by its name."""
@@ -48,11 +49,11 @@ def on_gpus(name: str) -> bool:
     return bool(gpus_of(pick_devices(name)))
 
 
-def check_gpu_memory(setting: str, stated: object, name: str) -> None:
+def check_gpu_memory(setting: str, stated: float | tuple[float, ...] | None, name: str) -> None:
     """Raise :class:`ConfigError` if memory of a GPU is stated where a name of :func:`pick_devices` is of none."""
     if stated and not on_gpus(name):
         raise ConfigError(
-            f"{setting}={stated} is of a GPU, and model.device={name} trains on the CPU here; state memory-gb "
+            f"{setting}={scalar(stated)} is of a GPU, and model.device={name} trains on the CPU here; state memory-gb "
             "(clients.memory_gb, plan.server_memory_gb) in its place"
         )
 

@@ -71,7 +71,7 @@ def soak(setup: Setup) -> Iterator[Row]:
     - ``clients_a_round``: that finished one, of all rounds so far.
     - ``s_a_round``: median of those since the row before.
     - ``server_mb``, ``descriptors``, ``threads``: of the server's process.
-    - ``client_processes``: on all nodes; more than one a node are orphans.
+    - ``client_processes``: of this deployment, on all nodes; more than one a node are orphans.
     """
     dice, faults = random.Random(0), Counter[str]()
     with ExitStack() as stack:
@@ -159,6 +159,13 @@ def _is(process: psutil.Process, name: str) -> bool:
     return False
 
 
+def _is_client_of(running: Deployment, process: psutil.Process) -> bool:
+    """Whether a process is a client of this deployment, also if the node that started it is gone: it has its home."""
+    with suppress(psutil.Error):
+        return _is(process, "clientapp") and running.folder in Path(process.environ().get("FLWR_HOME", "")).parents
+    return False
+
+
 def _row(folder: Path, running: Deployment, seen: float) -> tuple[Row | None, float]:
     """The figures now, where a round has been finished, and the time of the last one."""
     events = read_events(folder / EVENTS_FILE)[0] if (folder / EVENTS_FILE).exists() else []
@@ -181,7 +188,7 @@ def _row(folder: Path, running: Deployment, seen: float) -> tuple[Row | None, fl
             "server_mb": server.memory_info().rss / 1e6,
             "descriptors": server.num_fds(),
             "threads": server.num_threads(),
-            "client_processes": sum(_is(each, "clientapp") for each in psutil.process_iter()),
+            "client_processes": sum(_is_client_of(running, each) for each in psutil.process_iter()),
         }, times[-1]
 
 

@@ -441,7 +441,7 @@ def test_the_command_line():
         (["--seeds", "0,1"], "--tune-seed=0 is among --seeds"),
         (["--seeds=-1"], "at least 0"),
         (["--leaders", "lora", "--more-seeds", "4"], "--leaders: lora is not among --methods"),
-        (["--more-seeds", "3,4"], "--seeds=(1, 2, 3, 3, 4) must name one or more, each once"),
+        (["--more-seeds", "3,4"], "--seeds=1,2,3,3,4 must name one or more, each once"),
         (["--at-once=-1"], "--at-once=-1 must be at least 1"),
         (["--lrs", "0,1"], "must be numbers above 0"),
         (["--settings", "nowhere"], "nowhere"),

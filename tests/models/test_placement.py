@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from hsplitlora_flwr.config import TrainConfig
+from hsplitlora_flwr.config import ConfigError, TrainConfig
 from hsplitlora_flwr.evaluation.perplexity import evaluate
 from hsplitlora_flwr.lora import AdapterSpec, Change, extract, inject
 from hsplitlora_flwr.lora.base import SharedBase
 from hsplitlora_flwr.models import loading
-from hsplitlora_flwr.models.placement import pick_device, pick_devices, spread
+from hsplitlora_flwr.models.placement import check_gpu_memory, pick_device, pick_devices, spread
 from hsplitlora_flwr.models.proof import find_family
 from hsplitlora_flwr.models.stored import empty_model
 from hsplitlora_flwr.planning.importance import scoring
@@ -48,6 +48,13 @@ def test_blocks_are_spread_by_bytes_and_in_order(family: str) -> None:
         held[place(name)] += parameter.numel()
     inside = sum(p.numel() for name, p in model.named_parameters() if f".{layout.blocks}." in name)
     assert abs(held["a"] - held["b"]) <= inside / BLOCKS + (sum(held.values()) - inside)
+
+
+def test_memory_of_gpus_that_are_not_there_is_refused_as_it_was_typed() -> None:
+    with pytest.raises(ConfigError, match=r"clients\.gpu_memory_gb=24\.0,80\.0 is of a GPU, and model\.device=cpu"):
+        check_gpu_memory("clients.gpu_memory_gb", (24.0, 80.0), "cpu")
+    for stated in ((), 0.0, None):
+        check_gpu_memory("clients.gpu_memory_gb", stated, "cpu")
 
 
 def results(base: SharedBase, joint: bool) -> list[tuple[float, list[torch.Tensor]]]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hsplitlora_flwr.models.parts import IGNORED
-from simulations.benchmark import BENCHMARKS, main
+from simulations.benchmark import ALONE, BENCHMARKS, OWN_SHAPES, main
 from simulations.benchmarks.common import STEPS, Apart, Row, Sample, Setup, spread_batches, take_turns
 
 
@@ -74,6 +74,15 @@ def test_figures_are_shown_and_written(
     shown = capsys.readouterr().out
     assert "0.1235" in shown
     assert f"torch {version('torch')}" in shown
+
+
+def test_a_benchmark_with_a_model_of_its_own_names_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ALONE, "soak", fast)
+    monkeypatch.setitem(BENCHMARKS, "fast", fast)
+    for names, model in ((["soak"], "of its own"), (["soak", "fast"], Setup.model)):
+        assert main([*names, "--out", str(tmp_path / "figures.json")]) == 0
+        assert json.loads((tmp_path / "figures.json").read_text())["model"] == model
+    assert set(OWN_SHAPES) <= (BENCHMARKS | ALONE).keys()
 
 
 def test_without_a_name_all_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
