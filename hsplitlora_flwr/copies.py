@@ -1,7 +1,7 @@
-"""Copies between the host and a device, so that nobody waits who need not.
+"""Copies between the host and a device that wait for nothing they need not wait for.
 
-A GPU computes what it was given while the host goes on. Whoever asks for a number waits until all of it is done, and
-then the device waits for its next work; so a step asks once, and what goes up to a device is not waited for.
+A GPU computes what it was given while the host continues. Reading a number waits until the device has done all of it,
+and then the device waits for its next work. So a step reads once, and copies to a device are not waited for.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""Where things lie: settings that name files and folders, for a process that works in another folder than the user, and
-what nodes and runs leave, for one that has loaded nothing that reads it."""
+"""Files and folders: settings that name them, made absolute, and where runs and nodes keep theirs.
+
+A run works in another folder than the user, so relative paths would not be found there.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run would be: every client's split, ranks, memory and seconds, before anything is loaded or started."""
+"""The forecast of a run: every client's split, ranks, memory and seconds, before anything is loaded or started."""
 
 from __future__ import annotations
 

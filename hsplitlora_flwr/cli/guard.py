@@ -1,8 +1,8 @@
-"""Ends a SuperLink and all that it started; and does so for a launcher that is gone.
+"""A process beside a SuperLink that ends it, with all that it started, if the launcher dies.
 
-Killed outright, a launcher cannot stop what it started. So beside every SuperLink of ours runs this file as a process
-of its own (:func:`guarding`), which reads from a pipe that only the launcher writes to. Its end without a word means
-that the launcher is dead.
+A launcher that is killed cannot stop what it started. So beside every SuperLink of ours this file runs as a process of
+its own (:func:`guarding`), which reads from a pipe that only the launcher writes to. If the pipe closes without a word,
+the launcher is dead.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Signals that ask for the end: obeyed at once while nothing has been started, and then where all can be stopped.
+"""Signals that ask a command to end: obeyed at once while nothing was started, otherwise where it can be stopped.
 
-An exception that comes out of a signal may come between any two instructions, such as between the start of a process
-and the note that it is to be stopped. So while processes are there signals are only noted (:func:`held`), and loops
-that wait look for them (:func:`obey`).
+An exception from a signal handler may arrive between any two instructions, for instance between the start of a process
+and the note that it must be stopped. So while processes run, signals are only noted (:func:`held`), and loops that wait
+check for them (:func:`obey`).
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def _launch(
         raise
     finally:
         if superlink is None and not launcher.superlink and (run_id := started_run(folder / FLOWER_LOG)):
-            # its nodes were here, and may have been killed before they could
+            # its nodes ran here, and may have been killed before they could delete it
             shutil.rmtree(nodes_folder() / run_id, ignore_errors=True)
     if cause or events.final is None:
         _end(config, console, cause)
@@ -108,12 +108,12 @@ def _launch(
 
 
 class _Shown:
-    """The events of a run, shown as they come; the last word of the app waits until it is clear whether it is true.
+    """The events of a run, shown as they come. The app's last event is kept back until it is known to be true.
 
     Attributes
     ----------
     final : dict or None
-        That word.
+        That event.
     """
 
     def __init__(self, folder: Path, console: Listener) -> None:
@@ -122,7 +122,7 @@ class _Shown:
         self._offset = 0
 
     def show(self) -> bool:
-        """Show what has come; whether there was anything."""
+        """Show new events; returns whether there were any."""
         events, self._offset = read_events(self.folder / EVENTS_FILE, self._offset)
         for event in events:
             if event["kind"] in ("finished", "failed"):

@@ -15,12 +15,12 @@ from pydantic import AfterValidator
 from hsplitlora_flwr.cli.overrides import keys_of
 from hsplitlora_flwr.cli.room import SHARE_OF_MEMORY
 from hsplitlora_flwr.config import Config, ConfigError, unknown_key
-from hsplitlora_flwr.methods import with_room_for_messages
+from hsplitlora_flwr.methods import shares_half, with_room_for_messages
 from hsplitlora_flwr.models.cores import all_cores
 from hsplitlora_flwr.schema import checked, setting
 
 _UNSTATED_BYTES = 2e9
-"""What a simulated client without a stated budget is taken for."""
+"""Assumed memory of a simulated client without a stated budget."""
 _AGAINST_RAY = {"superlink": "it starts Ray by itself", "cpus": "the cluster says how many it has"}
 
 
@@ -88,22 +88,25 @@ class Launcher:
         return " ".join(f"{key}={value}" for key, value in settings.items())
 
     def in_order(self, config: Config) -> Config:
-        """The settings with an order of steps that can be kept: where not all clients can train at the same time, one
-        would wait for another that only starts when it has finished."""
+        """The settings with an order of steps that this machine can keep.
+
+        If not all clients can train at the same time, a fixed order makes one wait for another that only starts when
+        the first has finished; then steps come in the order of arrival.
+        """
         cpus = 0 if self.engine == "process" else self._counted_cpus(config)
         if not cpus or not takes_turns(config) or config.clients.count * self.client_cpus <= cpus:
             return config
         return dataclasses.replace(config, server=dataclasses.replace(config.server, order="arrival"))
 
     def with_workers(self, config: Config) -> Config:
-        """The settings with messages that end with their task where one that lasts would keep a worker process from a
-        client of the same round."""
+        """The settings with one message per task, if lasting messages would keep worker processes from other clients of
+        the same round."""
         cpus = 0 if self.engine == "process" else self._counted_cpus(config)
         return with_room_for_messages(config, cpus // self.client_cpus) if cpus else config
 
     def _counted_cpus(self, config: Config) -> int:
-        """CPUs that Ray is to count with: more than there are where steps take turns and memory holds all clients; 0
-        where other machines know their own."""
+        """CPUs that Ray is told of: more than there are if steps take turns and memory holds all clients; 0 if other
+        machines say it."""
         if self.cpus or self.ray_address or self.superlink:
             return self.cpus
         wanted, cores = config.clients.count * self.client_cpus, all_cores()
@@ -115,7 +118,5 @@ class Launcher:
 
 
 def takes_turns(config: Config) -> bool:
-    """Whether clients' steps come in a fixed order at a half of the server that all train."""
-    from hsplitlora_flwr.methods import shares_half
-
+    """Whether clients' steps take turns at a shared half, in a fixed order."""
     return shares_half(config) and config.server.order == "fixed" and config.transport.kind != "messages"

@@ -1,4 +1,4 @@
-"""What a finished run left in its folder, as the commands read it that come after a run."""
+"""The folder of a finished run, as the commands read it that come after a run."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def failure_cause(folder: Path, status: RunStatus, final: Mapping[str, Any] | No
 
 
 def missing_results(folder: Path, final: Mapping[str, Any] | None, log: Path) -> str:
-    """What a run that ended well has not left behind; "" if everything is there."""
+    """The results that a run which ended without an error did not write; "" if everything is there."""
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -47,7 +47,7 @@ def missing_results(folder: Path, final: Mapping[str, Any] | None, log: Path) ->
 
 
 def last_words(log: Path) -> str:
-    """What began the last failure in a log of Flower, in a few lines; the log's last lines if it has no traceback."""
+    """The first cause of the last failure in a log of Flower, in a few lines; the last lines if it has no traceback."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(encoding="utf-8", errors="replace"))
     lines = [line.strip("│╭╮╰╯─").rstrip() for line in text.splitlines()]  # `flwr` frames its own errors
     lines = [line for line in lines if line.strip(" ^~")]

@@ -17,8 +17,8 @@ _SLOW_SECONDS = 180.0  # then a question is asked anew
 class Watch:
     """Asks Flower about a run of which nothing is heard.
 
-    On a machine that computes, Flower may take minutes to answer, and a network may be away for a while. Neither ends a
-    run: it is lost when its SuperLink refuses again and again, and no sign of life comes in between.
+    On a busy machine Flower may take minutes to answer, and a network may fail for a while. Neither ends a run: it is
+    lost if its SuperLink refuses again and again without a sign of life in between.
 
     Parameters
     ----------

@@ -1,1 +1,1 @@
-"""A client: what it answers to Flower's messages, its part of a task, and what it keeps on its disk."""
+"""The client: how it answers Flower's messages, does its part of a task, and keeps state on disk."""

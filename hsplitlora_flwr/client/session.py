@@ -1,8 +1,8 @@
-"""A Flower message from its task to its reply, and all that comes over its stream meanwhile.
+"""A Flower message that lasts: the task that it brought, and the tasks that follow over the stream.
 
-The server may keep a client (:attr:`hsplitlora_flwr.messages.Task.lasting`): then the reply to the task goes over the
-stream, and what comes back there is what would else be the node's next message, which starts no process. Between two of
-them nothing of a model is held. A stream that breaks for longer than the grace ends the message, and so the process.
+The server may keep a client (:attr:`hsplitlora_flwr.messages.Task.lasting`). Then the reply to the task goes over the
+stream, and the server's next message arrives there too, without starting a process. No model is in memory between two
+tasks. If the stream breaks for longer than the grace, the message ends, and so does the process.
 """
 
 from __future__ import annotations

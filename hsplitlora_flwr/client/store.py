@@ -1,8 +1,8 @@
-"""What a node keeps on its disk of a run: the accumulated update, and training that goes on over messages.
+"""What a node keeps of a run on its disk: the accumulated update, and training that continues over messages.
 
-Every Flower message may start a new process, and ``Context.state`` silently loses what is large. So tensors lie on
-disk, under the run's and the node's id, and ``Context.state`` says no more than where. Everything goes when the run
-ends; what a run that broke off left behind goes after a week.
+Every Flower message may start a new process, and ``Context.state`` silently loses large values. So tensors are stored
+on disk under the ids of the run and the node, and ``Context.state`` holds only their place. Everything is deleted when
+the run ends; what an interrupted run left behind is deleted after a week.
 """
 
 from __future__ import annotations

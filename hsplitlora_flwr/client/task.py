@@ -1,7 +1,7 @@
-"""A client while it takes part in a round: its part of the model in memory, and its way through a task.
+"""A client's work on a task: its part of the model in memory, and each step from the first to the last.
 
-Training and measuring of a cut model work over the stream, from start to end in one go, and over messages, turn by
-turn, each in a process of its own. A model that is not cut needs nobody, and is done in one turn.
+A cut model is trained and evaluated over the stream in one go, or over messages turn by turn, each turn in a process of
+its own. A model that is not cut needs no server during the task and is trained in one turn.
 """
 
 from __future__ import annotations

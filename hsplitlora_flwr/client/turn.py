@@ -1,4 +1,4 @@
-"""A task, from what brings it to its reply: all of it over the stream, or one turn over messages."""
+"""One task from the message that brings it to the reply: in one go over the stream, or one turn over messages."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Methods side by side: which runs there are, what they come down to, tables and plots."""
+"""Comparing methods: which runs a comparison needs, their results, tables, pages and plots."""

@@ -1,4 +1,4 @@
-"""Files of results, which others may read at any time."""
+"""Writing result files that others may read at any time."""
 
 from __future__ import annotations
 

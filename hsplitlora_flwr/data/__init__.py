@@ -1,4 +1,4 @@
-"""Text: where it comes from, how it is dealt to clients, and how it becomes batches."""
+"""Text: reading it, dealing it to clients, and turning it into batches of token ids."""
 
 from hsplitlora_flwr.data.sources import DataError, Example, hold_out
 

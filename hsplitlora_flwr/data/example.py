@@ -1,4 +1,4 @@
-"""One text that a model learns from, whatever it was read from."""
+"""One example: a text that a model learns from, whatever it was read from."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""How good a model is: perplexity of held-out text, written texts and their scores."""
+"""Measuring a model: perplexity of held-out text, generated texts and their scores."""

@@ -1,4 +1,4 @@
-"""Adapters and their algebra."""
+"""LoRA adapters: layers, aggregation over clients, and the accumulated update of the model."""
 
 from hsplitlora_flwr.lora.aggregation import aggregate
 from hsplitlora_flwr.lora.export import save_peft_adapter

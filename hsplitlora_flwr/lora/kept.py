@@ -1,4 +1,4 @@
-"""The half that all clients train, from one round to the next: its adapters and their optimizer go on.
+"""A shared half from one round to the next: its adapters and their optimizer continue (``server.between_rounds=keep``).
 
 ``W_0 + delta`` is the model that a round starts from, and ``S = s B A`` is what an adapter had become when the last
 round ended, as part of ``delta``. The adapter goes on from there over ``W_0 + delta - S``: the model is the same, and
@@ -7,8 +7,9 @@ weights of the clients that trained it:
 
     dW = (sum over those of p_i) (s B A - S)  +  sum over the others of p_i s_i B_i A_i
 
-Where all of them did that is ``W_0 + delta - S + s B A``, and it is stored as just that: nothing is subtracted and
-added again, neither ranks nor rounding pile up. An adapter whose rank is another one in a new plan starts anew.
+If all clients trained it, the new model is ``W_0 + delta - S + s B A``, and is stored as just that: nothing is
+subtracted and added again, so neither ranks nor rounding errors accumulate. An adapter that has another rank in a new
+plan starts anew.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What one client may weigh in a round, and how far it may move the model.
+"""Bounds on one client's influence on a round: its weight, its importance and the size of its update.
 
-A client's number of examples is its own word, and an update is numbers from its machine. What it says is bounded by
-what the others say: its share of the weights, and of the importance, by a cap, the size of its update by a multiple of
-the median.
+A client states its number of examples itself, and its update comes from its own machine, so neither can be verified.
+Both are bounded by those of the other clients: its share of the weights and of the importance by a cap, and the size of
+its update by a multiple of the median.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from statistics import median_high
 from hsplitlora_flwr.lora.aggregation import Factors, Update
 
 _FEWEST = 3
-"""Sizes that a median must be of, for it to be that of honest clients where one is not."""
+"""Fewest sizes whose median is that of an honest client if one of them is not."""
 
 
 def capped_shares(weights: Sequence[float], cap: float) -> list[float]:
@@ -26,7 +26,7 @@ def capped_shares(weights: Sequence[float], cap: float) -> list[float]:
     weights : Sequence[float]
         Above 0, for instance numbers of examples.
     cap : float
-        The largest share, above 0 and up to 1. Of fewer than ``1 / cap`` clients all count the same.
+        The largest share, above 0 and up to 1. With fewer than ``1 / cap`` clients all count the same.
 
     Returns
     -------
@@ -48,7 +48,7 @@ def capped_shares(weights: Sequence[float], cap: float) -> list[float]:
 
 
 def capped_weights(weights: Sequence[float], amounts: Sequence[float], cap: float) -> list[float]:
-    """Weights under which nobody makes more than ``cap`` of the weighted sum of all amounts.
+    """Weights under which no client contributes more than ``cap`` of the weighted sum of all amounts.
 
     Parameters
     ----------
@@ -60,7 +60,7 @@ def capped_weights(weights: Sequence[float], amounts: Sequence[float], cap: floa
     Returns
     -------
     list of float
-        The same weights where nobody does.
+        The weights as they were if no client did.
     """
     parts = {i: weight * amounts[i] for i, weight in enumerate(weights) if weight * amounts[i] > 0}
     if not parts or max(parts.values()) <= cap * math.fsum(parts.values()):
@@ -75,8 +75,8 @@ def update_norm(update: Update) -> float:
 
 
 def update_size(update: Update) -> float:
-    """The norm of an update for each unit of its rank, as a root mean square: clients hold adapters on more or fewer
-    layers, of higher or lower rank, and this is what of them compares. 0 of an update without adapters."""
+    """The root mean square norm of an update per unit of rank, ``norm / sqrt(sum of ranks)``, which is comparable
+    between clients with adapters on more or fewer layers and of different ranks; 0 for an update without adapters."""
     units = sum(b.shape[1] for b, _ in update.values())
     return update_norm(update) / math.sqrt(units) if units else 0.0
 
@@ -87,16 +87,16 @@ def _square(factors: Factors) -> float:
 
 
 class SizeLimit:
-    """Tells which updates of a round are too large beside the others.
+    """Finds the updates of a round that are too large compared with the others.
 
-    The yardstick is the median of the round's updates, and of as many that were accepted before: so it means something
-    for two clients too, from the second round on, and several that lie at once must be more than those that do not and
-    those that did not. The update of a single client is all that there is, and has no such limit.
+    They are compared with the median of the round's updates together with as many that were accepted before. So it
+    works for two clients too, from the second round on, and dishonest clients must outnumber the honest ones of both.
+    The update of a single client has no limit.
 
     Parameters
     ----------
     multiple : float
-        Of the median, up to which an update is accepted; 0 = no limit.
+        An update is accepted up to this multiple of the median; 0 = no limit.
     """
 
     def __init__(self, multiple: float) -> None:
@@ -104,12 +104,13 @@ class SizeLimit:
         self._accepted: deque[float] = deque(maxlen=1000)
 
     def exceeding(self, sizes: Mapping[int, float]) -> dict[int, float]:
-        """By how much they are larger than the median, of those that are too large; the others count from now on.
+        """The updates that are too large, by node, as multiples of the median; the others count as accepted from now
+        on.
 
         Parameters
         ----------
         sizes : Mapping[int, float]
-            Of the round's updates, by node; see :func:`update_size`. Those of 0 say nothing.
+            Sizes of the round's updates by node; see :func:`update_size`. Those of 0 do not count.
         """
         present = [size for size in sizes.values() if size]
         earlier = list(self._accepted)[-len(present) :] if len(present) > 1 else []

@@ -1,4 +1,4 @@
-"""What moves adapters: how each optimizer is made, and what it keeps of every parameter."""
+"""The optimizers of adapters: how each is made, and how many states it keeps per parameter."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 """The accumulated update of the model: exact, bounded, versioned, and kept apart from the base.
 
 ``W_eff = W_0 + change``, where every round adds the factors of its update to the change of each layer (docs/method.md,
-section 4). A change takes an exact form of few bytes: the factors as they are, a thinner pair of the same product, or
-the dense matrix. A thinner pair is looked for whenever the rank passes a power of two: the search takes longer than all
-else that a round's aggregation does, and mostly finds nothing, since adapters start afresh every round.
+section 4). A change is stored in the exact form of the fewest bytes: the factors as they are, recompressed factors of
+smaller rank with the same product, or the dense matrix. Recompression is tried whenever the rank passes a power of two:
+it takes longer than the rest of a round's aggregation, and mostly finds nothing, since adapters start afresh every
+round.
 
 The server's :class:`AccumulatedUpdate` remembers the latest updates of a layer, as long as they have fewer bytes than
 the dense matrix. :meth:`AccumulatedUpdate.since` brings a client up to date from there, however many rounds it missed:
@@ -352,7 +353,7 @@ def digest(parts: Iterable[str | Tensor]) -> str:
 
 
 def recompress(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    """The thinnest pair with the product ``B A`` to fp32 rounding; the given pair when it is as thin already.
+    """The factors of the smallest rank with the product ``B A`` to fp32 rounding; the given ones if that is their rank.
 
     Parameters
     ----------

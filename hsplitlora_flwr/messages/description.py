@@ -16,7 +16,7 @@ from hsplitlora_flwr.planning.budget import Budget
 NAME_LENGTH = 64
 """Longest name of a client."""
 HELD_BYTES = 4 << 20
-"""Longest text of what a client says that it holds: some ten thousand layers."""
+"""Longest ``held`` text, which is enough for some ten thousand layers."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class Description:
     Parameters
     ----------
     name : str
-        How logs and results call the client.
+        The client's name in logs and results.
     examples : int
         Its number of training examples.
     memory_bytes : int
         Its memory budget where the model lies, on its GPU or in the machine.
     tokens : int
-        Of its training examples, before any was cut to ``data.max_length``.
+        Tokens of its training examples, before any was cut to ``data.max_length``.
     cut_rows, cut_tokens : int
         How many examples were cut, and how many tokens that cost.
     flops, up, down : float
@@ -51,11 +51,11 @@ class Description:
     version : int
         The version that it held last.
     cut_transform : str
-        What it does to its cut activation before that leaves; "" for nothing.
+        What it does to its cut activation before sending it; "" for nothing.
     cut_width : int
-        Numbers in which it sends a token's, by a file of directions; 0 for all of it.
+        Numbers per token that it sends, with a bottleneck; 0 for the whole cut activation.
     cut_directions : str
-        Digest of that file; "" where it needs none.
+        Digest of the bottleneck's file; "" without one.
     """
 
     name: str
@@ -124,7 +124,7 @@ class Description:
 
 @dataclass(frozen=True)
 class _Number:
-    """What a number that a client says may be: of a type, and within bounds."""
+    """The type and bounds of a number in a description."""
 
     kind: type[int] | type[float]
     low: float
@@ -142,7 +142,7 @@ class _Number:
 
 @dataclass(frozen=True)
 class _Text:
-    """What a text that a client says may be: no longer than this, and in a name all to be seen."""
+    """The longest length of a text in a description, and whether all of it must be printable."""
 
     length: int
     printable: bool = False
@@ -178,4 +178,4 @@ _CLAIMS: Mapping[str, _Number | _Text] = {
     "cut_rows": _Number(int, 0, 1e12),
     "cut_tokens": _Number(int, 0, 1e15),
 }
-"""What a client may say of itself. Speeds beyond these bounds are of no machine, and would only upset a plan."""
+"""What each field may hold. Speeds beyond these bounds belong to no machine, and would only distort a plan."""

@@ -32,7 +32,7 @@ class Outcome:
         ``bytes-up``, ``bytes-down`` (frames), ``seconds`` (training), ``seconds-before`` (from the start of the
         process's work on the message to the first step); of an evaluation ``nll`` and ``label-tokens``.
     description : Description
-        The client's, as it is now: another round need not ask for it.
+        The client's, as it is now, so that the next round need not ask for it.
     """
 
     adapters: Mapping[str, Factors]
@@ -81,12 +81,12 @@ class Outcome:
 
 @dataclass
 class Progress:
-    """What a client notes of its way through a task, over all of its messages.
+    """A client's measurements during a task, over all of its messages.
 
     Parameters
     ----------
     started : float
-        When it took the task up, in seconds since the epoch.
+        When it began the task, in seconds since the epoch.
     before : float
         Seconds from then until the first step: reading text, weights and the update.
     peak, host_peak : int
@@ -107,7 +107,7 @@ class Progress:
         self.before = time.time() - self.started
 
     def note_peaks(self, there: int, host: int) -> None:
-        """Memory at its peak meanwhile, in bytes: where the model lies, and of the process in the machine."""
+        """Take note of peak memory in bytes: where the model lies, and of the process in the machine."""
         self.peak, self.host_peak = max(self.peak, there), max(self.host_peak, host)
 
     def metrics(self, seconds: float) -> dict[str, float]:

@@ -15,16 +15,18 @@ from hsplitlora_flwr.lora.aggregation import Factors
 from hsplitlora_flwr.messages.reading import printable
 
 PACKET_BYTES = 4 << 20
-"""Of tensors that travel as one; Flower cuts what is longer than 5 MB."""
+"""Bytes of tensors that travel as one array; Flower cuts arrays longer than 5 MB."""
 PACKET_TYPE = "safetensors"
-"""What Flower calls the serialization of such an array, so that nobody takes it for one of numpy's."""
+"""The name of their serialization in Flower, which is not NumPy's."""
 
 
 def pack_factors(adapters: Mapping[str, Factors]) -> dict[str, Tensor]:
+    """Factors ``(B, A)`` by layer as tensors named ``layer:B`` and ``layer:A``."""
     return {f"{name}:{role}": t for name, pair in adapters.items() for role, t in zip("BA", pair, strict=True)}
 
 
 def unpack_factors(tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
+    """The inverse of :func:`pack_factors`."""
     names = [key.removesuffix(":B") for key in tensors if key.endswith(":B")]
     return {name: (tensors[f"{name}:B"], tensors[f"{name}:A"]) for name in names}
 
@@ -32,8 +34,8 @@ def unpack_factors(tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
 def to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     """Tensors as a Flower record of safetensors files, each of about :data:`PACKET_BYTES`.
 
-    In a deployment Flower fetches every array of a record on its own, which for a thousand of them takes longer than
-    what they hold.
+    In a deployment Flower fetches every array of a record separately, which for a thousand small ones takes longer than
+    their bytes do.
     """
     packets: list[dict[str, Tensor]] = []
     room = 0
@@ -47,7 +49,7 @@ def to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
 
 
 def pack_content(records: RecordDict) -> Tensor:
-    """The content of a message as bytes, uint8, to travel over a stream; it holds no bytes but those of arrays."""
+    """The content of a message as one tensor of bytes, uint8, for the stream."""
     data: dict[str, Tensor] = {}
     text: dict[str, list[Any]] = {}
     for name, held in records.items():
@@ -92,7 +94,7 @@ def _packet(data: bytes) -> Array:
 
 
 def take_tensors(arrays: ArrayRecord) -> dict[str, Tensor]:
-    """The tensors of a Flower record, which is left empty so that its bytes do not stay in memory.
+    """The tensors of a Flower record, which is emptied so that its bytes do not stay in memory.
 
     Raises
     ------

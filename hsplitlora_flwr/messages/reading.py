@@ -17,10 +17,10 @@ class ReplyError(ValueError):
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Whatever goes wrong inside is a flaw of the reply that is read there.
+    """Turn any exception inside the block into a flaw of the reply that is read there.
 
-    A reply is bytes from another machine, which parsers answer with any exception, deep nesting and lack of memory
-    included. None of them is to end the run of the others.
+    A reply is bytes from another machine, on which parsers may raise any exception, also for deep nesting or lack of
+    memory. None of them may end the run of the other clients.
 
     Raises
     ------
@@ -36,7 +36,7 @@ def reading(what: str) -> Iterator[None]:
 
 
 def printable(text: object, limit: int = 500) -> str:
-    """What a client wrote as a line for logs: without control, escape and direction characters, and not too long."""
+    """A client's text as one line for logs: no control, escape or direction characters, and cut to ``limit``."""
     start = str(text)[:limit]
     return "".join(character if character.isprintable() else " " for character in start)
 

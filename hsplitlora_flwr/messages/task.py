@@ -40,21 +40,21 @@ class Task:
     first_step, steps : int
         Position in the learning-rate schedule, and the number of steps.
     spacious : bool
-        The client's budget holds its plan even where its process keeps freed memory for later, which is faster.
+        The client's budget holds its plan even if its process keeps freed memory for later, which is faster.
     endpoint : Endpoint
-        Of the stream.
+        Address of the stream.
     token : str
-        That opens it; empty where no stream is to be opened.
+        The token that opens the stream; empty if none is to be opened.
     lasting : bool
-        The stream stays open after the task, for what comes next (:mod:`hsplitlora_flwr.server.sessions`).
+        The stream stays open after the task, for the next one (:mod:`hsplitlora_flwr.server.sessions`).
     patch : Patch
         What the client's accumulated update lacks.
     start : Mapping[str, Factors]
-        Adapters of the client's layers to go on from, scale folded in; empty where adapters start afresh.
+        Adapters of the client's layers to continue from, scale folded in; empty if they start afresh.
     checkpointing, server_checkpointing : bool
         Activation checkpointing of the client's blocks, and of the server's for it.
     forward_only : bool
-        The client computes forward alone: nothing of its part trains or is scored, and no gradient comes down.
+        The client has no adapters: it computes no backward pass, and no gradient comes down.
     base : Mapping[str, str]
         Digests of the tensors of the client's part as the server has them, by name.
     """
@@ -85,7 +85,7 @@ class Task:
 
     @property
     def seed(self) -> str:
-        """Fixes the start of the round's adapters on both sides; the same for all where one adapter is carried on."""
+        """Seed of the round's adapters at their start, on both sides; one for all clients with a global adapter."""
         owner = "all" if self.method.keeps_global_adapter else f"{self.round}/{self.client}"
         return f"{self.config.run.seed}/{owner}"
 
@@ -96,7 +96,7 @@ class Task:
 
     @property
     def from_base(self) -> bool:
-        """What trains goes on from a global adapter over the base itself, not from an update in its weights."""
+        """Training continues a global adapter over the base itself, without an update in the weights."""
         return self.method.keeps_global_adapter and not self.method.residual and self.kind == TRAIN
 
     @property
@@ -109,7 +109,7 @@ class Task:
         return replace(self, endpoint=endpoint, token=token, lasting=lasting)
 
     def without_tensors(self) -> Task:
-        """The same task as its client knows it: its tensors are elsewhere."""
+        """The same task without its tensors, which its client has elsewhere."""
         return replace(self, patch=Patch(0, {}), start={})
 
     def to_text(self) -> dict[str, Any]:
@@ -169,7 +169,7 @@ class Task:
     def from_records(cls, records: RecordDict) -> Task:
         """Read from the content of a message, without the tensors: see :func:`take_patch` and :func:`take_start`.
 
-        A task lives as long as the training, and what is merged into the weights must not.
+        A task lives as long as the training, but tensors that are merged into the weights must not.
         """
         stream: dict[str, Any] = dict(records.config_records["stream"])
         token, lasting = stream.pop("token"), stream.pop("lasting")
@@ -180,18 +180,18 @@ class Task:
 
 
 def token_of(records: RecordDict) -> str:
-    """The token of the stream that a message's task is to be done over; "" where it names none."""
+    """The token of the stream of a message's task; "" if it names none."""
     return str(records.config_records["stream"]["token"]) if "stream" in records else ""
 
 
 def take_patch(records: RecordDict) -> Patch:
-    """The patch of a task, out of its message, which is left without it."""
+    """The patch of a task, taken out of its message."""
     text = {key: str(value) for key, value in records.config_records["patch"].items()}
     return Patch.unpack(take_tensors(records.array_records["update"]), text)
 
 
 def take_start(records: RecordDict) -> dict[str, Factors]:
-    """The adapters that a task goes on from, out of its message, which is left without them."""
+    """The adapters that a task continues from, taken out of its message."""
     return unpack_factors(take_tensors(records.array_records["start"]))
 
 
@@ -204,7 +204,7 @@ def settings_records(config: Config, base: Fingerprint | None = None) -> RecordD
 
 
 def read_base(records: RecordDict) -> Fingerprint | None:
-    """What the base of the run is, from a ``describe`` message; None where it does not say."""
+    """The fingerprint of the run's base in a ``describe`` message; None if there is none."""
     if "base" not in records:
         return None
     return Fingerprint.from_text(str(records.config_records["base"]["fingerprint"]))

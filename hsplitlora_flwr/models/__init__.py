@@ -1,4 +1,4 @@
-"""A Hugging Face causal LM cut in two, or in three."""
+"""Loading a Hugging Face causal LM, and cutting it into the client's and the server's part."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def read_stored_config(path: str) -> PretrainedConfig:
 
 @lru_cache(maxsize=8)
 def _hub_is_away(name: str) -> str:
-    """Why the hub cannot be asked for a model; "" if it answers, whatever it says.
+    """Why the hub cannot be reached; "" if it answers, whatever it says.
 
     One question with a short wait: what fetches files asks six times, which takes most of a minute.
     """

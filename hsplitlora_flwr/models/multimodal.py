@@ -1,8 +1,8 @@
-"""The text decoder in a multimodal model, as a causal LM of its own.
+"""The text decoder of a multimodal model, as a causal LM of its own.
 
-Of text alone a multimodal model makes what its text decoder makes of it. So the decoder is all that is loaded and cut;
-what sees images or hears sound stays in the files. That the two agree is proven on a tiny decoder inside the multimodal
-model's own code.
+For text alone, a multimodal model computes what its text decoder computes. So only the decoder is loaded and cut; the
+parts for images and sound stay in the files. That both agree is proven on a tiny decoder inside the multimodal model's
+own code.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A causal LM cut in two, or in three where the labels stay with the client.
+"""Cutting a causal LM in two, or in three where the labels stay with the client.
 
     input_ids -> [ embeddings | blocks 0 .. l-1 ] -> cut activation -> [ blocks l .. L-1 | norm | head ] -> loss
                             ClientModel                                             ServerModel
@@ -8,17 +8,9 @@
                                              loss <- [ norm | head ] <- hidden state of the last block
                                                         HeadModel
 
-Each part is the model's own decoder, or the whole causal LM, with a shorter list of blocks, so masks, rotary positions,
-attention and the scaling of logits come from the model's code and not from a copy of it. What a part does not hold is
-passed by:
-
-- *Before the entrance.* A part above the client's gets a hidden state where embeddings would go. What the decoder
-  computes before the first module of the part (position embeddings, scaling, dropout) is thrown away: a hook hands the
-  hidden state itself to that module, a block or, in the head, the final norm.
-- *Behind the exit.* The final norm of a part that ends before it does nothing.
-
-Parts share their tensors with the model they were cut from: cutting costs no memory, and one frozen base serves any
-number of clients with different split points, each with adapters of its own (see :mod:`hsplitlora_flwr.lora.layers`).
+What a part is, and how a forward pass enters and leaves it, is :mod:`hsplitlora_flwr.models.parts`. Parts share their
+tensors with the model that they were cut from: cutting costs no memory, and one frozen base serves any number of
+clients with different split points, each with adapters of its own (:mod:`hsplitlora_flwr.lora.layers`).
 """
 
 from __future__ import annotations

@@ -92,15 +92,15 @@ def empty_model(
 
 
 class StoredModel:
-    """A model without memory, and what files hold for it: the tensors that transformers would load, by their names.
+    """A model without memory, and the tensors that transformers would load for it, by name.
 
     Parameters
     ----------
     path, dtype, quantise : str
         As for :func:`load_causal_lm`.
     head : bool
-        Whether a head is wanted. Where it is to be tied to the embeddings, and files hold both, they are compared: if
-        they differ they are two tensors, as in transformers, and the configuration no longer ties them.
+        Whether a head is wanted. If the configuration ties it to the embeddings and the files hold both, they are
+        compared: if they differ they are two tensors, as in transformers, and the configuration no longer ties them.
     fetch : bool
         As for :class:`~hsplitlora_flwr.models.checkpoint.Checkpoint`.
 
@@ -111,8 +111,8 @@ class StoredModel:
     model : PreTrainedModel
         All of it; see :func:`empty_model`.
     inside : dict[str, str]
-        Where transformers loads all of a multimodal model of which this is the text decoder: how parts of it are called
-        there, as of :func:`~hsplitlora_flwr.models.multimodal.names_in_whole`. Empty otherwise.
+        Of the text decoder of a multimodal model: the names of its parts in the whole model, from
+        :func:`~hsplitlora_flwr.models.multimodal.names_in_whole`. Empty for other models.
 
     Raises
     ------
@@ -206,13 +206,13 @@ class StoredModel:
         raise self._error(f"the weights hold no tensor '{name}'{advice}")
 
     def _stored_as(self, name: str) -> str:
-        """The name under which files hold a tensor: its own, or that of one that it is tied to."""
+        """The name of a tensor in the files: its own, or that of a tensor that it is tied to."""
         source = self._tied.get(name, name)
         twins = (name, source, *(target for target, other in self._tied.items() if other == source))
         return next((twin for twin in twins if twin in self._recipes), name)
 
     def _is_one(self, name: str, other: str) -> bool:
-        """Whether two tensors are one, in that files do not hold both, or hold the same numbers twice."""
+        """Whether two tied tensors are one: the files hold only one of them, or the same numbers twice."""
         if not {name, other} <= self._recipes.keys():
             return True
         one, two = (self._made(self._recipes[key])[key] for key in (name, other))

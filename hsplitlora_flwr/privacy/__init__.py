@@ -1,1 +1,1 @@
-"""What a curious server can learn from the cut: attacks that measure it."""
+"""What a curious server can learn from a client's text: attacks that measure it, and protections."""

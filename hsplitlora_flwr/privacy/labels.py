@@ -1,9 +1,9 @@
-"""How many labels a curious server reads off the gradients of a client that keeps them (``split.labels=client``).
+"""Reading labels off the gradients of a client that keeps them (``split.labels=client``).
 
-The server made the hidden state ``h`` behind which the client's norm, head and loss stand, and gets the gradient of the
-loss there. It has norm and head itself. The gradient at a position is ``J^T (W^T p - w_y)`` over the number of labelled
-tokens, which the client says: ``J`` of the norm and the probabilities ``p`` follow from ``h``, and what is left is
-``J^T w_y``, which belongs to one token. No training, no public text and no guess is needed for it.
+The server computed the hidden state ``h`` that enters the client's norm, head and loss, gets the gradient of the loss
+with respect to it, and has copies of norm and head. The gradient at a position is ``J^T (W^T p - w_y)`` divided by the
+number of labelled tokens, which the client states. ``J`` (of the norm) and the probabilities ``p`` follow from ``h``.
+What is left is ``J^T w_y``, which belongs to exactly one token ``y``. So no training, public text or guess is needed.
 """
 
 from __future__ import annotations

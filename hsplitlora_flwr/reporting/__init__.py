@@ -1,4 +1,4 @@
-"""What a run tells: an event log on disk, and a console that shows it while it grows."""
+"""Reporting a run: the event log on disk, the console that follows it, the summary and the pages."""
 
 from hsplitlora_flwr.reporting.console import RunConsole
 from hsplitlora_flwr.reporting.events import EVENTS_FILE, EventLog, Listener, event_text, read_events

@@ -20,7 +20,7 @@ _LONGEST_NAME = 20
 
 
 class _Bar(NamedTuple):
-    """What stands in a line of the terminal that moves."""
+    """One line of the moving part."""
 
     text: str
     done: int
@@ -31,9 +31,10 @@ class _Bar(NamedTuple):
 
 
 class LiveView:
-    """The part of the terminal that changes: what is going on, or a bar for the run and a bar a client.
+    """The part of the terminal that changes: what is going on, and bars for the run and for each client.
 
-    Of more clients than half of the terminal holds there are those that the round waits for, and the sum of the others.
+    If there are more clients than lines in half of the terminal, those that the round waits for have a line each, and
+    the others share one.
     """
 
     def __init__(self, console: Console) -> None:
@@ -58,7 +59,7 @@ class LiveView:
         self._live.stop()
 
     def wait_for(self, text: str) -> None:
-        """Show a spinner and the seconds since now under everything; empty text takes it away."""
+        """Show a spinner with the seconds from now on below everything else; an empty text removes it."""
         self._waiting = (Spinner("dots"), text, time.monotonic()) if text else None
 
     def is_crowd(self, clients: Collection[str]) -> bool:
@@ -70,7 +71,7 @@ class LiveView:
         return max(self._console.height // 2 - 2, 3)
 
     def show(self, progress: RunProgress) -> None:
-        """Bring the bars to where ``progress`` is."""
+        """Update the bars from ``progress``."""
         if not progress.rounds:
             return
         text = f"round {progress.round} of {progress.rounds}"
@@ -115,7 +116,7 @@ class LiveView:
 
 
 def _urgency(client: ClientProgress | None) -> tuple[int, float]:
-    """Sorts those first that a round waits for: who trains, by the time left; then who waits; then who is done."""
+    """Sort key of clients: those that train, by the time left; then those that wait; then those that are done."""
     if client is None:
         return 1, 0.0
     return (2, 0.0) if client.step == client.steps else (0, -(client.left or float("inf")))

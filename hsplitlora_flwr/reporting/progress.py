@@ -39,7 +39,7 @@ class ClientProgress:
 
 
 class RunProgress:
-    """How far the run is, worked out from events alone, so that a replayed log shows what a live one did."""
+    """How far a run is, computed from events alone, so that a replayed log shows what a live one did."""
 
     def __init__(self) -> None:
         self.clients: dict[str, ClientProgress] = {}
@@ -86,12 +86,12 @@ class RunProgress:
 
     @property
     def round_done(self) -> bool:
-        """All clients of the round have made all steps."""
+        """Whether all clients of the round have taken all steps."""
         return self._round_total == sum(client.step for client in self.clients.values())
 
     @property
     def done(self) -> int:
-        """Steps of all clients made so far."""
+        """Steps taken so far by all clients."""
         return self._done_before + sum(client.step for client in self.clients.values())
 
     @property

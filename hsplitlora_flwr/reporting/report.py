@@ -1,4 +1,4 @@
-"""What a run tells: to the event log while it goes on, and to the summary and the page, which stay."""
+"""The report of a run: events while it goes on, then the summary and the page, which stay."""
 
 from __future__ import annotations
 

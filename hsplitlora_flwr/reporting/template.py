@@ -1,5 +1,7 @@
-"""What all pages have, and the template of ``report.html``, in Jinja's language. Python, because Flower carries no HTML
-files in an app."""
+"""The HTML that all pages share, and the template of ``report.html``, for Jinja.
+
+They are Python text because Flower carries no HTML files in an app.
+"""
 
 _STYLE = """\
 :root { color-scheme: light dark; --ink: #1d2126; --soft: #6a7079; --line: #dfe2e6; --back: #fff; }

@@ -1,1 +1,1 @@
-"""The server: the strategy, who takes part, the shard that serves them, and what a run keeps."""
+"""The server: the strategy, the clients of a run, the shard that serves them, and checkpoints."""

@@ -1,4 +1,4 @@
-"""The adapter of the round that measured best, beside that of the last, which at a constant rate may be another one."""
+"""The adapter of the round with the best perplexity, kept beside that of the last round."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Training with all data in one place: what federated methods are measured against.
+"""Central training: all data in one place, as the reference for federated methods.
 
-No client takes part and nothing is cut: the server reads all training text and takes as many steps in a round as all
-clients together would, on batches of the same size. Adapters, optimizer and schedule go on from round to round.
+There are no clients and no cut. The server reads all training text and takes as many steps in a round as all clients
+together would, on batches of the same size. Adapters, optimizer and schedule continue from round to round.
 """
 
 from __future__ import annotations

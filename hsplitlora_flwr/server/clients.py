@@ -1,8 +1,8 @@
-"""The clients of a run as the server knows them: who they are, what they may use, and the messages to them.
+"""The clients of a run as the server knows them: who they are, what they may use, and messages to them.
 
-Clients come and go. Every one is asked once who it is; those that are drawn for a round are asked for what may have
-changed. One that fails is left out of the round, and may be drawn for the next. Of a client that is gone, or not drawn,
-nothing is kept but its name.
+Clients come and go. Each is asked once to describe itself; those drawn for a round are asked again for what may have
+changed. A client that fails is left out of the round and may be drawn for the next. Of clients that are gone, or not
+drawn, only the name is kept.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The tasks of a round: the server's half of each is set up, the client's goes out, and its frames are answered.
+"""The tasks of a round: set up the server's half of each, send the client's, and answer its frames.
 
-A task goes to its node in one message, with what the node lacks of the update and what its adapters start from. Between
-that and the last reply come frames, where they travel in messages, or word that the node's copy of the update is not
-what the server took it for; then the task goes out again.
+A task goes to its node in one message, with what the node lacks of the update and the adapters to start from. Until the
+last reply, frames arrive where they travel in messages. If a node says that its copy of the update is not what the
+server took it for, the task is sent again.
 """
 
 from __future__ import annotations

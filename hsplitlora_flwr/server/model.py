@@ -1,4 +1,4 @@
-"""The model that a run trains, as it stands between rounds: what is measured, kept, written out and gone on from."""
+"""The model that a run trains, between rounds: loading, measuring, exporting and checkpointing it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who holds what in a round: the plan, what it was made for, and when it has to be made anew."""
+"""The plan of a round: what it was made for, and when it has to be made again."""
 
 from __future__ import annotations
 

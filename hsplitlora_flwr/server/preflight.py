@@ -1,4 +1,4 @@
-"""What can be wrong with the text, the model, the split, the adapters and the budgets, known before anything loads."""
+"""Checks of text, model, split, adapters and budgets before anything is loaded."""
 
 from __future__ import annotations
 

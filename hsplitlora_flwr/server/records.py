@@ -1,4 +1,4 @@
-"""What is noted of a round, and rows of the summary: a client in a plan, a client in a round, a step."""
+"""Rows of the summary: a client in a plan, a client in a round, a step."""
 
 from __future__ import annotations
 

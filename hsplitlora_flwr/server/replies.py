@@ -1,8 +1,8 @@
-"""What a client's last reply must be before it counts.
+"""Checks of a client's last reply, before it counts.
 
-A client's machine is not the server's. Whatever comes from it is held against what was asked for and against plain
-sense, so that a bad reply costs that client its round and nobody else anything: sizes first, before anything is parsed,
-then shapes and types, then values.
+A client's machine is not the server's. Whatever comes from it is compared with what was asked for and with plausible
+bounds, so that a bad reply costs that client its round and nobody else anything. Sizes come first, before anything is
+parsed, then shapes and types, then values.
 """
 
 from __future__ import annotations

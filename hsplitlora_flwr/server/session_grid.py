@@ -1,7 +1,7 @@
-"""A Flower grid that reaches clients over their streams where it can, and by Flower's messages otherwise.
+"""A Flower grid that reaches a client over its stream where it can, and by Flower's messages otherwise.
 
-Who sends messages and takes replies does so through the grid and does not know which way they go. Flower's message is
-the way in, the way back in when a stream broke for good, and the only way where no stream opens.
+The strategy sends messages and takes replies through the grid and does not know which way they go. A Flower message is
+needed to reach a client first, to reach it again after its stream broke for good, and always where no stream opens.
 """
 
 from __future__ import annotations

@@ -1,15 +1,12 @@
-"""Flower messages that last: one takes a client through many tasks, each of which comes over its stream.
+"""Flower messages that last: one message takes a client through many tasks, which arrive over its stream.
 
-A message of Flower costs a node the start of a process. So a client that has done its task over the stream may keep
-the message that brought it: what it would have replied goes over the stream, and so does what would have been its next
-message::
+Every message of Flower costs a node the start of a process. So a client that has finished its task over the stream may
+keep the message open: its reply goes over the stream, and so does what would have been its next message::
 
     Flower's message   task, address, token ------------------------------------------------->  reply, and nothing in it
     its stream            activations, gradients ...  Reply -> Request  ...  Reply -> Request  ...  Reply -> Released
 
-Who sends messages and takes replies does so through a grid, and does not know which way they go
-(:class:`SessionGrid`). Flower's message stays the way in, and the way back in when a stream broke for good, and the
-only way where none opens.
+:class:`Sessions` is told of the rounds; messages are sent through :mod:`hsplitlora_flwr.server.session_grid`.
 """
 
 from __future__ import annotations
@@ -28,6 +25,7 @@ from hsplitlora_flwr.transport.frames import Frame, Released, Reply, Request
 from hsplitlora_flwr.transport.link import Handler, LastingPort, Ticket
 
 log = logging.getLogger(__name__)
+
 DESCRIPTION_BYTES = 8 << 20
 """Longest reply of a client that has no task: it says who it is."""
 
@@ -35,8 +33,8 @@ DESCRIPTION_BYTES = 8 << 20
 class Session:
     """The server's side of one message of a client, from its first task to its end.
 
-    The frames of a task are answered by whatever the task was given (:meth:`begin`), on the thread of the stream. A
-    :class:`Reply` waits there for what comes next, which :meth:`send` and :meth:`release` say on another.
+    The frames of a task are answered by its handler (:meth:`begin`) on the thread of the stream. A :class:`Reply` waits
+    on that thread for the client's next message, which :meth:`send` or :meth:`release` gives on another thread.
 
     Parameters
     ----------
@@ -50,13 +48,13 @@ class Session:
     Attributes
     ----------
     begun : bool
-        Its stream has been open.
+        Its stream has been opened.
     waiting : bool
-        The client has done what it had to do, and waits.
+        The client has finished its task and waits for the next message.
     over : bool
         Nothing comes over the stream any more.
     lost : bool
-        The client did not take its leave: its connection broke, and it did not come back.
+        The client did not leave by itself: its connection broke, and it did not come back.
     released : bool
         The client was let go, and so ends its message at once.
     ended_at : float
@@ -92,7 +90,7 @@ class Session:
         self._frame_bytes, self._reply_bytes = frame_bytes, max(reply_bytes, DESCRIPTION_BYTES)
 
     def rest(self) -> None:
-        """There is no task any more: nothing but a description is to come."""
+        """There is no task: only a description may come."""
         self._handler, self._leave = None, lambda: None
         self._frame_bytes, self._reply_bytes = 0, DESCRIPTION_BYTES
 
@@ -148,13 +146,13 @@ class Session:
         return reply
 
     def send(self, message: Message) -> bool:
-        """Give the client that waits its next message; False if it is gone meanwhile."""
+        """Give a waiting client its next message; False if it no longer waits."""
         if not self.waiting:
             return False
         return self._follow(Request(message.metadata.message_type, pack_content(message.content)))
 
     def release(self) -> bool:
-        """Let the client that waits end its message; False if none waits."""
+        """Let a waiting client end its message; False if it does not wait."""
         if self._follow(Released()):
             self.over = self.released = True
         return self.released
@@ -176,7 +174,7 @@ class Sessions:
     rounds : int
         Rounds that one lasts; 0 = the whole run, 1 = none lasts longer than a task.
     say : Callable[[str], None]
-        Is told when messages stop to last.
+        Is told when messages no longer last.
     """
 
     def __init__(self, rounds: int = 0, say: Callable[[str], None] = lambda text: None) -> None:
@@ -191,7 +189,7 @@ class Sessions:
         return self._rounds != 1 and self._port is not None
 
     def over(self, port: LastingPort) -> None:
-        """Take this port."""
+        """Use this port from now on."""
         self._port = port
 
     def admit(self, client: str, server_round: int) -> Session:
@@ -212,20 +210,20 @@ class Sessions:
         return self._held.get(token_of(message.content))
 
     def keep(self, clients: Collection[str]) -> None:
-        """Let all others go: they have no part in the round."""
+        """Release all other clients: they have no part in the round."""
         for session in list(self._held.values()):
             if session.client not in clients:
                 self._end(session)
 
     def rest(self) -> None:
-        """The tasks so far are over: who waits goes on waiting, and the others are told."""
+        """All tasks are over: waiting clients go on waiting, the sessions of the others end."""
         for session in list(self._held.values()):
             session.rest()
             if not session.waiting:
                 self._end(session)
 
     def expel(self, client: str) -> None:
-        """A client failed: whatever comes next comes by a message of its own."""
+        """A client failed: its session ends, and its next task comes in a Flower message of its own."""
         for session in self._of(client):
             self._end(session)
 
@@ -237,14 +235,14 @@ class Sessions:
         self.let_go()
 
     def let_go(self) -> None:
-        """Let all go that wait, where none is to stay."""
+        """If no message is to last, release all waiting clients."""
         for session in list(self._held.values()):
             if session.waiting and not self.last:
                 self._end(session)
 
     @property
     def any_waits(self) -> bool:
-        """Whether there is a client that has nothing to do."""
+        """Whether any client waits."""
         return any(session.waiting for session in self._held.values())
 
     def _of(self, client: str) -> list[Session]:

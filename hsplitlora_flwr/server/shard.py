@@ -1,4 +1,4 @@
-"""The server shard: the base model, and the server's half of every client's part in a round."""
+"""The server shard: the frozen base, the server's half of a round, and the port for the clients' streams."""
 
 from __future__ import annotations
 

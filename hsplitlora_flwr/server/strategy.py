@@ -282,8 +282,8 @@ class HSplitLoRA(Run[Federation], Strategy):
     ) -> Iterable[Message]:
         """One train message per planned client, and the server's half of its training behind a fresh token."""
         dispatch, steps = self.loaded.dispatch, self.config.train.steps
-        dispatch.begin_training(server_round, {self.clients.name(node): plan for node, plan in self._participants()})
-        return [dispatch.task(node, TRAIN, server_round, plan, steps) for node, plan in self._participants()]
+        dispatch.begin_training(server_round, {self.clients.name(node): plan for node, plan in self._planned_clients()})
+        return [dispatch.task(node, TRAIN, server_round, plan, steps) for node, plan in self._planned_clients()]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -335,7 +335,9 @@ class HSplitLoRA(Run[Federation], Strategy):
     ) -> Iterable[Message]:
         """One message per client that trained, to measure what it keeps out of training."""
         task = self.loaded.dispatch.task
-        return [task(node, EVALUATE, server_round, replace(plan, ranks={}), 0) for node, plan in self._participants()]
+        return [
+            task(node, EVALUATE, server_round, replace(plan, ranks={}), 0) for node, plan in self._planned_clients()
+        ]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Perplexity over the tokens of all clients together."""
@@ -369,8 +371,8 @@ class HSplitLoRA(Run[Federation], Strategy):
 
     # ------------------------------------------------------------------ parts of the above
 
-    def _participants(self) -> Iterator[tuple[int, ClientPlan]]:
-        """The clients that take part in this round, by node."""
+    def _planned_clients(self) -> Iterator[tuple[int, ClientPlan]]:
+        """The clients that the plan of this round has, by node, with their plans."""
         plans = self.loaded.planner.plans
         for node, client in self.clients.descriptions.items():
             if client.name in plans:

@@ -1,1 +1,1 @@
-"""Split fine-tuning: the client's half of a step, the server's half, and evaluation."""
+"""Split fine-tuning: the client's side of a step, the server's side, optimizer and schedule."""

@@ -1,8 +1,8 @@
-"""What a client's task lets it ask of the server, and how far it has come.
+"""What a client's task allows it to ask of the server, and how far it has come.
 
-A client's machine is not the server's. Every frame is held against the task before anything is computed or changed, so
-whatever a client sends, it costs the server what the task says at most, and a client that is refused has changed
-nothing but its own half of the round, which then does not count.
+A client's machine is not the server's. Every frame is checked against the task before anything is computed or changed.
+So whatever a client sends, it costs the server no more than its task, and a refused client has changed nothing but its
+own half of the round, which then does not count.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Adapters of a client that learn against whoever would read its text: what leaves is to depend less on the tokens.
+"""A penalty by which a client's adapters learn to make the cut activation depend less on the tokens.
 
-Beside the loss, which the server has, a client lowers the squared distance correlation between the embeddings of its
-tokens and what it sends for them (Vepakomma et al., "NoPeek", 2020). It is 0 where they are independent and 1 where one
-is a scaled rotation of the other, whatever their sizes. Its gradient needs no server: it is added to the one that comes
-down. Directions count, not lengths, since a few tokens of every text have activations a hundred times as long.
+The client adds to the loss, which is the server's, the squared distance correlation between the embeddings of its
+tokens and what it sends for them (Vepakomma et al., "NoPeek", 2020). It is 0 if they are independent and 1 if one is a
+scaled rotation of the other. Its gradient needs no server: it is added to the gradient of the cut activation. Only
+directions count, not lengths, since a few tokens of every text have activations a hundred times as long as others.
 """
 
 from __future__ import annotations

@@ -35,14 +35,13 @@ from hsplitlora_flwr.models.parts import BodyModel, ServerModel
 from hsplitlora_flwr.training.schedule import AdapterOptimizer
 from hsplitlora_flwr.training.turns import Turns
 
-HALVES = ("shared", "per_client")
 OUTLIER = 1000.0
-"""A step whose gradient, clipped, has more than so many times the largest norm of the others' last ones is refused.
+"""A step is refused if the norm of its clipped gradient is more than this many times the largest of the others' last.
 
-Honest ones differ by a hundred where one client's text is learnt by heart and another's is new."""
+Honest norms differ by a factor of a hundred if one client's text is learnt by heart and another's is new."""
 USUAL = 1.0
-"""What a norm is held against too, until those of more than half of a round's clients are known: whoever comes first is
-not to decide what the others may send."""
+"""A norm that counts among the others' until more than half of a round's clients have one, so that the first client
+does not decide what the others may send."""
 
 
 class Seat(Protocol):
@@ -55,7 +54,7 @@ class Seat(Protocol):
         """Before the first micro-batch of a step; waits until it can."""
 
     def grad_norm(self) -> Tensor:
-        """Norm of the gradients that are there: a scalar, for which nothing waits."""
+        """Norm of the gradients so far: a scalar tensor, for which no device is waited for."""
 
     def complete(self, step: int, grad_norm_sq: float, before: float) -> None:
         """All gradients of a global step are there.
@@ -72,21 +71,21 @@ class Seat(Protocol):
         Raises
         ------
         FloatingPointError
-            If they are no gradient that is to be followed; then nothing has moved.
+            If the gradient is not finite or far too large; then nothing has moved.
         """
 
     def settle(self, grad_norm_sq: float) -> None:
         """The squared norm of the client's own gradient in the complete step."""
 
     def leave(self) -> None:
-        """The client sends no more; what it did of a step that is not complete is dropped."""
+        """The client sends no more; gradients of an incomplete step are dropped."""
 
     def expel(self) -> None:
-        """As :meth:`leave`, said while the client's own thread may be in a step, which it then ends by itself."""
+        """As :meth:`leave`, but called while the client's own thread may be in a step, which that thread then ends."""
 
 
 class OwnHalf:
-    """The seat of a client that nobody shares a half with.
+    """The seat of a client with a half of its own.
 
     Parameters
     ----------
@@ -151,7 +150,7 @@ class SharedHalf:
     Attributes
     ----------
     steps : Counter[str]
-        That each client has moved the adapters by.
+        Steps that each client has moved the adapters by.
     """
 
     def __init__(
@@ -248,8 +247,7 @@ class _SharedSeat:
 
 
 def move(optimizer: AdapterOptimizer, step: int, grad_norm_sq: float) -> None:
-    """Take a global step, of which both sides' gradients have this squared norm; the adapters stay finite, or it
-    fails."""
+    """Take a global step, clipped by the squared norm of both sides; fails if adapters are no longer finite."""
     optimizer.step(step, math.sqrt(grad_norm_sq))
     if optimizer.may_overflow(step):  # elsewhere nothing has to wait for the device
         check_finite("the largest adapter after step", step, optimizer.magnitude())

@@ -1,6 +1,6 @@
-"""The process that a side of a run works in: its own, as Flower's engines give it one, or one that all share.
+"""Whether a side of a run has a process of its own, as with Flower's engines, or shares one with all others.
 
-Memory that a process takes, and how its C library deals it out, are one side's alone only where the process is.
+The memory of a process and the settings of its C library belong to one side only if the process does.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The server's side of split fine-tuning: one frozen base, and for every client of a round adapters of its own."""
+"""The server's side of split fine-tuning: one frozen base, and the adapters above each client's cut."""
 
 from __future__ import annotations
 

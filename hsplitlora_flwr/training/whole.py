@@ -1,4 +1,4 @@
-"""Training a model that is not cut, for the methods without a split: forward, loss, backward and step in one place."""
+"""Training a model that is not cut, for methods without a split: forward, loss, backward and step in one place."""
 
 from __future__ import annotations
 

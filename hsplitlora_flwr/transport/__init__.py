@@ -1,1 +1,1 @@
-"""The data plane: cut activations up, their gradients down."""
+"""The data plane: cut activations go up, their gradients come down."""

@@ -28,7 +28,8 @@ import socket
 from hsplitlora_flwr.config import TransportConfig
 from hsplitlora_flwr.transport.certificates import Identity, make_identity, read_identity
 from hsplitlora_flwr.transport.link import Ticket, Transport, register_transport
-from hsplitlora_flwr.transport.stream.client import StreamLink, Unreachable
+from hsplitlora_flwr.transport.stream.channel import Unreachable
+from hsplitlora_flwr.transport.stream.client import StreamLink
 from hsplitlora_flwr.transport.stream.protocol import StreamError
 from hsplitlora_flwr.transport.stream.server import StreamServer
 

@@ -1,4 +1,4 @@
-"""What stands between two threads of a stream: a bounded queue that can be closed, and keeps what may get lost."""
+"""The queue between two threads of a stream: bounded, closable, and keeping what a broken connection may lose."""
 
 from __future__ import annotations
 

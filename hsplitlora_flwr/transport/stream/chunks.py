@@ -1,4 +1,4 @@
-"""A frame as the messages of a stream: cut as they leave, put together in memory that is taken once."""
+"""Frames as messages of a stream: cut before they leave, put together in memory that is allocated once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What both ends of a stream agree on: the call, a client's token and its leave, and how connections are kept."""
+"""What both ends of a stream agree on: the call, the metadata, the last message, and gRPC's options."""
 
 from __future__ import annotations
 
