@@ -36,12 +36,12 @@ __all__ = [
 ]
 
 _HOMES = {
-    "BodyModel": "split",
-    "ClientModel": "split",
+    "BodyModel": "parts",
+    "ClientModel": "parts",
     "Family": "families",
-    "HeadModel": "split",
+    "HeadModel": "parts",
     "ModelFilesError": "checkpoint",
-    "ServerModel": "split",
+    "ServerModel": "parts",
     "SplitError": "split",
     "UnsupportedModelError": "families",
     "find_family": "proof",
