@@ -68,7 +68,7 @@ def split_client_app(
 
     @app.query(_action(DESCRIBE))
     def describe(message: Message, context: Context) -> Message:
-        """Say the budget, the amount of data, and the version of the weights that this node holds."""
+        """Answer with this node's budget, amount of data, and version of the update."""
         return Message(Node(means, context).introduce(message.content), reply_to=message)
 
     @app.train(_action(PROBE))
@@ -100,7 +100,7 @@ def split_client_app(
 
     @app.query(_action(WAKE))
     def wake(message: Message, context: Context) -> Message:
-        """Show that this process lives."""
+        """Answer nothing: the reply shows that this process lives."""
         return Message(RecordDict(), reply_to=message)
 
     return app

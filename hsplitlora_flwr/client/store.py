@@ -34,7 +34,7 @@ _WEEK = 7 * 24 * 3600.0
 
 
 class NodeStateError(RuntimeError):
-    """What a message builds on is not on this node's disk."""
+    """What a message needs from earlier messages is not on this node's disk."""
 
 
 class NodeStore:
@@ -133,7 +133,7 @@ class NodeStore:
         self._context.state.pop(_POINTER, None)
 
     def secret(self) -> str:
-        """Random text that this node makes for the run, and keeps to itself."""
+        """A random secret of this node for the run."""
         file = self.folder / _SECRET
         if not file.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -144,7 +144,7 @@ class NodeStore:
         return file.read_text(encoding="utf-8")
 
     def number(self, name: str) -> float:
-        """A measurement that was noted for this run; 0 if there is none."""
+        """A measurement noted earlier in this run; 0 if there is none."""
         return float(self._numbers().get(name, 0.0))
 
     def note(self, **numbers: float) -> None:
@@ -171,7 +171,7 @@ class NodeStore:
         return numbers
 
     def forget(self) -> None:
-        """Remove everything of this run, and what runs that broke off left here more than a week ago."""
+        """Delete everything of this run, and what interrupted runs left here more than a week ago."""
         shutil.rmtree(self.folder, ignore_errors=True)
         with suppress(OSError):  # other nodes of this machine may be at it too
             for run in filter(Path.is_dir, list(self._root.iterdir())):

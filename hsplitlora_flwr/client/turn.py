@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class Line:
-    """A client's end of the stream, open from its first task on; a context manager, which closes it."""
+    """A client's end of the stream, open from its first task on; a context manager that closes it."""
 
     def __init__(self) -> None:
         self._opened = ExitStack()
@@ -68,7 +68,7 @@ class Line:
 
 
 class Turn:
-    """What a node does with one message of a task, or with what comes in its place over the stream.
+    """A node's work on one message of a task, or on what comes over the stream in place of one.
 
     Parameters
     ----------

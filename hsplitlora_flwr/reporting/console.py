@@ -165,7 +165,7 @@ class RunConsole:
 
 
 def _plan_table(rows: Sequence[tuple[str, ...]]) -> Table:
-    """In 80 columns, as long as names are short; what no client does has no column."""
+    """The plan as a table of 80 columns if names are short, without a column for what no client does."""
     hidden = {_CHECKPOINTING} if all(row[_CHECKPOINTING] in ("", "none") for row in rows) else set()
     names = [*PLAN_COLUMNS[:-1], "memory"]
     table = Table(box=None, padding=(0, 2 if hidden else 1, 0, 0), pad_edge=False, header_style="bold")
@@ -179,7 +179,7 @@ def _plan_table(rows: Sequence[tuple[str, ...]]) -> Table:
 
 
 def _sum_text(finished: Sequence[Event]) -> str:
-    """A round of many clients in a line."""
+    """A round of many clients in one line."""
 
     def mean(name: str) -> float:
         return math.fsum(event[name] for event in finished) / len(finished)
@@ -194,7 +194,7 @@ def _sum_text(finished: Sequence[Event]) -> str:
 
 
 def _broken(line: str, width: int) -> str:
-    """Broken between words, and within none, so that a path can be copied."""
+    """Lines broken between words only, so that a path can be copied."""
     if len(line) <= width:
         return line
     return textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 
 class Listener(Protocol):
-    """Whoever is told what happens in a run: a console, a tracker of experiments."""
+    """Anything that is told what happens in a run, such as a console or a tracker of experiments."""
 
     def handle(self, event: Event) -> None:
         """Take one event. The last one is ``finished`` or ``failed``, unless the process is killed.
@@ -175,7 +175,7 @@ def lost_clients(event: Event) -> str:
 
 
 def plan_title(event: Event) -> str:
-    """What stands above a plan: its round, and why a plan that was there gave way to it."""
+    """The title of a plan: its round, and why it replaced the plan before."""
     return f"plan of round {event['round']}" + (f": {event['reason']}" if event["reason"] else "")
 
 
@@ -209,7 +209,7 @@ def client_order(name: str) -> tuple[int, str]:
 
 
 def quarter(steps: int) -> int:
-    """Over how many steps a loss is told: single batches differ more than a round changes."""
+    """The number of steps that a shown loss is a mean of, since single batches differ more than a round changes."""
     return max(math.ceil(steps / 4), 1)
 
 

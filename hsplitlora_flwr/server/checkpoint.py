@@ -80,12 +80,12 @@ _FOLDERS = {
 
 
 class ResumeError(ValueError):
-    """A run that cannot be gone on from; the text says why and what to do."""
+    """A run that cannot be resumed; the text says why and what to do."""
 
 
 @dataclass(frozen=True)
 class RunState:
-    """All that a run goes on from after a round.
+    """All that a run continues from after a round.
 
     Parameters
     ----------
@@ -171,7 +171,7 @@ def _sync(path: Path) -> None:
 
 
 def check_resume(config: Config, run_folder: Path) -> None:
-    """See that there is a whole round to go on from, and that the settings fit it.
+    """Check that there is a complete round to resume from, and that the settings fit it.
 
     Every file is read once for its checksum; no tensor is kept.
 
@@ -339,7 +339,7 @@ def _as_now(settings: Mapping[str, Any]) -> dict[str, Scalar]:
 
 
 def _fixed(config: Config) -> list[str]:
-    """Settings that what is on the disk belongs to."""
+    """The settings that a checkpoint depends on."""
     method = METHODS[config.method.name]
     fixed = ["method.name", "model.quantise", "run.seed", "evaluation.client_rows"]
     # other text would be held out and kept apart, of which some has been trained on

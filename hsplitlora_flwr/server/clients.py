@@ -91,7 +91,7 @@ class Clients:
         self._dead = DeadWorkers()
 
     def name(self, node: int) -> str:
-        """How logs and results call a node's client."""
+        """The name of a node's client in logs and results."""
         known = self.descriptions.get(node)
         return known.name if known else str(node)
 
@@ -163,7 +163,7 @@ class Clients:
         self.descriptions = dict(sorted(self.descriptions.items(), key=lambda item: item[1].name))
 
     def _keep_to(self, nodes: Collection[int]) -> None:
-        """Forget who is gone: whoever comes back is another node."""
+        """Forget clients that are gone: one that comes back is another node."""
         self._names = {node: name for node, name in self._names.items() if node in nodes}
         self._owners = {name: node for node, name in self._names.items()}
         self._met &= set(nodes)
@@ -176,17 +176,17 @@ class Clients:
 
     @property
     def _draws(self) -> bool:
-        """Whether a round has some of the clients only."""
+        """Whether a round has only some of the clients."""
         return self._config.clients.per_round > 0 or self._config.clients.fraction < 1
 
     def _draw(self, server_round: int) -> list[int]:
-        """The nodes of a round: by seed, round and names, so the same in every run."""
+        """The nodes of a round, drawn by seed, round and names, so that every run draws the same."""
         names = sorted(self._owners)
         dice = random.Random(f"{self._config.run.seed}/{server_round}")
         return [self._owners[name] for name in dice.sample(names, self._config.clients.drawn_of(len(names)))]
 
     def _ask(self, grid: Grid, nodes: Sequence[int], server_round: int, needed: int) -> None:
-        """Ask nodes who they are; those that do not say so rightly are left out."""
+        """Ask nodes to describe themselves; those whose description is wrong are left out."""
         self._met |= set(nodes)
         base = fingerprint(self._config.model.path) if nodes else None
         messages = [Message(settings_records(self._config, base), node, DESCRIBE) for node in nodes]
@@ -222,7 +222,7 @@ class Clients:
         self.descriptions[node] = description
 
     def _check_directions(self, description: Description) -> None:
-        """See that this side can go on from the directions in which a client sends its activations."""
+        """Check that the server has the directions of the bottleneck by which a client sends its activations."""
         if not (width := description.cut_width):
             return
         file = self._config.split.bottleneck
@@ -237,11 +237,11 @@ class Clients:
             raise ReplyError(f"it sends its activations in {width} directions, and split.bottleneck={file} has {most}")
 
     def remember(self, node: int) -> None:
-        """What a client said of itself with its last reply holds for the next round too: it need not be asked."""
+        """The description in a client's last reply holds for the next round too, so that it need not be asked again."""
         self._fresh[node] = self.descriptions[node]
 
     def now_holds(self, node: int, states: dict[str, str]) -> None:
-        """Note what a client's update will be once it has the message that is being sent."""
+        """Note the update that a client will hold once it has the message that is being sent."""
         known = self.descriptions[node]
         self.descriptions[node] = replace(known, held={**known.held, **states})
 
@@ -349,7 +349,7 @@ class Clients:
             raise ClientFailedError(f"{few}: {_in_few_words(failures)}" if failures else few)
 
     def leave_out(self, node: int, reason: str, server_round: int) -> str:
-        """Go on without a client in this round; returns what happened."""
+        """Leave a client out of this round; returns what happened to it."""
         client, reason = self.name(node), printable(reason)
         self.on_failure(client)
         self.descriptions.pop(node, None)
@@ -376,7 +376,7 @@ class Clients:
 
 
 def _in_few_words(failures: Iterable[str]) -> str:
-    """What happened to clients; a reason that several share is said once."""
+    """What happened to clients, with a reason that several share said once."""
     clients = defaultdict[str, list[str]](list)
     for failure in failures:
         client, _, reason = failure.removeprefix("client ").partition(" failed: ")

@@ -31,12 +31,12 @@ from hsplitlora_flwr.server.checkpoint import RunState
 
 
 def files_of(folder: str) -> list[str]:
-    """What lies in the folder of an adapter, relative to the run folder."""
+    """The files in the folder of an adapter, relative to the run folder."""
     return [f"{folder}/{name}" for name in (ADAPTER_FILE, "adapter_config.json", MANIFEST_FILE, CARD_FILE)]
 
 
 class TunedModel:
-    """A frozen base and the update that training has made of it so far.
+    """A frozen base and the update that training has made so far.
 
     Parameters
     ----------
@@ -88,7 +88,7 @@ class TunedModel:
         save_peft_adapter(changes, folder, self.base.model, self._config.model.path, self.base.inside)
 
     def dropped(self) -> dict[str, float]:
-        """What the last round lost to ``lora.rank_cap``, for the summary; nothing without one."""
+        """The energy that the last round lost to ``lora.rank_cap``, for the summary; empty without a cap."""
         return {"dropped_energy": self.accumulated.dropped} if self._config.lora.rank_cap else {}
 
     def export(self, folder: Path, *, merged: bool) -> tuple[Sequence[str], dict[str, Any]]:
@@ -109,7 +109,7 @@ class TunedModel:
 
 @dataclass(frozen=True)
 class TrainedHalf:
-    """What a round made of the half that its clients share; empty where each has one of its own.
+    """The shared half after a round; empty if each client has a half of its own.
 
     Parameters
     ----------

@@ -44,7 +44,7 @@ from hsplitlora_flwr.server.model import TunedModel, files_of
 
 
 class Loaded(Protocol):
-    """What the rounds of a run work with; made when all of it is there."""
+    """What the rounds of a run work with; it exists only when everything is loaded."""
 
     @property
     def model(self) -> TunedModel:
@@ -55,7 +55,7 @@ L = TypeVar("L", bound=Loaded)
 
 
 class Run(ABC, Generic[L]):
-    """What is the same in every run: where it begins, what is measured and kept after a round, and what it leaves.
+    """What all runs have in common: how one begins, what is measured and kept after a round, and what it leaves.
 
     Parameters
     ----------
@@ -171,12 +171,12 @@ class Run(ABC, Generic[L]):
 
     @abstractmethod
     def checkpoint(self, server_round: int) -> None:
-        """Put what the next round goes on from on disk: a finished round is not lost."""
+        """Save what the next round continues from, so that a finished round is not lost."""
 
     # ------------------------------------------------------------------ what is said and done around the rounds
 
     def summary(self) -> None:
-        """Say what is in force."""
+        """Log the settings in force."""
         c = self.config
         adapters = "all weights" if self.method.full else f"ranks from {scalar(c.lora.ranks)}"
         if self.method.ranks == "equal" and not self.method.full:
@@ -188,7 +188,7 @@ class Run(ABC, Generic[L]):
         )
 
     def resume(self) -> RunState | None:
-        """On request, take over what another run left after its last finished round."""
+        """With ``run.resume``, take over what another run left after its last finished round."""
         if not self.config.run.resume:
             return None
         state, earlier = load_state(self.config), Path(self.config.run.resume)
@@ -264,7 +264,7 @@ class Run(ABC, Generic[L]):
         self.report.generated(scores)
 
     def export(self) -> None:
-        """Write what the run leaves; then it is finished."""
+        """Write the results; then the run is finished."""
         model, smaller = self.loaded.model, self._at_rank()
         self.report.phase(f"writing the {'adapter' if model.has_adapter else 'model'}")
         files, facts = model.export(self.folder, merged=self.config.run.merged)
@@ -294,7 +294,7 @@ class Run(ABC, Generic[L]):
         return files_of(name)
 
     def _report_text(self, training: Cut, held_out: Cut) -> None:
-        """Say what of the text does not fit, or is not written after as it is trained, while the run can be stopped."""
+        """Report text that does not fit, or that generation would continue otherwise than it is trained."""
         inside = prompts_inside_tokens(self._held_out, load_tokenizer(self.config.model.path))
         self.report.text(self.config.data.max_length, training, held_out, inside, kind_of(self._held_out))
         if warning := beyond_training(self.config):

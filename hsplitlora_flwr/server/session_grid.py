@@ -53,7 +53,7 @@ class _Sent:
 
 
 class SessionGrid(Grid):
-    """A Flower grid that reaches a client over the stream while its message lasts, and by Flower else.
+    """A Flower grid that reaches a client over its stream while its message lasts, and by Flower otherwise.
 
     Parameters
     ----------
@@ -105,7 +105,7 @@ class SessionGrid(Grid):
         return replies
 
     def _over_stream(self, message_id: str) -> Message | None:
-        """The reply that a stream brought, or an error where it will bring none and Flower need not be asked."""
+        """The reply that a stream brought, or an error if it will bring none and Flower need not be asked."""
         sent = self._sent[message_id]
         if sent.session is None:
             return None
@@ -122,7 +122,7 @@ class SessionGrid(Grid):
         return Message(Error(_FAILED, reason), reply_to=self._sent.pop(message_id).message)
 
     def _by_flower(self, wanted: list[str]) -> list[Message]:
-        """Replies that Flower brought; what it says of a message that lasts is said of what came over its stream."""
+        """Replies that Flower brought. The end of a lasting message answers what was sent over its stream."""
         lasting = {message_id: node for node, (message_id, _) in self._lasting.items()}
         ending = any(session.over for _, session in self._lasting.values())
         if ending or time.monotonic() >= self._looked + LOOK_SECONDS:
@@ -163,7 +163,7 @@ class SessionGrid(Grid):
             yield Message(error, reply_to=self._sent.pop(other).message)
 
     def _see_who_does_not_start(self) -> None:
-        """Where a node has no process for its message while others keep theirs and wait, none is kept any more."""
+        """If a node has no process for its message while others keep theirs and wait, no message lasts any longer."""
         latest = time.monotonic() - START_SECONDS
         stuck = any(
             sent.at < latest and not sent.over_stream and not sent.session.begun
@@ -194,7 +194,7 @@ class SessionGrid(Grid):
 
     @contextmanager
     def _on_grid(self) -> Iterator[None]:
-        """Around calls that may answer messages in this thread, as grids of tests do."""
+        """Mark calls that may answer messages in this thread, as grids of tests do."""
         before = answering_here.set(True)
         try:
             yield

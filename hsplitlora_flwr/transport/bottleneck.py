@@ -93,7 +93,7 @@ class Bottleneck:
         return (gradient.to(decoder.dtype) @ decoder.T).to(gradient.dtype)
 
     def _like(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """What it consists of on a tensor's device, in its dtype and no less than fp32."""
+        """The mean and matrices on a tensor's device, in its dtype or in fp32 if that is wider."""
         dtype = torch.promote_types(tensor.dtype, torch.float32)
         return tuple(each.to(tensor.device, dtype) for each in (self.mean, self.encoder, self.decoder))
 
@@ -119,7 +119,7 @@ def widths(file: str) -> dict[int, int]:
 
 
 def check_directions(file: str, split: int, width: int) -> None:
-    """See that a file holds so many directions of a split point.
+    """Check that a file holds at least ``width`` directions of a split point.
 
     Raises
     ------

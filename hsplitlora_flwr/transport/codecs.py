@@ -47,7 +47,7 @@ class Part(NamedTuple):
 
 
 class Codec(Protocol):
-    """How numbers travel: two tensors, values and scales, that stand for one.
+    """How the numbers of a tensor travel: as two tensors, values and scales.
 
     What comes back need not be what was sent, but both sides' gradients are those of what came back. There is no state:
     an encoded tensor says all that its decoder needs.
@@ -200,7 +200,7 @@ class _Cast:
 
 
 class _Int8:
-    """Steps of a scale per token, after the rotation."""
+    """Int8 with one scale per token, after the rotation."""
 
     def layout(self, shape: Sequence[int]) -> tuple[Part, Part]:
         return Part(torch.int8, tuple(shape)), Part(torch.float32, tuple(shape[:-1]))

@@ -126,8 +126,8 @@ class HiddenGradient:
 
 @dataclass(frozen=True, eq=False)
 class Loss:
-    """Server to client, where no gradient goes down: of a micro-batch that is evaluated its summed negative
-    log-likelihood (nats), of one that trains the server alone its part of the batch's mean loss."""
+    """Server to client, if no gradient goes down. For a micro-batch that is evaluated: its summed negative
+    log-likelihood in nats. For one of a client without adapters: its part of the batch's mean loss."""
 
     total: float
 
@@ -160,13 +160,13 @@ class Failure:
 
     @classmethod
     def of(cls, error: Exception) -> Failure:
-        """What a client is told of an exception."""
+        """The frame that tells a client of an exception."""
         return cls(f"{type(error).__name__}: {error}"[:ERROR_LENGTH])
 
 
 @dataclass(frozen=True, eq=False)
 class Ping:
-    """Client to server: ``payload`` (uint8) to be received, ``answer_bytes`` to be sent back: measures the link."""
+    """Client to server, to measure the link: ``payload`` (uint8) goes up, ``answer_bytes`` are to come down."""
 
     payload: Tensor
     answer_bytes: int
@@ -181,14 +181,14 @@ class Pong:
 
 @dataclass(frozen=True, eq=False)
 class Reply:
-    """Client to server, while the message that brought its task lasts: what it would reply to it, packed (uint8)."""
+    """Client to server, while its Flower message lasts: what it would reply to that, packed as bytes (uint8)."""
 
     content: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """Server to client, in answer to a :class:`Reply`, as late as may be: what would be its next message.
+    """Server to client, in answer to a :class:`Reply`, whenever there is one: the client's next message.
 
     Parameters
     ----------
@@ -244,7 +244,7 @@ _PYTHON = {"int": int, "float": float, "bool": bool, "str": str}
 
 
 class Prefix(NamedTuple):
-    """What the first bytes of a frame say: its kind, and the bytes of its header and of the whole."""
+    """The first bytes of a frame: its kind, and the lengths of its header and of the whole frame in bytes."""
 
     kind: type[Frame]
     header: int

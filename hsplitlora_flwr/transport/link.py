@@ -45,7 +45,7 @@ class Endpoint:
 
 
 class Ticket(NamedTuple):
-    """What one client needs to be let in: where the server is, and a secret that no other client has."""
+    """What one client needs to connect: where the server is, and a secret that no other client has."""
 
     endpoint: Endpoint
     token: str
@@ -78,7 +78,7 @@ class Port(Protocol):
 
 
 class Guest(Protocol):
-    """What answers a client for as long as it stays, whatever it has to do meanwhile."""
+    """What answers a client for as long as its stream lasts, over any number of tasks."""
 
     def __call__(self, frame: Frame) -> Frame:
         """The answer to a frame, as of a :data:`Handler`; it may take as long as it likes."""
@@ -87,15 +87,15 @@ class Guest(Protocol):
         """Longest frame of a kind, in bytes, that may come now."""
 
     def opened(self) -> None:
-        """The client has come."""
+        """The client has connected."""
 
     def ended(self, lost: bool) -> None:
-        """The client is gone; ``lost`` says that it did not take its leave. Called once, also while it is answered."""
+        """The client is gone; ``lost`` if it did not leave by itself. Called once, possibly while it is answered."""
 
 
 @runtime_checkable
 class LastingPort(Port, Protocol):
-    """A port that lets clients stay from one task to the next."""
+    """A port whose streams may last from one task to the next."""
 
     def keep(self, guest: Guest, name: str) -> Ticket:
         """Let one client in, without waiting for it; ``name`` as for :meth:`serve`."""
@@ -115,7 +115,7 @@ class Link(Protocol):
 
 
 class MeasuredLink(Link, Protocol):
-    """A link that knows what it carried."""
+    """A link that counts the bytes it carried."""
 
     bytes_up: int
     bytes_down: int
@@ -126,7 +126,7 @@ class MeasuredLink(Link, Protocol):
 
 @dataclass(frozen=True)
 class Transport:
-    """A way for frames.
+    """How frames travel: the server's port, and a client's connection to it.
 
     Parameters
     ----------

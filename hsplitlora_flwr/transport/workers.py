@@ -31,7 +31,7 @@ class DeadWorkers:
         self._deaths: set[str] = set()
 
     def took(self, reply: Message) -> bool:
-        """Whether a worker that was dead already took the message, so that nothing became of it."""
+        """Whether a worker that was dead already took the message, so that nobody read it."""
         if not is_death(reply):
             return False
         known = _text(reply) in self._deaths

@@ -13,11 +13,11 @@ T = TypeVar("T")
 
 
 class Closed(Exception):
-    """The backlog takes nothing any more."""
+    """The backlog is closed."""
 
 
 class Backlog(Generic[T]):
-    """A first-in, first-out queue whose items stay after they were taken, until they are known to have arrived.
+    """A first-in, first-out queue that keeps items after they were taken, until they are known to have arrived.
 
     They are numbered from 0. One connection at a time takes them (:meth:`since`); the next one begins wherever the
     other side asks for it, and ends the one before.
@@ -27,7 +27,7 @@ class Backlog(Generic[T]):
     size : int
         Items that may stay, at least 1; :meth:`put` blocks while so many do.
     keep : bool
-        Without it what is taken has arrived, as between threads that share memory, and does not stay.
+        Keep items after they were taken. Without it an item counts as arrived when it is taken, as between threads.
     """
 
     def __init__(self, size: int, *, keep: bool = True) -> None:
@@ -80,7 +80,7 @@ class Backlog(Generic[T]):
             return self._take(number, self._bell)
 
     def hang_up(self) -> None:
-        """End whatever takes items now; they wait for the next."""
+        """End the current taker; items stay for the next one."""
         with self._lock:
             self._ring()
 
@@ -95,7 +95,7 @@ class Backlog(Generic[T]):
         before.put(None)
 
     def close(self, *, discard: bool = False) -> None:
-        """Take nothing any more; what is there can still be taken, unless it is discarded."""
+        """Accept no more items; those that are there can still be taken, unless they are discarded."""
         with self._lock:
             self._closed = True
             if discard:

@@ -16,7 +16,7 @@ class Unreachable(StreamError):
 
 
 class TurnedAway(Unreachable):
-    """What answers closed the connection, as a server does that has no room for another one at the moment."""
+    """The other end closed the connection, as a server does that has no room for another one at the moment."""
 
 
 def open_channel(endpoint: Endpoint, proxy: bool = False) -> grpc.Channel:
@@ -46,7 +46,7 @@ _MEANINGS = {
 
 
 def reason_of(details: str) -> str:
-    """What gRPC says went wrong on the way to the server, and what that means where its words do not tell."""
+    """gRPC's reason why the server was not reached, with its meaning where the words do not tell it."""
     reason = details.rpartition("last error: ")[2]
     for words, meaning in _MEANINGS.items():
         if words in reason:

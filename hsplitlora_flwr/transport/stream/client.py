@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 CONNECT_SECONDS = 8.0
 """Time in which a stream must open."""
 FAILED_SECONDS = 1.0
-"""Time that a client which failed takes to say that it leaves."""
+"""Time in which a client that failed tells the server that it leaves."""
 
 
 class StreamLink:
@@ -88,7 +88,7 @@ class StreamLink:
         return self
 
     def _retry(self, attempt: Callable[[], None], seconds: float, error: type[StreamError]) -> None:
-        """Attempt something until it does not fail with that error, at growing distances; or the time is over."""
+        """Call ``attempt`` until it no longer raises ``error``, with growing pauses, for at most ``seconds``."""
         end, pause = time.monotonic() + seconds, 0.25
         while True:
             try:
@@ -99,7 +99,7 @@ class StreamLink:
             pause = min(2 * pause, 4.0)
 
     def _connect(self) -> None:
-        """Open a connection, and go on where the one before ended."""
+        """Open a connection, and continue where the one before ended."""
         self._channel = open_channel(self._endpoint, self._proxy)
         call = self._channel.stream_stream(f"/{SERVICE}/{METHOD}", request_serializer=None, response_deserializer=None)
         has: Future[int] = Future()  # frames that the server has, as it says when it lets the client in
@@ -119,8 +119,8 @@ class StreamLink:
             raise
 
     def send(self, frame: Frame) -> None:
-        """Queue a frame to be sent, as soon as there is room among those that are not answered; its tensors must not be
-        written to until it is.
+        """Queue a frame, as soon as there is room among the unanswered ones. Its tensors must not be written to until
+        it is answered.
 
         Raises
         ------
@@ -213,7 +213,7 @@ class StreamLink:
             self._frames.close(discard=True)
 
     def _take_answers(self) -> bool:
-        """Take what comes over this connection; whether the stream has come to its end with it."""
+        """Take the answers of this connection until it ends; returns whether the stream ended with it."""
         address = self._endpoint.address
         try:
             for data in assemble(iter(self._call), MAX_FRAME_BYTES):
@@ -231,7 +231,7 @@ class StreamLink:
         return True
 
     def _come_back(self) -> bool:
-        """Open another connection, if that can be done within the grace."""
+        """Open another connection within the grace; returns whether that worked."""
         if not self._grace or self._leaving.is_set():
             return False
         log.warning("%s; trying for %g s to come back", self._ending, self._grace)
@@ -246,7 +246,7 @@ class StreamLink:
         return True
 
     def _ping(self, up: int, down: int) -> float:
-        """Seconds until ``up`` bytes were answered by ``down``."""
+        """Seconds until ``up`` bytes were answered by ``down`` bytes."""
         start = time.perf_counter()
         self.send(Ping(torch.zeros(up, dtype=torch.uint8), down))
         if not isinstance(self.receive(), Pong):

@@ -66,8 +66,12 @@ class ServedStream:
         return self._call is not None
 
     def connect(self, call: Call, has: int) -> tuple[int, Iterator[bytes]]:
-        """Go on over another connection, whose client has so many answers: how many frames of it are here, and the
-        answers from there on, as messages.
+        """Continue over another connection, whose client ``has`` so many answers.
+
+        Returns
+        -------
+        tuple[int, Iterator[bytes]]
+            How many of its frames have arrived, and the answers that it lacks, as messages.
 
         Raises
         ------
@@ -108,7 +112,7 @@ class ServedStream:
             self._tell(lost=not (self._left or self._dismissed))
 
     def dismiss(self) -> None:
-        """Tell the client that the round is over, and end, whatever it does."""
+        """Tell the client that the round is over, and end the stream whatever the client does."""
         with self._lock:
             self.over = self._dismissed = True
             self._inbox.close()
@@ -127,14 +131,14 @@ class ServedStream:
         self._tell(lost=True)
 
     def _tell(self, *, lost: bool) -> None:
-        """Tell the guest that it is over, once."""
+        """Tell the guest once that the stream is over."""
         with self._lock:
             told, self._told = self._told, True
         if not told:
             self._guest.ended(lost)
 
     def _close(self) -> None:
-        """End the thread that computes as soon as it has done what it is at."""
+        """End the thread that computes after the frame that it is answering."""
         self.over = True
         self._inbox.close(discard=True)
         self._answers.close(discard=True)
@@ -167,7 +171,7 @@ class ServedStream:
 
     @staticmethod
     def _messages(call: Call) -> Iterator[bytes]:
-        """What arrives before its client takes its leave; a call that ends otherwise broke, whatever gRPC says."""
+        """Messages until the client leaves; a call that ends in any other way broke, whatever gRPC says."""
         with suppress(grpc.RpcError):
             for message in call.requests:
                 if message == LEAVE:
@@ -176,7 +180,7 @@ class ServedStream:
         raise ConnectionError
 
     def _deliver(self, call: Call, frame: Frame | FrameError) -> bool:
-        """Put a frame into the inbox; False if its connection is not the stream's any more."""
+        """Put a frame into the inbox; False if the stream has another connection by now."""
         with self._reading:
             with self._lock:
                 if self._call is not call:

@@ -154,7 +154,7 @@ class StreamServer:
             stream.dismiss()
 
     def dismiss_all(self) -> None:
-        """End the round: its tokens die.
+        """End the round: its tokens become invalid.
 
         Streams that are open end behind the frame that is being answered, and are cut off after :data:`END_SECONDS`.
         """
@@ -205,7 +205,7 @@ class StreamServer:
 
 
 class _OneTask:
-    """A guest that stays for one task.
+    """A guest for one task.
 
     Parameters
     ----------
@@ -223,14 +223,14 @@ class _OneTask:
         return self._max_frame_bytes
 
     def opened(self) -> None:
-        """Nobody asks."""
+        """Nothing to do."""
 
     def ended(self, lost: bool) -> None:
         self._ended()
 
 
 def make_room(connections: int) -> int:
-    """How many of ``connections`` this process has descriptors for, of which half are left to files.
+    """How many of ``connections`` this process has file descriptors for, half of which are left to files.
 
     Where its limit is lower it is raised, as far as that is allowed.
     """
