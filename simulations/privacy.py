@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -70,6 +71,7 @@ PROTECTIONS = {
     "width 32": SplitConfig(width=32),
     "width 64, clip 1.5, noise 1": SplitConfig(width=64, clip=1.5, noise=1.0),
 }
+ATTACKED = ("regression", "inverter", "search")
 DECORRELATED = (0.0, 1.0, 10.0)
 
 
@@ -90,10 +92,14 @@ class Deal:
     seed : int
     folder : Path
         Where the directions of bottlenecks are kept.
+    at : Sequence[int]
+        Split points whose activations are needed, rising.
+    read : int
+        Private rows that are to be read.
     """
 
-    def __init__(self, config: Config, seed: int, folder: Path) -> None:
-        self.config, self.seed, self._folder = config, seed, folder
+    def __init__(self, config: Config, seed: int, folder: Path, at: Sequence[int], read: int = PRIVATE) -> None:
+        self.config, self.seed, self._folder, self._at, self._read = config, seed, folder, at, read
         text = load_text(config.data, config.run.seed)
         public, private = deal(text.train, seed)
         self.public, self.private = fit_text(public[:PUBLIC], config), fit_text(private, config)
@@ -107,13 +113,13 @@ class Deal:
     @cached_property
     def reader(self) -> Reader:
         """Who attacks."""
-        return Reader.of(self.base, self.public, self.private[:PRIVATE], self.seed)
+        return Reader.of(self.base, self.public, self.private[: self._read], self.seed)
 
     def seen(self, splits: Sequence[int], view: View = PLAIN) -> dict[int, tuple[list[Text], list[Text]]]:
         """What is seen of public and private rows, by split point."""
         both = zip(
             cut_activations(self.base, self.public, splits, view, f"{self.seed}/attacker"),
-            cut_activations(self.base, self.private[:PRIVATE], splits, view, f"{self.seed}/client"),
+            cut_activations(self.base, self.private[: self._read], splits, view, f"{self.seed}/client"),
             strict=True,
         )
         return {split: (public, private) for (split, public), (_, private) in both}
@@ -121,7 +127,7 @@ class Deal:
     @cached_property
     def plain(self) -> Mapping[int, tuple[list[Text], list[Text]]]:
         """The activations as they are computed."""
-        return self.seen(SPLITS)
+        return self.seen(self._at)
 
     def settings(self, split: int, protect: SplitConfig) -> SplitConfig:
         """Those of a protection, with directions for this split point if it needs any."""
@@ -134,14 +140,15 @@ class Deal:
 
     def attacked(self, split: int, protect: SplitConfig, attack: str) -> Row:
         """What an attack reads behind a protection."""
-        change = protection(self.settings(split, protect), split)
+        settings = self.settings(split, protect)
+        change, quiet = protection(settings, split), protection(replace(settings, noise=0.0), split)
 
         def sent(texts: Sequence[Text], who: str) -> list[Text]:
             seed = f"{self.seed}/{who}/{split}"
             return [(as_received(cut[None], change, seed, at)[0], ids) for at, (cut, ids) in enumerate(texts)]
 
         public, private = self.plain[split]
-        return asdict(self.reader.read(split, attack, sent(public, "attacker"), sent(private, "client")))
+        return asdict(self.reader.read(split, attack, sent(public, "attacker"), sent(private, "client"), quiet))
 
 
 # ---------------------------------------------------------------------- the parts
@@ -191,6 +198,8 @@ def gradients(of: Deal, attack: str) -> Iterator[Cell]:
     yield Cell({"split": SPLIT, "attack": attack}, seen)
 
 
+AT: Mapping[str, Sequence[int]] = {"splits": SPLITS, "protections": (SPLIT,), "deeper": DEEPER}
+"""Split points whose activations a part attacks."""
 PARTS = {part.__name__: part for part in (splits, protections, deeper, price, trained, gradients)}
 
 
@@ -292,20 +301,54 @@ class Table:
         write(self._file, json.dumps(about)[:-1] + ', "rows": [\n' + rows + "\n]}\n")
 
 
+def plot(folder: Path) -> Path:
+    """Draw ``splits.png``: what attacks read of all tokens, and of those that the public text does not hold."""
+    from matplotlib.figure import Figure
+
+    rows = Table(folder / "splits.json").rows
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for colour, attack in zip(("tab:blue", "tab:orange", "tab:green"), ATTACKED, strict=True):
+        for line, (name, told) in zip(("-", ":"), {"recovered": "all", "unseen": "unseen"}.items(), strict=True):
+            found = {
+                split: [100 * row[name] for row in rows if row["split"] == split and row["attack"] == attack]
+                for split in SPLITS
+            }
+            found = {split: shares for split, shares in found.items() if shares}
+            spread = [stdev(shares) if len(shares) > 1 else 0.0 for shares in found.values()]
+            if found:
+                means = [fmean(shares) for shares in found.values()]
+                label = f"{attack}, {told}"
+                axes.errorbar(list(found), means, spread, ls=line, color=colour, marker="o", capsize=3, label=label)
+    axes.set(xlabel="blocks on the client, of 30", ylabel="tokens recovered, %", ylim=(0, 102))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    file = folder / "splits.png"
+    figure.savefig(file, dpi=120)
+    return file
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what is missing; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all by default")
     parser.add_argument("--seeds", type=numbers, default=[0, 1, 2], help="each deals the topics anew (0,1,2)")
-    parser.add_argument("--attack", default="regression", help="regression or inverter (regression)")
+    parser.add_argument("--attack", default="regression", help="regression, inverter or search (regression)")
+    parser.add_argument("--read", type=int, default=PRIVATE, help=f"private rows to read ({PRIVATE})")
     parser.add_argument("--out", type=Path, default=Path("simulations/results/privacy"), help="folder of the files")
     parser.add_argument("--work", type=Path, default=Path("runs/privacy"), help="folder of learnt directions")
+    parser.add_argument("--plot", action="store_true", help="draw what is there, and measure nothing")
     options = parser.parse_args(arguments)
+    if options.plot:
+        print(plot(options.out))
+        return 0
     if wrong := set(options.parts) - set(PARTS):
         parser.error(f"{wrong.pop()!r} is no part; choose of {', '.join(PARTS)}")
+    parts = options.parts or list(PARTS)
+    at = sorted({split for part in parts for split in AT.get(part, ())})
     for seed in options.seeds:
-        of = Deal(Config(), seed, options.work)
-        for part in options.parts or PARTS:
+        of = Deal(Config(), seed, options.work, at, options.read)
+        for part in parts:
             table = Table(options.out / f"{part}.json")
             for cell in PARTS[part](of, options.attack):
                 key = {"seed": seed} | cell.key

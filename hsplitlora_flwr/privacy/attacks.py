@@ -4,6 +4,8 @@
 ``nearest``     the token whose embedding is nearest to the activation; learns nothing
 ``regression``  a ridge regression from activations to embeddings, then the nearest one; in closed form
 ``inverter``    a small transformer over the sequence of activations, trained to name the tokens
+``search``      tries tokens in the client's own blocks, behind those that it has read, until the activation is that
+                which came; the regression says which to try first
 ==============  ====================================================================================================
 
 What each attacker may tune, it tunes on a part of its public text, as an adversary would.
@@ -12,22 +14,52 @@ What each attacker may tune, it tunes on a part of its public text, as an advers
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
+
+from hsplitlora_flwr.models.parts import ClientModel
+from hsplitlora_flwr.training.cut import CutTransform
 
 Text = tuple[Tensor, Tensor]
 """What is seen of one row, ``(tokens, seen)`` in fp32, and the token ids ``(tokens,)`` that it comes from. The first
 numbers of a token are its activation; gradients, or activations of other rounds, may stand beside it."""
 Recover = Callable[[Tensor], Tensor]
 """Token ids ``(tokens,)`` from what is seen of one row, ``(tokens, seen)``."""
-Attack = Callable[[Sequence[Text], Tensor, int], Recover]
-"""Learns from public text, the embeddings ``(vocabulary, hidden)`` of the base and a seed."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """What an attacker has besides public text.
+
+    Parameters
+    ----------
+    embeddings : Tensor
+        ``(vocabulary, hidden)``, of the base.
+    seed : int
+        Of what it trains.
+    client : ClientModel, optional
+        The client's blocks, with the update that they have.
+    change : CutTransform, optional
+        What clients do to their activations, but for what is drawn at random.
+    """
+
+    embeddings: Tensor
+    seed: int = 0
+    client: ClientModel | None = None
+    change: CutTransform | None = None
+
+
+Attack = Callable[[Sequence[Text], Known], Recover]
+"""Learns from public text."""
 
 RIDGES = tuple(10.0**power for power in range(-6, 3))
 """What the regression tries, as shares of the mean variance of the activations."""
@@ -35,16 +67,26 @@ HELD_BACK = 5
 """One row in so many of the public text is for tuning."""
 CHOSEN_BY = 1000
 """Tokens of it that are named in order to choose: each is compared with the whole vocabulary."""
+TRIED = (32, 512)
+"""How many tokens a search tries at a place; more if none of the first ones is the one."""
+THE_SAME = 1e-3
+"""An activation is the one that came if it differs from it by no more than this share of its norm."""
 
 
-def nearest(public: Sequence[Text], embeddings: Tensor, seed: int) -> Recover:
+def nearest(public: Sequence[Text], known: Known) -> Recover:
     """The naive attack: the activation is taken for an embedding."""
-    name = _Nearest(embeddings)
-    return lambda seen: name(seen[:, : embeddings.shape[1]])
+    name, hidden = _Nearest(known.embeddings), known.embeddings.shape[1]
+    return lambda seen: name(seen[:, :hidden])
 
 
-def regression(public: Sequence[Text], embeddings: Tensor, seed: int) -> Recover:
+def regression(public: Sequence[Text], known: Known) -> Recover:
     """Ridge regression to the embeddings; the penalty that recovers most of the rows held back is used on all."""
+    name, embed = _Nearest(known.embeddings), _regression(public, known.embeddings)
+    return lambda seen: name(embed(seen))
+
+
+def _regression(public: Sequence[Text], embeddings: Tensor) -> Callable[[Tensor], Tensor]:
+    """From what is seen to embeddings."""
     name = _Nearest(embeddings)
     for_fit, for_choice = _parted(public)
     fitted = _Ridge(for_fit, embeddings)
@@ -53,13 +95,68 @@ def regression(public: Sequence[Text], embeddings: Tensor, seed: int) -> Recover
         linear = fitted.at(ridge)
         return _share_right(lambda seen: name(linear(seen)), for_choice)
 
-    best = _Ridge(public, embeddings).at(max(RIDGES, key=recovered))
-    return lambda seen: name(best(seen))
+    return _Ridge(public, embeddings).at(max(RIDGES, key=recovered))
 
 
-def inverter(
-    public: Sequence[Text], embeddings: Tensor, seed: int, epochs: int = 30, rate: float = 1e-3, width: int = 256
-) -> Recover:
+def search(public: Sequence[Text], known: Known) -> Recover:
+    """Token by token: what the client computes from a token and those before it is compared with what came.
+
+    Blocks of a causal model see what is before a token alone, and the attacker has read that; so the right token gives
+    the very activation, and noise decides only between tokens that are nearer to each other than it is large.
+    """
+    assert known.client is not None
+    embed, name, computes = _regression(public, known.embeddings), _Nearest(known.embeddings), _Computes(known)
+
+    def recover(seen: Tensor) -> Tensor:
+        places, read = name.best(embed(seen), max(TRIED)), []
+        cache = computes.nothing()
+        for place, came in zip(places, computes.sent(seen[:, : known.embeddings.shape[1]]), strict=True):
+            for tried in TRIED:
+                sent, after = computes(place[:tried], cache)
+                distances = torch.linalg.vector_norm(sent - came, dim=1)
+                best = int(distances.argmin())
+                if float(distances[best]) <= THE_SAME * float(torch.linalg.vector_norm(came)):
+                    break
+            after.batch_select_indices(torch.tensor([best]))
+            read.append(place[best])
+            cache = after
+        return torch.stack(read)
+
+    return recover
+
+
+class _Computes:
+    """What a client would send for tokens behind a text, all of it but for noise."""
+
+    def __init__(self, known: Known) -> None:
+        assert known.client is not None
+        self._decoder, self._change = known.client.decoder, known.change
+        names = inspect.signature(self._decoder.forward).parameters  # the older one goes with transformers 5.40
+        self._name = "cache" if "cache" in names else "past_key_values"
+        self._bottleneck = known.change.bottleneck if known.change else None
+        self._draws = torch.Generator()
+
+    def nothing(self) -> DynamicCache:
+        """Before the first token."""
+        return DynamicCache(config=self._decoder.config)
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor, before: DynamicCache) -> tuple[Tensor, DynamicCache]:
+        """Codes or activations ``(tokens, width)`` of tokens that might come next, and what each leaves behind."""
+        after = copy.deepcopy(before)
+        if after.get_seq_length():
+            after.batch_repeat_interleave(len(tokens))
+        inputs = {"input_ids": tokens[:, None], self._name: after, "use_cache": True}
+        cut = self._decoder(**inputs).last_hidden_state
+        changed = self._change.apply(cut, self._draws) if self._change else cut
+        return changed[:, 0].float(), after
+
+    def sent(self, received: Tensor) -> Tensor:
+        """What was sent of what a server has made of it, which a bottleneck has made wider."""
+        return self._bottleneck.narrow(received) if self._bottleneck else received
+
+
+def inverter(public: Sequence[Text], known: Known, epochs: int = 30, rate: float = 1e-3, width: int = 256) -> Recover:
     """A transformer of two layers without a causal mask, whose outputs are compared with the base's embeddings.
 
     It learns to tell the tokens of the public text apart, and names any. The epoch that recovers most of the rows held
@@ -69,8 +166,8 @@ def inverter(
     words, places = torch.cat([ids for _, ids in for_fit]).unique(return_inverse=True)
     targets = places.split([len(ids) for _, ids in for_fit])
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = _Inverter(for_fit, embeddings, width)
+        torch.manual_seed(known.seed)
+        network = _Inverter(for_fit, known.embeddings, width)
         optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=0.01)
         best, kept, worse = -1.0, network, 0
         for _ in range(epochs):
@@ -89,7 +186,12 @@ def inverter(
     return kept.name
 
 
-ATTACKS: dict[str, Attack] = {"nearest": nearest, "regression": regression, "inverter": inverter}
+ATTACKS: dict[str, Attack] = {
+    "nearest": nearest,
+    "regression": regression,
+    "inverter": inverter,
+    "search": search,
+}
 """By name, from the weakest to the strongest."""
 
 
@@ -101,7 +203,13 @@ class _Nearest:
         self._directions = functional.normalize(embeddings - self._mean, dim=1)
 
     def __call__(self, vectors: Tensor) -> Tensor:
-        return torch.cat([((part - self._mean) @ self._directions.T).argmax(1) for part in vectors.split(256)])
+        return self.best(vectors, 1)[:, 0]
+
+    def best(self, vectors: Tensor, count: int) -> Tensor:
+        """The tokens ``(vectors, count)`` that fit best, the best one first; all there are, if there are fewer."""
+        count = min(count, len(self._directions))
+        parts = ((part - self._mean) @ self._directions.T for part in vectors.split(256))
+        return torch.cat([part.topk(count).indices for part in parts])
 
 
 class _Ridge:

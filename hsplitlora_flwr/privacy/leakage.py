@@ -25,7 +25,7 @@ from hsplitlora_flwr.data.collate import IGNORED, Batch, Tokens, evaluation_batc
 from hsplitlora_flwr.lora.base import SharedBase
 from hsplitlora_flwr.lora.update import Change
 from hsplitlora_flwr.models.parts import ServerModel
-from hsplitlora_flwr.privacy.attacks import ATTACKS, Text
+from hsplitlora_flwr.privacy.attacks import ATTACKS, Known, Text
 from hsplitlora_flwr.training.cut import CutTransform, SeededCut
 
 ROWS = 16
@@ -41,6 +41,8 @@ class View:
     protect : Callable[[int], CutTransform or None]
         What clients do to their activations, by split point. The attacker knows it, and does the same to those of its
         own text; what is drawn at random it cannot draw again.
+    without_noise : Callable[[int], CutTransform or None]
+        The same but for what is drawn at random.
     crossings : int
         How often each row has crossed, as it does once an epoch: the attacker has the mean of what it received, which
         is right where the blocks below the cut do not train, and takes noise out.
@@ -52,6 +54,7 @@ class View:
     """
 
     protect: Callable[[int], CutTransform | None] = lambda split: None
+    without_noise: Callable[[int], CutTransform | None] = lambda split: None
     crossings: int = 1
     gradients: bool = False
     updates: Sequence[Mapping[str, Change]] = ()
@@ -126,6 +129,8 @@ def measure(
     Leakage
         For every split and attack.
     """
+    if view.updates and "search" in attacks:
+        raise ValueError("search computes with one update; have --rounds without it")
     reader = Reader.of(base, public, private, seed)
     for (split, of_public), (_, of_private) in zip(
         cut_activations(base, public, splits, view, f"{seed}/attacker"),
@@ -133,7 +138,7 @@ def measure(
         strict=True,
     ):
         for attack in attacks:
-            yield reader.read(split, attack, of_public, of_private)
+            yield reader.read(split, attack, of_public, of_private, view.without_noise(split))
 
 
 @dataclass(frozen=True)
@@ -142,8 +147,7 @@ class Reader:
 
     Parameters
     ----------
-    embeddings : Tensor
-        ``(vocabulary, hidden)``, of the base.
+    base : SharedBase
     known : frozenset[int]
         Tokens that the public text holds.
     labelled : Tensor
@@ -152,7 +156,7 @@ class Reader:
         Of attacks that are trained.
     """
 
-    embeddings: Tensor
+    base: SharedBase
     known: frozenset[int]
     labelled: Tensor
     seed: int
@@ -163,11 +167,19 @@ class Reader:
         batches = evaluation_batches(private, ROWS)
         labelled = [batch.labels[batch.attention_mask.bool()] != IGNORED for batch in batches]
         known = frozenset(token for row in public for token in row.ids)
-        return cls(embeddings_of(base), known, torch.cat(labelled), seed)
+        return cls(base, known, torch.cat(labelled), seed)
 
-    def read(self, split: int, attack: str, public: Sequence[Text], private: Sequence[Text]) -> Leakage:
-        """Learn from the public text and recover the private one."""
-        recover = ATTACKS[attack](public, self.embeddings, self.seed)
+    def read(
+        self,
+        split: int,
+        attack: str,
+        public: Sequence[Text],
+        private: Sequence[Text],
+        change: CutTransform | None = None,
+    ) -> Leakage:
+        """Learn from the public text and recover the private one; ``change`` is what clients do, but for noise."""
+        known = Known(embeddings_of(self.base), self.seed, self.base.client_part(split).eval(), change)
+        recover = ATTACKS[attack](public, known)
         ids = torch.cat([ids for _, ids in private])
         right = torch.cat([recover(seen) for seen, _ in private]) == ids
         unseen = torch.tensor([int(token) not in self.known for token in ids])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from array import array
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,10 +19,12 @@ from hsplitlora_flwr.lora.base import SharedBase
 from hsplitlora_flwr.lora.update import AccumulatedUpdate, Change
 from hsplitlora_flwr.models.loading import split_model
 from hsplitlora_flwr.models.split import head_part
-from hsplitlora_flwr.privacy.attacks import ATTACKS, Text
+from hsplitlora_flwr.privacy import directions
+from hsplitlora_flwr.privacy.attacks import ATTACKS, Known, Text
 from hsplitlora_flwr.privacy.labels import labels_from_gradients, measure_labels
-from hsplitlora_flwr.privacy.leakage import View, cut_activations, embeddings_of, measure
+from hsplitlora_flwr.privacy.leakage import Leakage, View, cut_activations, embeddings_of, measure
 from hsplitlora_flwr.privacy.protection import protection
+from hsplitlora_flwr.transport.bottleneck import Bottleneck
 from tests.tiny import tiny_model
 
 WORDS = 90  # of the vocabulary
@@ -47,11 +50,40 @@ def test_the_activations_are_those_that_cross_the_cut(base: SharedBase, tiny_fol
             torch.testing.assert_close(activation, alone, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("attack", ["regression", "inverter"])
+@pytest.mark.parametrize("attack", ["regression", "inverter", "search"])
 def test_planted_text_is_recovered(base: SharedBase, attack: str) -> None:
     [leakage] = measure(base, rows_of(150, 1), rows_of(20, 2), [1], [attack])
     assert leakage.recovered > 0.9
     assert leakage.tokens == 20 * 12
+
+
+def test_a_search_finds_what_no_other_attack_does(base: SharedBase, tmp_path: Path) -> None:
+    """Unseen words, behind the deepest cut, in few numbers; noise that is larger than what tells tokens apart hides."""
+    file = tmp_path / "directions.safetensors"
+    Bottleneck.write(file, directions.learn(base, rows_of(40, 3), [3], 8))
+    split = SplitConfig(bottleneck=str(file), width=8)
+
+    def recovered(attack: str, noise: float = 0.0) -> Leakage:
+        noisy = replace(split, clip=1.0 if noise else 0.0, noise=noise)
+        view = View(partial(protection, noisy), partial(protection, replace(noisy, noise=0.0)))
+        [leakage] = measure(base, rows_of(40, 1, words=30), rows_of(8, 2), [3], [attack], view=view)
+        return leakage
+
+    found = recovered("search")
+    assert found.recovered == found.unseen == 1.0 > 4 * recovered("regression").recovered
+    assert recovered("search", noise=20.0).recovered < 0.3
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
+def test_a_search_goes_through_caches_of_other_models(name: str, tmp_path: Path) -> None:
+    tiny_model(name, dtype=torch.float32).save_pretrained(tmp_path)
+    [leakage] = measure(SharedBase(str(tmp_path)), rows_of(20, 1, words=30), rows_of(4, 2), [2], ["search"])
+    assert leakage.recovered == 1.0
+
+
+def test_a_search_computes_with_one_update(base: SharedBase) -> None:
+    with pytest.raises(ValueError, match="search computes with one update"):
+        list(measure(base, rows_of(9, 1), rows_of(2, 2), [1], ["search"], view=View(updates=[{}, {}])))
 
 
 def test_words_that_the_public_text_lacks_are_recovered_too(base: SharedBase) -> None:
@@ -75,7 +107,7 @@ def test_noise_tells_nothing(base: SharedBase, attack: str) -> None:
             for activation, ids in texts
         ]
 
-    recover = ATTACKS[attack](noise(rows_of(60, 1), 1), embeddings_of(base), 0)
+    recover = ATTACKS[attack](noise(rows_of(60, 1), 1), Known(embeddings_of(base), 0, base.client_part(1).eval()))
     private = noise(rows_of(40, 2), 2)
     right = sum(int((recover(activation) == ids).sum()) for activation, ids in private)
     assert right / (40 * 12) < 4 / WORDS
@@ -124,7 +156,7 @@ def test_gradients_alone_tell_planted_text_and_with_them_noise_still_tells_nothi
         ]
 
     def recovered(hidden: bool) -> float:
-        recover = ATTACKS["regression"](seen(rows_of(300, 1), 1, hidden), embeddings_of(base), 0)
+        recover = ATTACKS["regression"](seen(rows_of(300, 1), 1, hidden), Known(embeddings_of(base)))
         private = seen(rows_of(40, 2), 2, hidden)
         return sum(int((recover(each) == ids).sum()) for each, ids in private) / (40 * 12)
 
