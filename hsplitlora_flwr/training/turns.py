@@ -92,10 +92,11 @@ class Turns:
                     self._idle_since = time.monotonic()
             if self.holder is None and time.monotonic() >= self._idle_since + self._patience:
                 late = self._pass_over()
-            if taken := self._is_next(client):
+            if late:
+                self._changed.notify_all()
+            if taken := self._is_next(client):  # nobody else's turn comes by that
                 self._asking.remove(client)
                 self.holder = client
-            self._changed.notify_all()
         for name in late:
             self._passed_over(name)
         return taken

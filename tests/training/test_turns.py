@@ -65,6 +65,21 @@ def test_a_client_that_does_not_come_is_passed_over_and_waited_for_again_once_it
     assert turns.try_take("b")
 
 
+def test_those_that_wait_do_not_wake_each_other() -> None:
+    looked: list[str] = []
+
+    class Watched(Turns):
+        def try_take(self, client: str) -> bool:
+            looked.append(client)
+            return super().try_take(client)
+
+    turns = Watched("abc", patience=0.3)
+    with ThreadPoolExecutor(2) as threads:
+        for future in [threads.submit(train, turns, name, 1, 0.0, []) for name in "bc"]:
+            future.result(300)
+    assert len(looked) < 20, "a came nowhere near, and they look when its time is up, not all the time"
+
+
 def test_who_leaves_is_not_waited_for_and_gives_its_turn_back() -> None:
     turns = Turns("ab", patience=60)
     turns.take("a")
