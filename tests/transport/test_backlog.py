@@ -35,7 +35,7 @@ def test_there_is_room_as_items_arrive() -> None:
         with pytest.raises(TimeoutError):
             third.result(timeout=0.1)
         backlog.arrived(1)
-        third.result(timeout=20)
+        third.result(timeout=300)
     assert list(islice(backlog.since(1), 2)) == ["b", "c"]
 
 
@@ -53,7 +53,7 @@ def test_what_is_said_to_have_arrived_before_it_was_taken_leaves_room_once_it_is
     with ThreadPoolExecutor(1) as pool:
         putting = pool.submit(lambda: [backlog.put(item) for item in "cd"])
         assert list(islice(taken, 4)) == ["a", "b", "c", "d"]
-        putting.result(timeout=20)
+        putting.result(timeout=300)
 
 
 @pytest.mark.parametrize("number", [0, 4])
@@ -72,11 +72,11 @@ def test_the_next_who_takes_ends_the_one_before() -> None:
         assert next(before) == "a"
         waiting = pool.submit(list, before)
         after = backlog.since(0)
-        assert waiting.result(timeout=20) == []
+        assert waiting.result(timeout=300) == []
         assert next(after) == "a"
         waiting = pool.submit(list, after)
         backlog.hang_up()
-        assert waiting.result(timeout=20) == []
+        assert waiting.result(timeout=300) == []
 
 
 def test_everything_arrives_in_order_through_a_narrow_one() -> None:
@@ -113,6 +113,6 @@ def test_closing_ends_who_takes_and_who_puts(discard: bool, keep: bool) -> None:
         empty.close(discard=discard)
         for waiting in putting:
             with pytest.raises(Closed):
-                waiting.result(timeout=20)
-        assert waiting_for_more.result(timeout=20) == []
+                waiting.result(timeout=300)
+        assert waiting_for_more.result(timeout=300) == []
     assert list(backlog.since(2 if discard else 0)) == ([] if discard else ["a", "b"])
