@@ -287,7 +287,9 @@ class PlanConfig:
     """Importance and the choice of splits and ranks."""
 
     planner: Literal["exact", "greedy"] = setting("exact", "how splits and ranks are chosen")
-    probe_batches: int = setting(2, "batches of a measurement of the importance", ge=1)
+    probe_batches: int = setting(
+        2, "batches of a measurement of the importance: before the first round, then the first steps of a round", ge=1
+    )
     probe_every: int = setting(
         1, "rounds from one measurement to the next; 0 = before the first round only", unit="rounds", ge=0
     )

@@ -256,7 +256,7 @@ def test_messages_give_the_adapters_of_the_stream(
     summary, grid = same_run(tiny_folder, tmp_path, **{"transport.kind": "messages"})
     assert_same(adapter(tmp_path), over_stream["adapter"])
     # one message a step: the first frames come with the reply to the task, the last answer needs no reply
-    assert turns(grid) == len(GB) * ROUNDS * (STEPS + 2)  # and two probe batches
+    assert turns(grid) == len(GB) * (ROUNDS * STEPS + 2)  # and the two batches of the probe
     for mine, theirs in zip(summary["rounds"], over_stream["summary"]["rounds"], strict=True):
         for client, twin in zip(mine["clients"], theirs["clients"], strict=True):
             assert client["losses"] == pytest.approx(twin["losses"], rel=1e-4)
@@ -293,7 +293,7 @@ def test_auto_goes_on_over_messages_where_no_stream_opens(
         monkeypatch.setattr(client_end, "CONNECT_SECONDS", 0.5)
         unreachable = {"transport.kind": "auto", "transport.bind": "127.0.0.1", "transport.public_port": closed}
         _, grid = same_run(tiny_folder, tmp_path, **unreachable)
-        assert turns(grid) == len(GB) * ROUNDS * (STEPS + 2)
+        assert turns(grid) == len(GB) * (ROUNDS * STEPS + 2)
         assert_same(adapter(tmp_path), over_stream["adapter"])
 
 
@@ -382,11 +382,19 @@ def test_clients_measure_their_own_text(kind: str, labels: str, tiny_folder: Pat
     assert sum(examples) == 90 - 5 * len(GB)
 
 
-def test_a_client_that_measures_its_text_gets_every_task_once(tiny_folder: Path, tmp_path: Path) -> None:
-    changes = {"evaluation.client_rows": 5, "train.rounds": 3, "plan.probe_every": 0}
-    _, grid = same_run(tiny_folder, tmp_path, **changes)
-    kinds = [message.metadata.message_type for message in grid.sent]
-    assert [kinds.count(kind) for kind in (DESCRIBE, PROBE, TRAIN, EVALUATE)] == [3, 3, 9, 9]
+def test_a_client_gets_every_task_once_and_rounds_after_the_first_measure_the_importance_as_they_train(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    found = {}
+    for transport in ("stream", "messages"):
+        changes = {"evaluation.client_rows": 5, "train.rounds": 3, "transport.kind": transport}
+        summary, grid = same_run(tiny_folder, tmp_path / transport, **changes)
+        kinds = [message.metadata.message_type for message in grid.sent]
+        assert [kinds.count(kind) for kind in (DESCRIBE, PROBE, TRAIN, EVALUATE)] == [3, 3, 9, 9]
+        drifts = [row["drift"] for row in summary["importance_drift"]]
+        assert [drift > 0 for drift in drifts] == [False, False, True], "the second round is measured for the third"
+        found[transport] = summary["importance"]
+    assert found["messages"] == pytest.approx(found["stream"], rel=1e-9)
 
 
 def test_a_method_without_a_cut_measures_clients_too(tiny_folder: Path, tmp_path: Path) -> None:

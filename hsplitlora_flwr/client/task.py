@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any
@@ -23,7 +22,7 @@ from hsplitlora_flwr.lora.update import Change
 from hsplitlora_flwr.messages import EVALUATE, PROBE, Description, Outcome, Progress, Task
 from hsplitlora_flwr.models.parts import ClientModel, HeadModel, WholeModel
 from hsplitlora_flwr.models.placement import pick_device
-from hsplitlora_flwr.planning.importance import scoring
+from hsplitlora_flwr.planning.importance import Scorer
 from hsplitlora_flwr.training.activation_checkpointing import checkpoint_blocks
 from hsplitlora_flwr.training.client import (
     ClientTrainer,
@@ -185,25 +184,26 @@ class SplitTask(ClientTask):
 
 
 class SplitTraining(SplitTask):
-    """Train the client's adapters, or score its weights on the way."""
+    """Train the client's adapters and score its weights on the way, or score them alone."""
 
     def __init__(
         self, given: Assignment, changes: Mapping[str, Change], start: Mapping[str, Factors] = MappingProxyType({})
     ) -> None:
         super().__init__(given, changes, start)
+        end = self.task.first_step + (0 if self.task.forward_only else self.task.scored_steps)
+        self._scorer = Scorer(self.part, end=end, adapted=self.task.kind != PROBE)
         self._trainer = self._trainer_from(self.task.first_step)
         self.record = self._trainer.record
 
     def work(self, link: Link) -> None:
         """All steps, over the stream."""
-        with self._scoring() as self.importance:
-            train_client(self._trainer, link, self.task.steps, self.task.config.transport.in_flight)
+        train_client(self._trainer, link, self.task.steps, self.task.config.transport.in_flight)
+        self.importance = self._scorer.scores()
 
     def take_turn(self, answers: Sequence[Frame]) -> tuple[list[Frame], bool]:
         """To the next frames that the server must answer."""
-        with self._scoring() as scores:
-            frames = take_turn(self._trainer, answers, self.task.first_step + self.task.steps)
-        self.importance = {name: self.importance.get(name, 0.0) + score for name, score in scores.items()}
+        frames = take_turn(self._trainer, answers, self.task.first_step + self.task.steps)
+        self.importance = self._scorer.scores()
         return frames, isinstance(frames[0], Finish)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -222,7 +222,7 @@ class SplitTraining(SplitTask):
         self._trainer = self._trainer_from(int(text["global-step"]))
         self._trainer.grad_norm_sq = float(text["grad_norm_sq"])
         self._trainer.record = self.record = TrainingRecord(**text["record"])
-        self.importance = dict(text["importance"])
+        self._scorer.restore(text["importance"])
 
     def _trainer_from(self, first_step: int) -> ClientTrainer:
         task, transport = self.task, self.task.config.transport
@@ -232,18 +232,14 @@ class SplitTraining(SplitTask):
             self.given.training_batches(first_step),
             first_step=first_step,
             head=self.head,
-            # |W * gradient| is not additive over parts of a batch, so a probe takes the batch whole
-            micro_batch_size=0 if task.kind == PROBE else task.config.train.micro_batch_size,
+            micro_batch_size=task.config.train.micro_batch_size,
             up=transport.up,
             down=transport.down,
             transform=self.given.transform,
             decorrelate=0.0 if task.kind == PROBE else task.config.split.decorrelate,
             forward_only=task.forward_only,
+            scorer=self._scorer,
         )
-
-    def _scoring(self) -> AbstractContextManager[dict[str, float]]:
-        scores = self.task.kind == PROBE and not self.task.forward_only
-        return scoring(self.model) if scores else nullcontext({})
 
 
 class SplitEvaluation(SplitTask):

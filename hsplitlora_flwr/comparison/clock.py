@@ -26,7 +26,7 @@ from typing import Any
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.methods import METHODS, shares_half
 from hsplitlora_flwr.planning.cost import CostModel
-from hsplitlora_flwr.planning.round import cost_model
+from hsplitlora_flwr.planning.round import cost_model, scored_steps
 
 
 @dataclass(frozen=True)
@@ -51,30 +51,30 @@ class Step:
     waits: bool = True
 
 
-def serve(clients: Sequence[Step], steps: int, *, fixed: bool) -> list[float]:
+def serve(clients: Sequence[Sequence[Step]], *, fixed: bool) -> list[float]:
     """When each client has taken all its steps at a server that takes them one by one.
 
     Parameters
     ----------
-    clients : Sequence[Step]
-    steps : int
-        Of each.
+    clients : Sequence[Sequence[Step]]
+        The steps of each.
     fixed : bool
         The server takes them in the order of steps and clients, and else as they come.
     """
     free, ends, ready = 0.0, [0.0] * len(clients), [0.0] * len(clients)
     # by arrival, or by step and then by client
-    queue = [(0.0 if fixed else one.forward + one.up, 0, index) for index, one in enumerate(clients)]
+    queue = [(0.0 if fixed else own[0].forward + own[0].up, 0, index) for index, own in enumerate(clients)]
     heapq.heapify(queue)
     while queue:
         _, step, index = heapq.heappop(queue)
-        one = clients[index]
+        one = clients[index][step]
         sent, before = ready[index] + one.forward + one.up, ends[index]
         free = max(free, sent) + one.server
         ends[index] = free + one.down + one.backward
         ready[index] = ends[index] if one.waits else max(sent, before)
-        if step + 1 < steps:
-            arrival = ready[index] + one.forward + one.up
+        if step + 1 < len(clients[index]):
+            following = clients[index][step + 1]
+            arrival = ready[index] + following.forward + following.up
             heapq.heappush(queue, (step + 1.0 if fixed else arrival, step + 1, index))
     return ends
 
@@ -135,14 +135,17 @@ class _Clock:
             ]
             return max(times)
         half = _half(self.cost, plan.values()) if shares_half(self.config) else None
-        training, beside = [], list[float]()
+        scored = scored_steps(self.config, round_["round"])
+        training, beside = list[list[Step]](), list[float]()
         for row, device in zip(rows, devices, strict=True):
             own = plan[row["client"]]
             up, down = self._frame if row.get("trains", True) else self._one_way
-            training.append(self._training(device, own, half or own["ranks"], row))
+            above = half or own["ranks"]
+            step = self._training(device, own, above, row)
+            training.append([self._scored(step, device, own, above)] * scored + [step] * (steps - scored))
             messages = max(row["bytes_up"] - steps * up, 0), max(row["bytes_down"] - steps * down, 0)
             beside.append(messages[0] / device.up + messages[1] / device.down)
-        ends = serve(training, steps, fixed=shares_half(self.config) and self.config.server.order == "fixed")
+        ends = serve(training, fixed=shares_half(self.config) and self.config.server.order == "fixed")
         probing = self._probe(devices, [plan[row["client"]]["split"] for row in rows], round_["round"])
         return probing + max(end + more for end, more in zip(ends, beside, strict=True))
 
@@ -158,17 +161,24 @@ class _Clock:
         stays = self.config.split.labels == "client"  # and then the loss is made of what the server sends
         return replace(step, down=self._one_way[1] / device.down, waits=stays)
 
+    def _scored(self, step: Step, device: Device, plan: Mapping[str, Any], above: Mapping[str, int]) -> Step:
+        """A step in which the weights with adapters are scored."""
+        cost, split = self.cost, plan["split"]
+        backward = step.backward + cost.scoring_flops(plan["ranks"], 0, split) / device.flops
+        served = step.server + cost.scoring_flops(above, split, cost.num_blocks) / self.server
+        return replace(step, server=served, backward=backward)
+
     def _probe(self, devices: Sequence[Device], splits: Sequence[int], server_round: int) -> float:
-        """A measurement of the importance, where one was due: every weight's gradient is computed, none is sent."""
-        plan, cost = self.config.plan, self.cost
-        due = server_round == 1 or (plan.probe_every and (server_round - 1) % plan.probe_every == 0)
-        if not (self.method.importance and due):
+        """The measurement of the importance before the first plan: every weight's gradient is formed, none is sent."""
+        cost = self.cost
+        if server_round > 1 or not self.method.importance:
             return 0.0
         steps = []
         for device, split in zip(devices, splits, strict=True):
             served = cost.weight_gradient_flops(split, cost.num_blocks, head=True)
-            steps.append(self._step(device, split, cost.weight_gradient_flops(0, split), served))
-        return max(serve(steps, plan.probe_batches, fixed=False))
+            step = self._step(device, split, cost.weight_gradient_flops(0, split), served)
+            steps.append([step] * self.config.plan.probe_batches)
+        return max(serve(steps, fixed=False))
 
     def _step(self, device: Device, split: int, both: float, served: float) -> Step:
         """From the operations of a client, forward and backward, and of the server."""

@@ -123,6 +123,11 @@ class AdaptedLinear(nn.Module):
         return nn.functional.linear(self.dropout(x.to(self.lora_A.dtype)), self.lora_A)
 
 
+def has_adapter(linear: nn.Module) -> bool:
+    """Whether a linear layer carries an adapter; it may carry the accumulated update alone."""
+    return isinstance(linear, AdaptedLinear) and linear.spec is not None
+
+
 class SeededDropout(nn.Module):
     """Dropout whose masks follow from a seed and the micro-batch, on whatever thread they are drawn.
 

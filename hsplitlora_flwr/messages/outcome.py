@@ -24,7 +24,7 @@ class Outcome:
     adapters : Mapping[str, Factors]
         ``(B, A)`` by absolute layer name, scale folded in.
     importance : Mapping[str, float]
-        By absolute layer name; only in the reply to a probe.
+        By absolute layer name; empty where no step was scored.
     losses : list of float
         The loss of every step.
     metrics : Mapping[str, float]

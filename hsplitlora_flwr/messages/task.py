@@ -54,7 +54,9 @@ class Task:
     checkpointing, server_checkpointing : bool
         Activation checkpointing of the client's blocks, and of the server's for it.
     forward_only : bool
-        The client has no adapters: it computes no backward pass, and no gradient comes down.
+        The client has no adapters: it computes no backward pass, scores nothing, and no gradient comes down.
+    scored_steps : int
+        Of the first steps, in which weights are scored: of a probe all weights, of training those with an adapter.
     base : Mapping[str, str]
         Digests of the tensors of the client's part as the server has them, by name.
     """
@@ -76,6 +78,7 @@ class Task:
     checkpointing: bool = False
     server_checkpointing: bool = False
     forward_only: bool = False
+    scored_steps: int = 0
     base: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -128,6 +131,7 @@ class Task:
             "checkpointing": self.checkpointing,
             "server-checkpointing": self.server_checkpointing,
             "forward-only": self.forward_only,
+            "scored-steps": self.scored_steps,
         }
 
     @classmethod
@@ -147,6 +151,7 @@ class Task:
             checkpointing=bool(text["checkpointing"]),
             server_checkpointing=bool(text["server-checkpointing"]),
             forward_only=bool(text["forward-only"]),
+            scored_steps=int(text["scored-steps"]),
             **more,
         )
 

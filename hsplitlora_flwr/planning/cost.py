@@ -15,6 +15,7 @@ tensors shows what autograd keeps (:mod:`hsplitlora_flwr.planning.trace`). So a 
 - *Bytes per adapter parameter*: its value, its gradient and the optimizer's states.
 - *Activations*: from the lowest block with an adapter up, for every micro-batch in flight. Under activation
   checkpointing a block keeps its input alone, and the rest of one block becomes a temporary.
+- *Scores*: where weights are scored on the way, some rows of one weight's gradient are a temporary too.
 - *Update*: the accumulated update of earlier rounds. Merged into fp32 or fp64 weights it is gone when training starts;
   beside bf16, 8-bit or 4-bit weights it stays.
 - A client *without adapters* computes forward alone: it keeps no activations, and no gradient comes down to it.
@@ -420,6 +421,14 @@ class CostModel:
     def whole_flops(self, ranks: Mapping[str, int]) -> float:
         """Floating-point operations of one training step of the unsplit model."""
         return self._block_flops(_Part(0, self.num_blocks), ranks, False) + 2 * self._head_flops
+
+    def scoring_flops(self, ranks: Mapping[str, int], first: int, last: int) -> float:
+        """Floating-point operations that scoring the adapted weights of blocks ``first .. last - 1`` adds to a step.
+
+        That is the gradient of each.
+        """
+        adapted, _ = self._trained(ranks, _Part(first, last))
+        return 2.0 * self.rows * sum(layer.in_features * layer.out_features for layer in adapted)
 
     def weight_gradient_flops(self, first: int, last: int, *, head: bool = False) -> float:
         """Floating-point operations of a step that forms the gradient of every weight of blocks ``first .. last - 1``.

@@ -57,6 +57,7 @@ def cost_model(config: Config, rows: int, length: int, clients: int = 0, width: 
         # all clients meet in a batched pass; where the labels stay, activations of all wait for their gradients
         passes=None if config.split.labels == "client" or takes_all(config) else passes_at_once(config),
         width=(config.split.width if width is None else width) if method.split else 0,
+        scored=method.importance,
     )
     highest = max(*config.lora.ranks, config.lora.rank)
     update_rank = config.lora.rank_cap or train.rounds * (clients or config.clients.count) * highest
@@ -136,6 +137,17 @@ def split_bounds(config: Config, num_blocks: int) -> tuple[int, int]:
         for blocks in range(least, most + 1):
             check_directions(split.bottleneck, blocks, split.width)
     return least, most
+
+
+def scored_steps(config: Config, server_round: int) -> int:
+    """Of the first steps that train in a round, those in which importance is measured, for the plan of the next round.
+
+    That is every ``plan.probe_every`` rounds from the first on. In the first itself there are none, since a probe on
+    the same batches came before its plan, and in the last, after which no plan is made.
+    """
+    every, train = config.plan.probe_every, config.train
+    due = METHODS[config.method.name].importance and every and (server_round - 1) % every == 0
+    return min(config.plan.probe_batches, train.steps) if due and 1 < server_round < train.rounds else 0
 
 
 def takes_all(config: Config) -> bool:

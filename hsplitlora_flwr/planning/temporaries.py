@@ -8,8 +8,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
+from hsplitlora_flwr.lora.layers import takes_changes
 from hsplitlora_flwr.models.quantisation import dequantised_bytes
-from hsplitlora_flwr.planning.trace import BlockTrace, ModelTrace
+from hsplitlora_flwr.planning.importance import ROWS
+from hsplitlora_flwr.planning.trace import BlockTrace, LayerTrace, ModelTrace
 from hsplitlora_flwr.planning.workload import Workload
 
 
@@ -61,10 +65,16 @@ class Temporaries(NamedTuple):
 
         # A quantised weight is dequantised for each of its products.
         dequantised = dequantised_bytes(largest_matrix, workload.item, workload.quantise)
-        whole_block = dequantised + max(each.peak for each in blocks)
+        layers = (layer for each in blocks for layer in each.layers.values())
+        scoring = max(_scoring_bytes(workload, layer, rows) for layer in layers) if workload.scored else 0
+        whole_block = scoring + dequantised + max(each.peak for each in blocks)
         # What a block keeps for backward is counted as activations, and not again here.
-        beyond_kept = dequantised + max(
-            each.peak - each.kept - _kept_by_adapters(each, rank, rows * workload.adapter_item) for each in blocks
+        beyond_kept = (
+            scoring
+            + dequantised
+            + max(
+                each.peak - each.kept - _kept_by_adapters(each, rank, rows * workload.adapter_item) for each in blocks
+            )
         )
         # Forward alone: the block that computes, and beside it what went into the first one.
         forward_alone = dequantised + cut + max(each.forward for each in blocks)
@@ -95,6 +105,15 @@ class Temporaries(NamedTuple):
             served_checkpointed=max(whole_block, head_or_cut),
             frames=in_flight * frames + bottleneck,
         )
+
+
+def _scoring_bytes(workload: Workload, layer: LayerTrace, rows: int) -> int:
+    """Bytes that scoring a weight takes: some rows of its gradient; where the update lies beside the weight, those rows
+    of both in fp32; and in low precision what the layer read, ``(rows, in)``."""
+    numbers = min(ROWS, layer.out_features) * layer.in_features
+    merged = takes_changes(getattr(torch, workload.dtype), workload.quantise)
+    read = rows * layer.in_features * workload.item if workload.item < workload.adapter_item else 0
+    return workload.item * numbers + (0 if merged else 8 * numbers) + read
 
 
 def _kept_by_adapters(block: BlockTrace, rank: int, column_bytes: int) -> int:

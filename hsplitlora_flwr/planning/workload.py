@@ -43,6 +43,8 @@ class Workload:
         Whether the server has one adapter per weight, or one per weight and client.
     width : int
         Numbers per token that cross the cut, with a bottleneck; 0 sends the whole hidden state.
+    scored : bool
+        Whether weights are scored in some of the steps.
 
     Raises
     ------
@@ -61,6 +63,7 @@ class Workload:
     passes: int | None = None
     half: Literal["shared", "per_client"] = "shared"
     width: int = 0
+    scored: bool = False
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:

@@ -8,6 +8,7 @@ server took it for, the task is sent again.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
@@ -104,7 +105,9 @@ class Dispatch:
             ),
         )
 
-    def task(self, node: int, kind: str, server_round: int, plan: ClientPlan, steps: int) -> Message:
+    def task(
+        self, node: int, kind: str, server_round: int, plan: ClientPlan, steps: int, scored_steps: int = 0
+    ) -> Message:
         """Set the server's half of one client's task up, if there is one, and write the message that starts the
         client's."""
         specs = self._specs(plan.ranks)
@@ -123,6 +126,7 @@ class Dispatch:
             checkpointing=plan.checkpointing,
             server_checkpointing=plan.server_checkpointing,
             forward_only=plan.forward_only,
+            scored_steps=scored_steps,
         )
         if self._method.split:
             task = self._shard.admit(
@@ -189,6 +193,8 @@ class Dispatch:
             trainer = self._shard.trainer(task.client)
             if not trainer.finished:
                 raise ReplyError("it replied before its last step")
+            if not all(map(math.isfinite, trainer.scorer.scores().values())):
+                raise ReplyError("what it sent makes the scores of the server's weights infinite; lower train.lr")
             if trainer.steps < task.steps:
                 task = replace(task, steps=trainer.steps)
                 self._report.status(
@@ -212,6 +218,20 @@ class Dispatch:
         half = self._shard.adapters()
         trained_by = {name: [i for i, task in enumerate(tasks) if task.split <= self._blocks[name]] for name in half}
         return updates, TrainedHalf(half, self._shard.half_tensors(), trained_by)
+
+    def scores(self, outcomes: Mapping[int, Outcome]) -> list[dict[str, float]]:
+        """The importance that clients measured, by layer name, of both sides of the cut.
+
+        Parameters
+        ----------
+        outcomes : Mapping[int, Outcome]
+            By node, in the order of the scores.
+        """
+        clients = {node: self._tasks[node].client for node in outcomes}
+        return [
+            {**outcome.importance, **self._shard.trainer(clients[node]).scorer.scores()}
+            for node, outcome in outcomes.items()
+        ]
 
     def _kept(self) -> Mapping[str, Tensor]:
         """What the shared half goes on from, which a round changes that may have to be repeated."""

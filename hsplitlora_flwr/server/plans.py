@@ -12,7 +12,7 @@ from hsplitlora_flwr.methods import METHODS
 from hsplitlora_flwr.models.placement import on_gpus, pick_devices
 from hsplitlora_flwr.planning.budget import Budget, PlanError
 from hsplitlora_flwr.planning.cost import CostModel, Layer
-from hsplitlora_flwr.planning.importance import combine, complete, drift, smooth
+from hsplitlora_flwr.planning.importance import combine, complete, drift, fill, smooth
 from hsplitlora_flwr.planning.planner import ClientPlan, Plan, probe_plan
 from hsplitlora_flwr.planning.round import Size, cost_model, make_round_plan, own_costs, split_bounds
 from hsplitlora_flwr.server.checkpoint import RunState
@@ -83,7 +83,6 @@ class RoundPlanner:
         self.planned_budgets: dict[str, Budget] = dict(kept.planned_budgets) if kept else {}
         self.planned_importance: dict[str, float] = dict(kept.planned_importance) if kept else {}
         self._planned_sizes = dict(sizes)
-        self._scored = 0  # the last round in which importance was measured
 
     @property
     def layers(self) -> Sequence[Layer]:
@@ -112,12 +111,10 @@ class RoundPlanner:
 
     # ------------------------------------------------------------------ importance
 
-    def scores_due(self, server_round: int) -> bool:
-        """Whether importance is to be measured in this round."""
-        every = self._config.plan.probe_every
-        if server_round == self._scored:
-            return False  # the round is repeated
-        return self._method.importance and (server_round == 1 or (bool(every) and (server_round - 1) % every == 0))
+    @property
+    def probe_due(self) -> bool:
+        """Whether importance is to be measured before there can be a plan: nothing is known of it."""
+        return not self.importance
 
     def probe_plan(self, client: str, budget: Budget) -> ClientPlan | None:
         """What a client holds while it scores weights; None if it cannot take part, of which the plan says more."""
@@ -140,13 +137,15 @@ class RoundPlanner:
         scores : Sequence[Mapping[str, float]]
             Theirs, by layer name, of both sides of the cut.
         """
+        if known := self.importance:
+            scores = [fill(each, known) for each in scores]
         totals = [math.fsum(each.values()) for each in scores]
         weights = capped_weights(shares, totals, self._config.clients.max_share)
         names = [layer.name for layer in self.costs.whole.layers]
         measured = complete(combine(zip(weights, scores, strict=True)), names)
-        if server_round > 1:
-            measured = smooth(self.importance, measured, server_round - 1, self._config.train.rounds)
-        self.importance, self._scored = measured, server_round
+        if known:
+            measured = smooth(known, measured, server_round - 1, self._config.train.rounds)
+        self.importance = measured
 
     @property
     def drift(self) -> float:

@@ -83,10 +83,9 @@ def read_outcome(
         if task.kind == TRAIN:
             check_adapters(outcome.adapters, asked.adapters, asked.dtype)
             check_moves(outcome.adapters, start or {}, task)
-        elif task.kind == PROBE:
-            check_scores(outcome, asked.scores)
-        else:
+        elif task.kind == EVALUATE:
             check_evaluation(outcome)
+        check_scores(outcome, asked.scores)
         return outcome
 
 
@@ -121,6 +120,7 @@ class Asked:
     def by(cls, task: Task, held: Collection[Layer]) -> Asked:
         """What a task asks a client for that holds these layers."""
         config, ranks = task.config, {name: spec.rank for name, spec in task.specs.items()}
+        scored = {layer.name for layer in held if task.kind == PROBE or layer.name in ranks}
         examples = task.steps * config.train.batch_size if task.steps else config.evaluation.client_rows
         return cls(
             adapters={
@@ -129,7 +129,7 @@ class Asked:
                 if layer.name in ranks
             },
             dtype=torch.promote_types(getattr(torch, config.model.dtype), torch.float32),
-            scores={layer.name for layer in held} if task.kind == PROBE and not task.forward_only else (),
+            scores=scored if task.scored_steps and not task.forward_only else (),
             steps=task.steps,
             tokens=examples * config.data.max_length,
             figures=FIGURES[task.kind],

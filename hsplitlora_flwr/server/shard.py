@@ -20,6 +20,7 @@ from hsplitlora_flwr.methods import METHODS
 from hsplitlora_flwr.models.cores import all_cores
 from hsplitlora_flwr.models.parts import BodyModel, ServerModel
 from hsplitlora_flwr.models.placement import check_device, check_gpu_memory, pick_devices
+from hsplitlora_flwr.planning.importance import Scorer
 from hsplitlora_flwr.planning.round import passes_at_once, takes_all
 from hsplitlora_flwr.server.sessions import Sessions
 from hsplitlora_flwr.training.activation_checkpointing import checkpoint_blocks
@@ -185,7 +186,8 @@ class Shard:
             through = self._together
         threads = all_cores if self._waits_by_itself(task) else self._threads
         up = (lambda: time.monotonic() >= self._until) if task.kind == TRAIN else (lambda: False)
-        return ServerTrainer(model.train(), seat, report, threads, down, through, allowance, bottleneck, up)
+        scorer = Scorer(model, end=task.first_step + task.scored_steps, adapted=task.kind != PROBE)
+        return ServerTrainer(model.train(), seat, report, threads, down, through, allowance, bottleneck, up, scorer)
 
     def _seat(self, task: Task, model: ServerModel | BodyModel, start: Mapping[str, Factors]) -> Seat:
         """The client's place at the half of all, or at one of its own."""
@@ -320,10 +322,7 @@ def allowance_of(task: Task, longest: int) -> Allowance:
             in_flight=math.ceil(examples / at_once),
             up=config.transport.up,
         )
-    # a probe takes the batch whole
-    at_once = (
-        train.batch_size if task.kind == PROBE else min(train.micro_batch_size or train.batch_size, train.batch_size)
-    )
+    at_once = min(train.micro_batch_size or train.batch_size, train.batch_size)
     micro_batches = math.ceil(train.batch_size / at_once)
     return Allowance(
         first_step=task.first_step,

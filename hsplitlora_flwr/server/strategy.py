@@ -1,9 +1,10 @@
 """HSplitLoRA as a Flower strategy: one round, from top to bottom.
 
     describe  -> every node says its budget, its number of examples, and the version of the weights that it holds
-    score     -> which weights matter, on a few batches of every client                     (planning/importance.py)
+    score     -> which weights matter, on a few batches, where no round has measured it yet (planning/importance.py)
     plan      -> importance + budgets give every client a split point and ranks             (planning/)
     train     -> clients and server run K steps, adapters only, over streams or messages    (training/, transport/)
+                 and measure in the first of them which weights matter for the next plan
     aggregate -> the clients' adapters and the server's, one noise-free sum, a new version  (lora/)
     evaluate  -> perplexity of held-out text under the global model, and on request of the clients' own
 
@@ -26,7 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
@@ -35,13 +36,13 @@ from hsplitlora_flwr.data.fit import Cut
 from hsplitlora_flwr.data.sources import Example
 from hsplitlora_flwr.lora.aggregation import Update
 from hsplitlora_flwr.lora.limits import SizeLimit, update_norm, update_size
-from hsplitlora_flwr.messages import EVALUATE, PROBE, TRAIN, Outcome, ReplyError
+from hsplitlora_flwr.messages import EVALUATE, PROBE, TRAIN, Outcome
 from hsplitlora_flwr.models.configuration import read_config
 from hsplitlora_flwr.models.placement import pick_devices
 from hsplitlora_flwr.models.quantisation import check_quantiser
-from hsplitlora_flwr.planning.importance import scoring
 from hsplitlora_flwr.planning.leakage import LeakageTable
 from hsplitlora_flwr.planning.planner import ClientPlan, Plan
+from hsplitlora_flwr.planning.round import scored_steps
 from hsplitlora_flwr.reporting.events import Listener
 from hsplitlora_flwr.server.checkpoint import RunState, save_state
 from hsplitlora_flwr.server.clients import ClientFailedError, Clients
@@ -219,32 +220,24 @@ class HSplitLoRA(Run[Federation], Strategy):
         self.loaded.planner.fit(self.clients.sizes)
 
     def score_weights(self, grid: Grid, server_round: int) -> None:
-        """Measure which weights matter, when a measurement is due: every client scores the weights below a provisional
-        split, the server those above."""
-        if not self.loaded.planner.scores_due(server_round):
+        """Measure which weights matter before there is a plan: every client scores the weights below a provisional
+        split, the server those above. Later rounds do it as they train."""
+        planner, dispatch = self.loaded.planner, self.loaded.dispatch
+        if not planner.probe_due:
             return
         self.report.phase("measuring which weights matter")
-        dispatch, shard, messages = self.loaded.dispatch, self.loaded.shard, list[Message]()
-        above: dict[int, dict[str, float]] = {}
-        with ExitStack() as watched:
-            for node, client in self.clients.descriptions.items():
-                if plan := self.loaded.planner.probe_plan(client.name, client.budget):
-                    steps = self.config.plan.probe_batches
-                    messages.append(dispatch.task(node, PROBE, server_round, plan, steps))
-                    above[node] = watched.enter_context(scoring(shard.trainer(client.name).model))
-            replies = self.clients.exchange(grid, messages, server_round, dispatch.answer)
-
-        def read(node: int, records: RecordDict) -> Outcome:
-            if not all(map(math.isfinite, above[node].values())):
-                raise ReplyError("what it sent makes the scores of the server's weights infinite; lower train.lr")
-            return dispatch.read(node, records)
-
-        scores = {}
-        for node, outcome in self.clients.outcomes(replies, server_round, read):
+        steps = self.config.plan.probe_batches
+        messages = [
+            dispatch.task(node, PROBE, server_round, plan, steps, steps)
+            for node, client in self.clients.descriptions.items()
+            if (plan := planner.probe_plan(client.name, client.budget))
+        ]
+        replies = self.clients.exchange(grid, messages, server_round, dispatch.answer)
+        outcomes = dict(self.clients.outcomes(replies, server_round, dispatch.read))
+        for node, outcome in outcomes.items():
             dispatch.figures.count_probe(node, outcome.metrics)
-            scores[node] = {**outcome.importance, **above[node]}
-        shard.dismiss_all()
-        self.loaded.planner.take_scores(server_round, self.clients.shares(scores), list(scores.values()))
+        planner.take_scores(server_round, self.clients.shares(outcomes), dispatch.scores(outcomes))
+        self.loaded.shard.dismiss_all()
 
     def make_plans(self, server_round: int) -> None:
         """Give every client a split point and ranks; a plan is kept until importance or budgets moved."""
@@ -282,8 +275,9 @@ class HSplitLoRA(Run[Federation], Strategy):
     ) -> Iterable[Message]:
         """One train message per planned client, and the server's half of its training behind a fresh token."""
         dispatch, steps = self.loaded.dispatch, self.config.train.steps
+        scored = scored_steps(self.config, server_round)
         dispatch.begin_training(server_round, {self.clients.name(node): plan for node, plan in self._planned_clients()})
-        return [dispatch.task(node, TRAIN, server_round, plan, steps) for node, plan in self._planned_clients()]
+        return [dispatch.task(node, TRAIN, server_round, plan, steps, scored) for node, plan in self._planned_clients()]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -294,6 +288,8 @@ class HSplitLoRA(Run[Federation], Strategy):
         outcomes = dict(self.clients.outcomes(replies, server_round, dispatch.read))
         self._refuse_outliers(server_round, outcomes)
         shares = self.clients.shares(outcomes)
+        if scored_steps(self.config, server_round):
+            self.loaded.planner.take_scores(server_round, shares, dispatch.scores(outcomes))
         updates, half = dispatch.trained(outcomes)
         rows = [
             self._client_row(node, outcome, {**update, **half.of(index)})

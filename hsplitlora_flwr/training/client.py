@@ -14,7 +14,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
@@ -29,6 +28,7 @@ from hsplitlora_flwr.models.loading import load_causal_lm, load_client_parts
 from hsplitlora_flwr.models.parts import ClientModel, HeadModel, ModelPart, WholeModel
 from hsplitlora_flwr.models.proof import find_family
 from hsplitlora_flwr.models.split import whole_model
+from hsplitlora_flwr.planning.importance import Scorer
 from hsplitlora_flwr.training.cut import SeededCut
 from hsplitlora_flwr.training.decorrelation import penalty_gradient
 from hsplitlora_flwr.training.memory import RoomForPeaks
@@ -140,6 +140,8 @@ class ClientTrainer:
         Weight of the penalty of :mod:`hsplitlora_flwr.training.decorrelation`.
     forward_only : bool
         The part has no adapters, and nothing of its forward pass is kept.
+    scorer : Scorer, optional
+        Scores the weights in the first steps.
 
     Attributes
     ----------
@@ -163,8 +165,10 @@ class ClientTrainer:
         transform: SeededCut | None = None,
         decorrelate: float = 0.0,
         forward_only: bool = False,
+        scorer: Scorer | None = None,
     ) -> None:
         self.model, self.optimizer, self.head, self.forward_only = model, optimizer, head, forward_only
+        self._scorer = scorer or Scorer(model, end=0)
         self.global_step = first_step
         self.record = TrainingRecord()
         self._grad_norm_sq: Tensor | float = 0.0
@@ -202,7 +206,7 @@ class ClientTrainer:
         """Compute a micro-batch up to the cut."""
         step, micro = self._step, self._step.micro_batches[index]
         draw_masks(self.model, self.global_step, index)
-        with torch.no_grad() if self.forward_only else nullcontext():
+        with torch.no_grad() if self.forward_only else self._scorer.watching(self.global_step):
             cut = self.model(*(to_device(each, self._device) for each in (micro.input_ids, micro.attention_mask)))
             if self._transform:
                 cut = self._transform(cut, self.global_step, index)
@@ -245,7 +249,8 @@ class ClientTrainer:
             gradient = unpack(answer.gradient, answer.scale, cut.dtype, cut.device, self._down, cut.shape)
             if self._decorrelate:
                 gradient = gradient + self._penalty(cut, self._step.micro_batches[index])
-            cut.backward(gradient)
+            with self._scorer.watching(self.global_step):  # what is computed again is scored too
+                cut.backward(gradient)
         self._step.server_grad_norm_sq = answer.grad_norm_sq
         self._add(answer.loss, last)
 

@@ -90,18 +90,20 @@ class MultiAdapterPass:
         return result.result()
 
     def _serve(self, batch: Sequence[tuple[MicroBatch, Future[Tensor]]]) -> None:
-        """Set all results: by one pass, or one by one where that fails, so that only the guilty one learns of it."""
-        if len(batch) > 1:
-            works = [work for work, _ in batch]
+        """Set all results: by one pass, or one by one where that fails, so that only the guilty one learns of it, and
+        where a client's part is scored."""
+        together = [each for each in batch if not each[0].alone]
+        if len(together) > 1:
+            works = [work for work, _ in together]
             try:
                 with same_masks(work.model for work in works):  # so that one by one they drop the same
                     losses = self.differentiate(works)
             except Exception:  # whatever it is, such as too little memory for all at once
-                log.warning("a pass for %d clients failed; they come one by one", len(batch), exc_info=True)
+                log.warning("a pass for %d clients failed; they come one by one", len(together), exc_info=True)
             else:
-                for (_, result), loss in zip(batch, losses, strict=True):
+                for (_, result), loss in zip(together, losses, strict=True):
                     result.set_result(loss)
-                return
+                batch = [each for each in batch if each[0].alone]
         for work, result in batch:
             try:
                 result.set_result(differentiate(work))

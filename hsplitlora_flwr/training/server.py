@@ -16,6 +16,7 @@ from torch import Tensor
 from hsplitlora_flwr.copies import to_device, to_numbers
 from hsplitlora_flwr.lora.layers import draw_masks
 from hsplitlora_flwr.models.parts import BodyModel, ModelPart, ServerModel
+from hsplitlora_flwr.planning.importance import Scorer
 from hsplitlora_flwr.training.allowance import TRUSTED, Allowance, Refused, Step, check_activation
 from hsplitlora_flwr.training.half import Seat, check_finite
 from hsplitlora_flwr.transport.bottleneck import Bottleneck
@@ -47,13 +48,14 @@ class StepReport:
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """What one client sent, where it is to go, and what its loss is divided by."""
+    """What one client sent, where it is to go, and what its loss is divided by; ``alone`` if its part is scored."""
 
     model: ServerModel
     cut: Tensor
     attention_mask: Tensor
     labels: Tensor
     normalizer: int
+    alone: bool = False
 
 
 def differentiate(work: MicroBatch) -> Tensor:
@@ -112,6 +114,8 @@ class ServerTrainer:
         Through which the client's activations come.
     time_is_up : Callable[[], bool], optional
         Whether no further step is to begin.
+    scorer : Scorer, optional
+        Scores the weights in the first steps.
 
     Attributes
     ----------
@@ -119,6 +123,8 @@ class ServerTrainer:
         The client has taken all steps of its task, or all that there was time for, and the adapters are final.
     steps : int
         That it has taken.
+    scorer : Scorer
+        As given.
     """
 
     def __init__(
@@ -132,8 +138,10 @@ class ServerTrainer:
         allowance: Allowance = TRUSTED,
         bottleneck: Bottleneck | None = None,
         time_is_up: Callable[[], bool] = lambda: False,
+        scorer: Scorer | None = None,
     ) -> None:
         self.model = model
+        self.scorer = scorer or Scorer(model, end=0)
         self.finished = False
         self.steps = 0
         self._time_is_up, self._enough = time_is_up, False
@@ -214,10 +222,15 @@ class ServerTrainer:
         self._step = step
         draw_masks(self.model, step.number, step.micro_batches - 1)
         cut.requires_grad_()  # also where it does not go down: weights that are scored want gradients of what they read
+        # Layers of a shared half are watched as long as it is this client's turn, which ends with the step.
+        with self.scorer.watching(step.number):
+            if isinstance(self.model, ServerModel):
+                alone = self.scorer.is_due(step.number)
+                loss = self._through(MicroBatch(self.model, cut, mask, frame.labels, step.label_tokens, alone))
+            else:
+                hidden = self.model(cut, mask)
         if isinstance(self.model, ServerModel):
-            work = MicroBatch(self.model, cut, mask, frame.labels, step.label_tokens)
-            return self._trained(cut, self._through(work))
-        hidden = self.model(cut, mask)
+            return self._trained(cut, loss)
         self._waiting.append((cut, hidden))
         return Hidden(*pack(hidden.detach(), self._down))
 
@@ -241,7 +254,8 @@ class ServerTrainer:
         self._allowance.check_codec(frame.gradient)
         gradient = unpack(frame.gradient, frame.scale, hidden.dtype, hidden.device, up, hidden.shape)
         self._waiting.popleft()
-        hidden.backward(gradient)
+        with self.scorer.watching(self._step.number):
+            hidden.backward(gradient)
         return self._trained(cut, torch.tensor(frame.loss, dtype=torch.float64))
 
     def _trained(self, cut: Tensor, loss: Tensor) -> Frame:

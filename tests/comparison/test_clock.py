@@ -14,25 +14,25 @@ from hsplitlora_flwr.planning.round import cost_model
 def test_a_server_takes_steps_in_order_or_as_they_come() -> None:
     slow, fast = Step(10.0, 1.0, 2.0, 1.0, 4.0), Step(1.0, 1.0, 2.0, 1.0, 1.0)
     # in order: 11 to 13, 13 to 15, back at 18 and 17; then 29 to 31 and 31 to 33
-    assert serve([slow, fast], 2, fixed=True) == [36.0, 35.0]
+    assert serve([[slow] * 2, [fast] * 2], fixed=True) == [36.0, 35.0]
     # as they come: the fast one at 2 and at 8, the slow one at 11 and, after 13 + 5 + 11, at 29
-    assert serve([slow, fast], 2, fixed=False) == [36.0, 12.0]
+    assert serve([[slow] * 2, [fast] * 2], fixed=False) == [36.0, 12.0]
     # a server that is busy all the time, with two clients that are ready before it is
     busy = Step(0.5, 0.0, 4.0, 0.0, 0.5)
-    assert serve([busy, busy], 3, fixed=True) == [21.0, 25.0]
-    assert serve([], 3, fixed=True) == []
+    assert serve([[busy] * 3] * 2, fixed=True) == [21.0, 25.0]
+    assert serve([], fixed=True) == []
 
 
 def test_a_client_that_computes_forward_alone_is_a_step_ahead() -> None:
     """Sent at 3, 6 and, as the first is served by then, 9; served from 3 to 5, 6 to 8 and 9 to 11."""
     alone = Step(2.0, 1.0, 2.0, 0.0, 0.0, waits=False)
-    assert serve([alone], 3, fixed=True) == serve([alone], 3, fixed=False) == [11.0]
+    assert serve([[alone] * 3], fixed=True) == serve([[alone] * 3], fixed=False) == [11.0]
     # the server is slower: served from 3 to 13, 23 and 33, and the fourth, sent at 16, to 43
     slow = Step(2.0, 1.0, 10.0, 0.0, 0.0, waits=False)
-    assert serve([slow], 4, fixed=True) == [43.0]
+    assert serve([[slow] * 4], fixed=True) == [43.0]
     # sent at 9, 18 and, as the third waits for the first to be served at 19, at 28; served at 29 and 39
     late = Step(0.0, 9.0, 10.0, 0.0, 0.0, waits=False)
-    assert serve([late], 3, fixed=True) == [39.0]
+    assert serve([[late] * 3], fixed=True) == [39.0]
 
 
 def settings(**changes: Any) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,10 @@ def config(tiny_folder: Path) -> Config:
 def planner(config: Config) -> RoundPlanner:
     """With a plan in force, made of importance that leans to no weight."""
     made = RoundPlanner(config, SIZES, process_bytes=0)
-    assert made.scores_due(1) and made.why_replan(BUDGETS) == "" and made.drift == 0
+    assert made.probe_due and made.why_replan(BUDGETS) == "" and made.drift == 0
     made.take_scores(1, [1.0], [{layer.name: 1.0 for layer in made.layers}])
     made.replan(BUDGETS, SHARES, Budget(10**11))
-    assert made.plans.keys() == BUDGETS.keys()
+    assert made.plans.keys() == BUDGETS.keys() and not made.probe_due
     return made
 
 
@@ -58,13 +59,19 @@ def test_what_moved_is_why_it_is_made_anew(planner: RoundPlanner) -> None:
     assert planner.why_replan(BUDGETS) == f"importance moved by {planner.drift:.3f}, more than plan.drift=0.2"
 
 
-def test_scores_are_due_in_the_first_round_and_then_as_often_as_is_set(config: Config) -> None:
-    def due(**plan: int) -> list[int]:
-        planner = RoundPlanner(replace(config, plan=replace(config.plan, **plan)), SIZES, 0)
-        return [server_round for server_round in range(1, 8) if planner.scores_due(server_round)]
-
-    assert due(probe_every=3) == [1, 4, 7]
-    assert due(probe_every=0) == [1]
+def test_a_weight_that_was_not_scored_stands_to_the_others_as_before(config: Config, planner: RoundPlanner) -> None:
+    """Of two clients that score two weights each, one in common; every other weight has no score at all."""
+    one, two, three, *others = [layer.name for layer in planner.layers]
+    before = {one: 0.1, two: 0.2, three: 0.3} | dict.fromkeys(others, 0.4 / len(others))
+    planner.importance, rounds = dict(before), config.train.rounds
+    planner.take_scores(2, [0.25, 0.75], [{one: 6.0, two: 3.0}, {two: 3.0, three: 2.0}])
+    # what is known of the two scored weights sums to 0.3 and 0.5, their scores to 9 and 5: 30 and 10 times as much
+    mean = {one: 0.25 * 6 + 0.75 * 10 * 0.1, two: 3.0, three: 0.25 * 30 * 0.3 + 0.75 * 2}
+    mean |= {name: (0.25 * 30 + 0.75 * 10) * before[name] for name in others}
+    measured = {name: value / sum(mean.values()) for name, value in mean.items()}
+    g = {name: 1 - math.exp(-measured[name] / (before[name] * rounds)) for name in before}
+    raw = {name: g[name] * before[name] + (1 - g[name]) * measured[name] for name in before}
+    assert planner.importance == pytest.approx({name: value / sum(raw.values()) for name, value in raw.items()})
 
 
 def test_what_an_earlier_run_left_holds_for_the_same_settings(config: Config, planner: RoundPlanner) -> None:

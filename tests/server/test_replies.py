@@ -34,10 +34,12 @@ LAYERS = [Layer(name, block, 8, 4, 0, 0) for name, block in (("0.q", 0), ("0.v",
 CONFIG = Config.from_run_config({"train.steps": 2, "train.lr": 0.01, "evaluation.client_rows": 3})
 # 0.v has no adapter, 1.q is the server's
 TASK = Task(CONFIG, TRAIN, "1", 1, 1, {"0.q": AdapterSpec(2, 4.0), "1.q": AdapterSpec(3, 6.0)}, 0, 2)
-PROBING, MEASURING = replace(TASK, kind=PROBE, specs={}), replace(TASK, kind=EVALUATE, specs={}, steps=0)
+SCORING, PROBING = replace(TASK, scored_steps=1), replace(TASK, kind=PROBE, specs={}, scored_steps=2)
+MEASURING = replace(TASK, kind=EVALUATE, specs={}, steps=0)
 ME = Description("1", 40, 10, 7, 77, tokens=100, cut_rows=1, cut_tokens=5)
 FIGURES = dict.fromkeys(TRAINING, 1.0)
 GOOD = Outcome({"0.q": (torch.full((4, 2), 0.01), torch.full((2, 8), 0.3))}, {}, [2.0, 1.5], FIGURES, ME)
+TRAINED = replace(GOOD, importance={"0.q": 0.5})
 SCORED = Outcome({}, {"0.q": 0.5, "0.v": 0.0}, [2.0, 1.5], FIGURES, ME)
 MEASURED = Outcome({}, {}, [], {"nll": 30.0, "label-tokens": 10.0}, ME)
 
@@ -46,7 +48,9 @@ def read(outcome: Outcome, task: Task) -> Outcome:
     return read_outcome(outcome.to_records(), task, LAYERS)
 
 
-@pytest.mark.parametrize(("outcome", "task"), [(GOOD, TASK), (SCORED, PROBING), (MEASURED, MEASURING)])
+@pytest.mark.parametrize(
+    ("outcome", "task"), [(GOOD, TASK), (TRAINED, SCORING), (SCORED, PROBING), (MEASURED, MEASURING)]
+)
 def test_what_was_asked_for_passes(outcome: Outcome, task: Task) -> None:
     found = read(outcome, task)
     assert (found.losses, found.importance, found.metrics) == (outcome.losses, outcome.importance, outcome.metrics)
@@ -132,6 +136,14 @@ def test_an_adapter_that_is_carried_on_is_held_against_where_it_started() -> Non
 def test_flawed_scores(scores: dict[str, float], says: str) -> None:
     with pytest.raises(ReplyError, match=says):
         read(replace(SCORED, importance=scores), PROBING)
+
+
+def test_training_scores_the_weights_that_it_was_asked_for() -> None:
+    for importance in ({}, {"0.v": 0.5}):
+        with pytest.raises(ReplyError, match="not those of the weights"):
+            read(replace(GOOD, importance=importance), SCORING)
+    with pytest.raises(ReplyError, match="1 scores"):
+        read(TRAINED, TASK)
 
 
 @pytest.mark.parametrize(("outcome", "task"), [(SCORED, PROBING), (MEASURED, MEASURING)])

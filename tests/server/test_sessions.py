@@ -124,9 +124,11 @@ def test_one_message_for_all_rounds_trains_what_a_message_for_every_task_does(
     assert [row["client_perplexity"] for row in lasting["rounds"]] == [
         row["client_perplexity"] for row in summary["rounds"]
     ]
+    assert lasting["importance"] == summary["importance"]
+    assert any(row["drift"] > 0 for row in lasting["importance_drift"]), "rounds after the first measured it"
     # whoever is drawn, or failed, since its message ended is reached by a new one
-    assert few.types().count(EVALUATE) == few.types().count(TRAIN) == 0
-    assert every.types().count(PROBE) > few.types().count(PROBE)
+    assert few.types().count(EVALUATE) == 0 and few.types().count(PROBE) == every.types().count(PROBE) == 3
+    assert 0 < few.types().count(TRAIN) < every.types().count(TRAIN)
     assert not list((tmp_path / "0" / "nodes").rglob("*.safetensors")), "nothing of the run stays on a node"
 
 

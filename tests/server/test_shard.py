@@ -29,8 +29,7 @@ def task(kind: str, **settings: Any) -> Task:
         (TRAIN, {"train.micro_batch_size": 3, "transport.in_flight": 9}, Allowance(20, 10, 8, 3, 50, 3, "int8")),
         # what messages carry together
         (TRAIN, {"train.micro_batch_size": 3, "transport.kind": "auto"}, Allowance(20, 10, 8, 3, 50, 3, "int8")),
-        # a probe takes the batch whole
-        (PROBE, {"train.micro_batch_size": 3}, Allowance(20, 10, 8, 8, 50, 1, "int8")),
+        (PROBE, {"train.micro_batch_size": 3}, Allowance(20, 10, 8, 3, 50, 1, "int8")),
         (
             EVALUATE,
             {"evaluation.client_rows": 30},

@@ -384,7 +384,7 @@ def test_the_plan_is_kept_until_budgets_change_or_importance_drifts(
             tight.append(True)
 
     monkeypatch.setattr(strategy, "OwnProcess", Watched)
-    config = settings(tiny_folder, tmp_path, **{"plan.drift": 0.9, "train.rounds": 3})
+    config = settings(tiny_folder, tmp_path, **{"plan.drift": 0.9, "train.rounds": 3, "plan.probe_batches": 1})
     grid = grid_of()
     original = grid.push_messages
     trains = 0
@@ -404,26 +404,28 @@ def test_the_plan_is_kept_until_budgets_change_or_importance_drifts(
         (3, "budgets changed"),
     ]
     assert [entry["round"] for entry in summary["importance_drift"]] == [1, 2, 3]
-    assert summary["importance_drift"][1]["drift"] > 0
+    # the second round measured for the third, as it trained
+    assert [entry["drift"] > 0 for entry in summary["importance_drift"]] == [False, False, True]
+    assert [message.metadata.message_type for message in grid.sent].count("train.probe") == len(GB)
     assert sum(summary["importance"].values()) == pytest.approx(1)
     assert not tight, "the server has room for a fragmented heap"
 
     monkeypatch.setattr(memory, "FRAGMENTED", 10**9)
-    config = settings(tiny_folder, tmp_path, **{"plan.drift": 0.0})
+    config = settings(tiny_folder, tmp_path, **{"plan.drift": 0.0, "train.rounds": 3})
     plans = run(config, tmp_path / "drift")["plans"]
-    assert [plan["round"] for plan in plans] == [1, 2]
+    assert [plan["round"] for plan in plans] == [1, 3]
     assert re.fullmatch(r"importance moved by 0\.\d{3}, more than plan\.drift=0", plans[1]["reason"])
     assert len(tight) == 2, "with every plan"
 
 
 def test_bytes_of_a_round_count_what_came_for_a_probe(tiny_folder: Path, tmp_path: Path) -> None:
-    def bytes_down(probe_every: int) -> int:
-        folder, changes = tmp_path / str(probe_every), {"plan.probe_every": probe_every, "plan.drift": 1.0}
+    def bytes_down(batches: int) -> int:
+        folder, changes = tmp_path / str(batches), {"plan.probe_batches": batches, "train.rounds": 1}
         summary = run(settings(tiny_folder, folder, **changes), folder)
-        return sum(client["bytes_down"] for client in summary["rounds"][1]["clients"])
+        return sum(client["bytes_down"] for client in summary["rounds"][0]["clients"])
 
-    # the update travels with the message that comes first, and a probe's gradients come on top of those of training
-    assert bytes_down(1) > 1.1 * bytes_down(0)
+    # a probe's gradients come on top of those of training
+    assert bytes_down(2) > 1.1 * bytes_down(1)
 
 
 def test_a_rank_cap_bounds_the_adapter_and_says_what_it_dropped(tiny_folder: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
 from threading import Event
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ from hsplitlora_flwr.lora import AdapterSpec, extract, inject
 from hsplitlora_flwr.lora.aggregation import Factors
 from hsplitlora_flwr.lora.multi_adapter import adapted_layers
 from hsplitlora_flwr.models import split_model
+from hsplitlora_flwr.planning.importance import Scorer
 from hsplitlora_flwr.training.activation_checkpointing import checkpoint_blocks
 from hsplitlora_flwr.training.allowance import Allowance
 from hsplitlora_flwr.training.client import ClientTrainer, take_turn, train_client
@@ -39,6 +40,8 @@ STEPS = 4
 TRAIN = TrainConfig(rounds=1, steps=STEPS, lr=1e-2, schedule="cosine", warmup_steps=2, weight_decay=0.01, clip=0.05)
 SPLITS = {"a": 2, "b": 1, "c": 3}
 SCALE = 1.5
+
+R = TypeVar("R", bound=PlainRound)
 
 
 def own_specs(names: Sequence[str], client: int) -> dict[str, AdapterSpec]:
@@ -84,6 +87,7 @@ class Split:
         frozen: Collection[str] = (),
         one_way: Collection[str] | None = None,
         dropout: float = 0.0,
+        scored: int = 0,
     ) -> None:
         one_way = frozen if one_way is None else one_way
         self.family, self.base, self.splits = family, tiny_model(family), splits
@@ -94,12 +98,15 @@ class Split:
         self.half = SharedHalf(part, shared, "server", {}, train, self.turns, norms=norms)
         self.clients: dict[str, ClientTrainer] = {}
         self.servers: dict[str, ServerTrainer] = {}
+        self.scorers: dict[str, tuple[Scorer, Scorer]] = {}
         for number, (client, split) in enumerate(splits.items()):
             lower, upper, *head = split_model(self.base, split, labels)
             self.half.attach(upper)
             if checkpointing:
                 checkpoint_blocks(upper)
             specs = {} if client in frozen else own_specs(names, number)
+            below, above = (Scorer(part, end=scored, adapted=True) for part in (lower, upper))
+            self.scorers[client] = below, above
             self.clients[client] = ClientTrainer(
                 lower.train(),
                 AdapterOptimizer(inject(lower, specs, client), train),
@@ -109,12 +116,14 @@ class Split:
                 micro_batch_size=micro_batch_size,
                 up=wire_of(self.base),
                 forward_only=client in one_way,
+                scorer=below,
             )
             self.servers[client] = ServerTrainer(
                 upper.train(),
                 self.half.seat(client),
                 down=wire_of(self.base),
                 allowance=Allowance(forward_only=client in one_way),
+                scorer=above,
             )
 
     def train_over_streams(self, slow: str = "") -> None:
@@ -153,14 +162,19 @@ class Split:
         return {name: extract(each.model) for name, each in self.clients.items()} | {SERVER: self.half.adapters()}
 
 
-def plain(split: Split, train: TrainConfig = TRAIN) -> dict[str, dict[str, Factors]]:
-    """The adapters after the same round, written out."""
+def written_out(split: Split, train: TrainConfig = TRAIN, kind: type[R] = PlainRound) -> R:  # type: ignore[assignment]
+    """The same round, which has not begun."""
     found = {name: extract(each.model) for name, each in split.clients.items()} | {SERVER: split.half.adapters()}
     starts = {owner: {name: (b, a / SCALE) for name, (b, a) in own.items()} for owner, own in found.items()}
     scales = {owner: dict.fromkeys(own, SCALE) for owner, own in starts.items()}
-    written_out = PlainRound(tiny_model(split.family), starts, split.splits, scales, train)
-    written_out.run({client: random_batches(number) for number, client in enumerate(split.splits)}, STEPS)
-    return {owner: written_out.adapters(owner) for owner in starts}
+    return kind(tiny_model(split.family), starts, split.splits, scales, train)
+
+
+def plain(split: Split, train: TrainConfig = TRAIN) -> dict[str, dict[str, Factors]]:
+    """The adapters after the same round, written out."""
+    same = written_out(split, train)
+    same.run({client: random_batches(number) for number, client in enumerate(split.splits)}, STEPS)
+    return {owner: same.adapters(owner) for owner in same.factors}
 
 
 def assert_equal(got: Mapping[str, Mapping[str, Factors]], expected: Mapping[str, Mapping[str, Factors]]) -> None:
