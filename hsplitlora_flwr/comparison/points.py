@@ -12,14 +12,14 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hsplitlora_flwr.comparison.results import measurements
 from hsplitlora_flwr.reporting.page import PAGE_FILE
-from hsplitlora_flwr.reporting.summary import SUMMARY_FILE
+from hsplitlora_flwr.reporting.summary import read_summary
 
 JOB_FILE = "job.json"
 """In the folder of a job of a sweep: what was typed for it, its settings, and why it failed before it began."""
@@ -102,7 +102,7 @@ class Point:
         typed : bool
             Take what was typed for the axes, where that is known, and not all settings.
         """
-        job, summary = _read_json(folder / JOB_FILE), _read_json(folder / SUMMARY_FILE)
+        job, summary = _read(lambda: json.loads((folder / JOB_FILE).read_text())), _read(lambda: read_summary(folder))
         if not job and not {"status", "config", "rounds"} <= summary.keys():
             return None
         settings = {key: str(value) for key, value in (summary.get("config") or job.get("settings") or {}).items()}
@@ -220,9 +220,9 @@ def _order(folder: Path) -> tuple[bool, int, str]:
     return not number, int(folder.name) if number else 0, folder.name
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read(content_of: Callable[[], Any]) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = content_of()
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,6 +26,9 @@ log = logging.getLogger(__name__)
 _LONGEST_CAUSE = 2_000
 """Characters of an error that a person is shown; the traceback in Flower's log has all of it."""
 
+
+_DRAWING = 20
+"""Times that the page took, until it is written again while the run goes on."""
 
 MakeListener = Callable[[Config, Path], Listener]
 """Makes a listener of a run from its settings and its folder."""
@@ -85,6 +89,7 @@ class RunReport:
         self._folder = folder
         self._events = EventLog(folder, listeners)
         self._summary = Summary(folder, dict(config))
+        self._draw_at = 0.0  # when the page of a run that goes on is written again, by time.monotonic
         self._summary.save()
 
     def configured(self, config: Mapping[str, Any]) -> None:
@@ -130,7 +135,7 @@ class RunReport:
 
     def importance(self, server_round: int, importance: Mapping[str, float], drift: float) -> None:
         """The importance of every weight, and how far it moved since the plan was made."""
-        self._summary.content.setdefault("importance_drift", []).append({"round": server_round, "drift": drift})
+        self._summary.add("importance_drift", {"round": server_round, "drift": drift})
         self._summary.save(importance=dict(importance))
 
     def planned(
@@ -139,9 +144,7 @@ class RunReport:
         """A new plan: why, its figures, and a row for every client with its ranks by layer."""
         rows = [{**client, "ranks": _spread(client["ranks"])} if "ranks" in client else client for client in clients]
         self._events.emit("planned", round=server_round, reason=reason, clients=rows)
-        plans = self._summary.content.setdefault("plans", [])
-        plans.append({"round": server_round, "reason": reason, **plan, "clients": clients})
-        self._summary.save()
+        self._summary.add("plans", {"round": server_round, "reason": reason, **plan, "clients": clients})
 
     def step(self, **fields: Any) -> None:
         """A step of a client."""
@@ -157,7 +160,7 @@ class RunReport:
     def client_failed(self, server_round: int, client: str, error: str) -> None:
         """A client that could not do its part."""
         failure = {"round": server_round, "client": client, "error": error}
-        self._summary.content.setdefault("failures", []).append(failure)
+        self._summary.add("failures", failure)
         self._events.emit("client_failed", round=server_round, client=client, error=error)
 
     def round_finished(
@@ -165,8 +168,7 @@ class RunReport:
     ) -> None:
         """A round whose update is part of the model."""
         row = {"round": server_round, "seconds": seconds, "update_norm": update_norm, **more, "clients": list(clients)}
-        self._summary.content["rounds"].append(row)
-        self._summary.save()
+        self._summary.add("rounds", row)
         self._events.emit("round_finished", round=server_round, seconds=seconds, update_norm=update_norm)
 
     def evaluated(
@@ -189,11 +191,12 @@ class RunReport:
         changes: dict[str, Any] = {}
         if server_round:
             row = {"perplexity": perplexity, "perplexity_interval": interval, "evaluation_seconds": seconds}
-            self._summary.content["rounds"][-1] |= row
+            self._summary.amend("rounds", **row)
         else:
             changes["perplexity_before"] = perplexity
         self._summary.save(**changes, perplexity_after=perplexity, held_out_tokens=tokens)
-        self._draw()
+        if time.monotonic() >= self._draw_at:
+            self._draw()
 
     @property
     def best_round(self) -> int:
@@ -216,8 +219,7 @@ class RunReport:
 
     def evaluated_clients(self, server_round: int, perplexity: float, clients: Mapping[str, float]) -> None:
         """Perplexity of what the clients keep out of training: over all their tokens, and of each client."""
-        self._summary.content["rounds"][-1]["client_perplexity"] = {"all": perplexity, **clients}
-        self._summary.save()
+        self._summary.amend("rounds", client_perplexity={"all": perplexity, **clients})
         self._events.emit("status", text=f"perplexity {perplexity:.2f} on the clients' own text")
 
     def generated(self, scores: Mapping[str, float | None]) -> None:
@@ -291,7 +293,10 @@ class RunReport:
             _try(self._draw)
 
     def _draw(self) -> None:
+        """Write the page. It has all rounds, so the longer it takes the longer is the wait for the next one."""
+        started = time.monotonic()
         write_page(self._summary.content, self._folder)
+        self._draw_at = started + (1 + _DRAWING) * (time.monotonic() - started)
 
 
 def failed_outside(folder: Path, cause: str) -> None:

@@ -1,26 +1,34 @@
-"""``summary.json``: what a run was and what came out of it, complete after every round."""
+"""``summary.json``: what a run was and what came out of it.
+
+While the run goes on its tables, which grow with every round, stand in a file beside it, which ``journal`` names
+(:mod:`hsplitlora_flwr.reporting.journal`); :func:`read_summary` puts both together. Once it has ended all is in here.
+"""
 
 from __future__ import annotations
 
 import json
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from hsplitlora_flwr.reporting.journal import JOURNAL_FILE, Journal
 
 SUMMARY_FILE = "summary.json"
 ROWS_FILE = "held_out.json"
 STOPPED = "the process of the run was stopped; Flower's log says why"
 """The error of a run that learned no more than that."""
+TABLES = ("rounds", "plans", "importance_drift", "failures")
+"""Fields that grow with the run."""
 _RENAMED = {"recompute": "checkpointing"}
 """Fields by the names that they had."""
 _PACKAGES = ("hsplitlora-flwr", "flwr", "torch", "transformers", "peft", "ray")
 
 
 class Summary:
-    """The summary of a run folder, rewritten in one piece whenever it is saved.
+    """The summary of a run folder.
 
     Parameters
     ----------
@@ -28,10 +36,17 @@ class Summary:
         The run folder.
     config : dict
         The settings as dotted keys.
+
+    Attributes
+    ----------
+    content : dict
+        What it says. Of plans before the last the clients are in the file alone: they are most of it where every round
+        has other clients, and nobody asks for them before the run has ended.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
-        self._path = folder / SUMMARY_FILE
+        self._folder, self._journal = folder, Journal(folder)
+        self._journal.forget()
         self.content: dict[str, Any] = {
             "status": "running",
             "started": time.time(),
@@ -52,17 +67,39 @@ class Summary:
         """
         earlier = read_summary(run_folder)
         for name in ("rounds", "plans", "importance_drift"):
-            if name in earlier:
-                self.content[name] = [row for row in earlier[name] if row["round"] <= server_round]
+            for row in earlier.get(name, ()):
+                if row["round"] <= server_round:
+                    self.add(name, row)
         kept = {name: earlier[name] for name in ("perplexity_before", "importance", "texts") if name in earlier}
         if 0 < (earlier.get("best") or {}).get("round", 0) <= server_round:
             kept["best"] = earlier["best"]
         self.save(**kept, resumed={"run": str(run_folder), "after_round": server_round})
 
+    def add(self, table: str, row: dict[str, Any]) -> None:
+        """Append a row to one of the tables; it is on disk when this returns."""
+        self._journal.add(table, row)
+        rows = self.content.setdefault(table, [])
+        if table == "plans" and rows:
+            rows[-1] = {**rows[-1], "clients": []}
+        rows.append(row)
+
+    def amend(self, table: str, **changes: Any) -> None:
+        """Take over changes of a table's last row."""
+        row = self.content[table][-1]
+        row |= changes
+        self._journal.add(table, row, again=True)
+
     def save(self, **changes: Any) -> None:
-        """Take over ``changes`` and write the file; a reader sees the old content or the new, never a half."""
+        """Take over ``changes`` and write the file, all of it once the run has ended.
+
+        A reader sees the old content or the new, never a half.
+        """
         self.content.update(changes, seconds=time.time() - self.content["started"])
-        _write(self._path, self.content)
+        head = {name: value for name, value in self.content.items() if name not in TABLES}
+        if head["status"] == "running":
+            _write(self._folder / SUMMARY_FILE, head | {"journal": JOURNAL_FILE})
+        else:
+            _write_whole(self._folder, head)
 
 
 def read_summary(folder: Path) -> Any:
@@ -73,7 +110,16 @@ def read_summary(folder: Path) -> Any:
     OSError, ValueError
         If there is none, or it is no JSON.
     """
-    text = (folder / SUMMARY_FILE).read_text(encoding="utf-8")
+    content = _parse((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+    if isinstance(content, dict) and content.pop("journal", None):
+        try:
+            content |= {"rounds": []} | {name: rows for name in TABLES if (rows := list(_rows(folder, name)))}
+        except FileNotFoundError:  # the run has ended meanwhile
+            content = _parse((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+    return content
+
+
+def _parse(text: str) -> Any:
     return json.loads(text, object_hook=lambda fields: {_RENAMED.get(name, name): fields[name] for name in fields})
 
 
@@ -112,17 +158,43 @@ def end_as_failed(folder: Path, error: str) -> dict[str, Any] | None:
     except (OSError, ValueError, TypeError, LookupError):
         return None
     try:
-        _write(path, content)
+        _write_whole(folder, content)
     except OSError:
         _overwrite_status(path)
         raise
-    return content
+    ended: dict[str, Any] = read_summary(folder)
+    return ended
 
 
-def _write(path: Path, content: Mapping[str, Any]) -> None:
+def _write(path: Path, content: Mapping[str, Any], tables: Mapping[str, Iterable[Any]] | None = None) -> None:
+    """Write ``content`` and, after it, tables whose rows come one by one and take a line each."""
     draft = path.with_suffix(".json.part")
-    draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=2).removesuffix("\n}"))
+        for name, rows in (tables or {}).items():
+            file.write(f',\n  "{name}": [')
+            for number, row in enumerate(rows):
+                file.write(f"{',' if number else ''}\n    {json.dumps(row)}")
+            file.write("\n  ]")
+        file.write("\n}\n")
     draft.replace(path)
+
+
+def _write_whole(folder: Path, head: Mapping[str, Any]) -> None:
+    """Write the summary of a run that has ended, with the tables from where they are now; the journal is gone then."""
+    names = [name for name in TABLES if name == "rounds" or next(iter(_rows(folder, name)), None)]
+    content = {name: value for name, value in head.items() if name not in (*TABLES, "journal")}
+    _write(folder / SUMMARY_FILE, content, {name: _rows(folder, name) for name in names})
+    Journal(folder).forget()
+
+
+def _rows(folder: Path, table: str) -> Iterable[Any]:
+    """The rows of a table, from the journal if there is one, else from the summary as it stands."""
+    journal = Journal(folder)
+    if journal.exists:
+        return journal.rows(table, _parse)
+    rows: Iterable[Any] = _parse((folder / SUMMARY_FILE).read_text(encoding="utf-8")).get(table, ())
+    return rows
 
 
 def _overwrite_status(path: Path) -> None:

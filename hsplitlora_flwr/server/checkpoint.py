@@ -38,7 +38,7 @@ from hsplitlora_flwr.models.configuration import with_model_dtype
 from hsplitlora_flwr.paths import CHECKPOINTS, kept_rounds, last_round
 from hsplitlora_flwr.planning.budget import Budget
 from hsplitlora_flwr.planning.planner import ClientPlan
-from hsplitlora_flwr.reporting.summary import SUMMARY_FILE
+from hsplitlora_flwr.reporting.summary import SUMMARY_FILE, read_summary
 
 _STATE, _START, _OPTIMIZER = "state.json", "start.safetensors", "optimizer.safetensors"
 _TENSORS = (DELTA_FILE, _START, _OPTIMIZER)
@@ -198,7 +198,7 @@ def check_resume(config: Config, run_folder: Path) -> None:
         _check_digest(folder / name, text)
     _plans(folder, text)
     with _reading(earlier / SUMMARY_FILE) as file:
-        _check_summary(_read_json(file))
+        _check_summary(read_summary(file.parent))
 
 
 def load_state(config: Config) -> RunState:
@@ -290,8 +290,10 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _check_summary(content: Mapping[str, Any]) -> None:
+def _check_summary(content: Any) -> None:
     """Raise ``ValueError`` unless the rows of rounds can be told apart, which a run that goes on takes over."""
+    if not isinstance(content, dict):
+        raise ValueError("it is no JSON object")
     for name in ("rounds", "plans", "importance_drift"):
         rows = content.get(name, [])
         if not isinstance(rows, list) or not all(isinstance(r, dict) and type(r.get("round")) is int for r in rows):
