@@ -15,8 +15,8 @@ compared with what:
 - ``aggregate``: aggregation of a round for LLaMA-2-7B against a dense sum and against PEFT.
 - ``wire``: speed of the stream against a bare gRPC echo.
 - ``narrow``: what narrow numbers on the wire do to a step.
-- ``scale``: rounds with up to 500 clients of a tiny model: time per client, and memory.
-- ``plan``: time to plan for 1000 clients of a model of 70 billion parameters.
+- ``scale``: rounds with up to 500 clients of a tiny model, and with 50 of 1,000: time per client, and memory.
+- ``plan``: time to plan for 1,000 and 10,000 clients of a model of 70 billion parameters.
 - ``start``: what a client process does before its first step, part by part.
 - ``deployment``: time of a step on SuperNodes against that of a simulation.
 - ``gpu``: all that a GPU does: what is exact there, speed, memory; on a machine without one, or with ``--small``, tiny

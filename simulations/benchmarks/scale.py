@@ -20,13 +20,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from hsplitlora_flwr.client_app import app
 from hsplitlora_flwr.config import Config
 from hsplitlora_flwr.data.sources import load_text
+from hsplitlora_flwr.reporting.summary import SUMMARY_FILE
 from hsplitlora_flwr.server.strategy import HSplitLoRA
 from hsplitlora_flwr.training.memory import resting_bytes
 from simulations.benchmarks.common import Apart, Row, Sample, Setup
 
-CLIENTS = {10: 10, 100: 100, 500: 500, 1000: 50}
-"""How many there are, and how many of them a round has."""
-ROUNDS = 3
+CLIENTS = {10: (10, 3), 100: (100, 3), 500: (500, 3), 1000: (50, 12)}
+"""How many there are, how many of them a round has, and how many rounds are taken."""
 BLOCKS, HIDDEN = 4, 32
 """Of the tiny model."""
 MEMORY_GB = (20, 30, 40)
@@ -43,17 +43,19 @@ SETTINGS: dict[str, int | str] = {
 
 
 class Round(NamedTuple):
-    """Seconds of a round, seconds of CPU of both processes and of the server's, and the server's memory, in bytes."""
+    """Seconds of a round, seconds of CPU of both processes and of the server's, the server's memory and the size of its
+    summary, in bytes."""
 
     seconds: float
     cpu: float
     server_cpu: float
     memory: int
+    summary: int
 
 
 def scale(setup: Setup) -> Iterator[Row]:
-    """Rounds of the strategy with 10, 100 and 500 clients of a tiny model, over the stream, and with 50 of 1,000; each
-    against the first.
+    """Rounds of the strategy with 10, 100 and 500 clients of a tiny model, over the stream, and 12 with 50 of 1,000;
+    each against the first.
 
     The server is a process of its own. So are the clients, one for all of them: the client app takes their messages one
     after another, through a grid in place of Flower's. Hence a round does not gain from clients that train at once, and
@@ -63,6 +65,7 @@ def scale(setup: Setup) -> Iterator[Row]:
 
     - ``server_mb``: memory of the server's process after a round, with what is free given back; ``server / round 1``
       is that over the first round's. Goal: flat within 5 %.
+    - ``summary_kb``: what the run's summary has then, which is written several times a round. Goal: flat.
     - ``s_per_client``: time of the round over the number of its clients.
     - ``cpu_s_per_client``: the same in CPU time of both processes, which other work on the machine moves less;
       ``/ fewest`` is its median over all rounds, over that with the fewest clients. Goal: constant within 10 %.
@@ -71,8 +74,8 @@ def scale(setup: Setup) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder))
         fewest = 0.0
-        for known, clients in CLIENTS.items():
-            with Apart(Federation, folder, known, clients) as federation:
+        for known, (clients, count) in CLIENTS.items():
+            with Apart(Federation, folder, known, clients, count) as federation:
                 rounds: list[Round] = federation.call("run")
             cpu = [each.cpu / clients for each in rounds]
             fewest = fewest or Sample(cpu).median
@@ -83,6 +86,7 @@ def scale(setup: Setup) -> Iterator[Row]:
                     "round": number,
                     "server_mb": each.memory / 1e6,
                     "server / round 1": each.memory / rounds[0].memory,
+                    "summary_kb": each.summary / 1e3,
                     "s_per_client": each.seconds / clients,
                     "cpu_s_per_client": cpu[number - 1],
                     "cpu_s_per_client / fewest": Sample(cpu).median / fewest,
@@ -118,12 +122,12 @@ class Federation:
     ----------
     model : str
         Folder of the tiny model.
-    known, clients : int
-        How many there are, and how many of them a round has.
+    known, clients, rounds : int
+        How many there are, how many of them a round has, and how many rounds there are.
     """
 
-    def __init__(self, model: str, known: int, clients: int) -> None:
-        run = {"model.path": model, "clients.count": known, "clients.per_round": clients, "train.rounds": ROUNDS}
+    def __init__(self, model: str, known: int, clients: int, rounds: int) -> None:
+        run = {"model.path": model, "clients.count": known, "clients.per_round": clients, "train.rounds": rounds}
         self._config = Config.from_run_config({**SETTINGS, **run})
 
     def run(self) -> list[Round]:
@@ -150,7 +154,8 @@ class _Measured(HSplitLoRA):
         metrics = super().train_round(grid, server_round)
         seconds, after = time.perf_counter() - started, self.nodes.cpu()
         server, clients = (end - start for start, end in zip(before, after, strict=True))
-        self.rounds.append(Round(seconds, server + clients, server, resting_bytes()))
+        summary = (self.folder / SUMMARY_FILE).stat().st_size
+        self.rounds.append(Round(seconds, server + clients, server, resting_bytes(), summary))
         return metrics
 
 

@@ -9,7 +9,7 @@ import pytest
 from simulations.benchmarks import common
 from simulations.benchmarks import scale as module
 from simulations.benchmarks.common import Setup
-from simulations.benchmarks.scale import ROUNDS, scale
+from simulations.benchmarks.scale import scale
 
 
 @pytest.fixture(autouse=True)
@@ -19,12 +19,13 @@ def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rounds_of_a_small_federation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CLIENTS", {3: 2})
+    monkeypatch.setattr(module, "CLIENTS", {3: (2, 3)})
     rows = list(scale(Setup()))
-    assert [(row["clients"], row["round"]) for row in rows] == [(2, number) for number in range(1, ROUNDS + 1)]
+    assert [(row["clients"], row["round"]) for row in rows] == [(2, number) for number in range(1, 4)]
     assert rows[0]["server / round 1"] == 1.0
     for row in rows:
         assert float(row["server_mb"]) > 100
+        assert float(row["summary_kb"]) == pytest.approx(float(rows[0]["summary_kb"]), rel=0.01)
         assert float(row["s_per_client"]) > 0
         assert 0 < float(row["server_cpu_s_per_client"]) < float(row["cpu_s_per_client"])
     assert float(rows[0]["cpu_s_per_client / fewest"]) == 1.0
