@@ -72,8 +72,10 @@ def soak(setup: Setup) -> Iterator[Row]:
     - ``s_a_round``: median of those since the row before.
     - ``server_mb``, ``descriptors``, ``threads``: of the server's process.
     - ``client_processes``: of this deployment, on all nodes; more than one a node are orphans.
+    - ``orphans``: client processes that killed SuperNodes left behind; ``orphan_s``: the longest that one of them lived
+      on, to within a second.
     """
-    dice, faults = random.Random(0), Counter[str]()
+    dice, faults, orphans = random.Random(0), Counter[str](), _Orphans()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         make_model(folder / "model")
@@ -97,20 +99,22 @@ def soak(setup: Setup) -> Iterator[Row]:
                 for entry in [each for each in undone if each[0] <= now]:
                     undone.remove(entry)
                     entry[1]()
+                orphans.look()
                 if now >= look_at:  # Flower takes a node back when it has missed it, and not before
                     look_at = now + NODE_SECONDS
                     for node in running.nodes:
                         if not node.lives:
                             node.start()
                 if now >= fault_at and not undone:
-                    if undo := _fault(dice, faults, running, relay):
+                    if undo := _fault(dice, faults, running, relay, orphans):
                         undone.append((now + dice.uniform(*ABSENCE), undo))
                     fault_at = now + dice.uniform(*PAUSES)
                 time.sleep(0.2)
             row, seen = _row(folder / "run", running, seen)
             if row:
                 fault_at = min(fault_at, time.monotonic()) if not setup.small else fault_at
-                yield {"minutes": (until - begun) / 60, **row, **{name: faults[name] for name in _FAULTS}}
+                counts = {name: faults[name] for name in _FAULTS}
+                yield {"minutes": (until - begun) / 60, **row, **counts, **orphans.figures()}
             if until - begun >= 60 * setup.minutes:
                 return
 
@@ -118,7 +122,34 @@ def soak(setup: Setup) -> Iterator[Row]:
 _FAULTS = ("resets", "outages", "kills", "stops", "nodes")
 
 
-def _fault(dice: random.Random, faults: Counter[str], running: Deployment, relay: Relay) -> Undo | None:
+class _Orphans:
+    """Client processes whose SuperNode was killed, and how long they live on."""
+
+    def __init__(self) -> None:
+        self._living: dict[psutil.Process, float] = {}  # since when
+        self._count, self._longest = 0, 0.0
+
+    def note(self, clients: Sequence[psutil.Process]) -> None:
+        """They lose their SuperNode now."""
+        self._living |= dict.fromkeys(clients, time.monotonic())
+        self._count += len(clients)
+
+    def look(self) -> None:
+        """See who still lives."""
+        now = time.monotonic()
+        for process, since in list(self._living.items()):
+            self._longest = max(self._longest, now - since)
+            if not _lives(process):
+                del self._living[process]
+
+    def figures(self) -> dict[str, float]:
+        """As in a row."""
+        return {"orphans": self._count, "orphan_s": self._longest}
+
+
+def _fault(
+    dice: random.Random, faults: Counter[str], running: Deployment, relay: Relay, orphans: _Orphans
+) -> Undo | None:
     """Do something bad; returns what undoes it, if anything does."""
     what, node = dice.choice(_FAULTS), dice.choice(running.nodes)
     faults[what] += 1
@@ -128,6 +159,7 @@ def _fault(dice: random.Random, faults: Counter[str], running: Deployment, relay
         relay.refuse()
         return relay.admit
     elif what == "nodes":
+        orphans.note(_clients(node.pid))
         node.kill()  # and is started anew below
     else:
         clients = _clients(node.pid)
@@ -151,6 +183,12 @@ def _clients(node: int) -> list[psutil.Process]:
     with suppress(psutil.NoSuchProcess):
         return [each for each in psutil.Process(node).children(recursive=True) if _is(each, "clientapp")]
     return []
+
+
+def _lives(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _is(process: psutil.Process, name: str) -> bool:
