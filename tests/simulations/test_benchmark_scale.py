@@ -25,7 +25,7 @@ def test_rounds_of_a_small_federation(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows[0]["server / round 1"] == 1.0
     for row in rows:
         assert float(row["server_mb"]) > 100
-        assert float(row["summary_kb"]) == pytest.approx(float(rows[0]["summary_kb"]), rel=0.01)
+        assert float(row["summary_kb"]) == pytest.approx(float(rows[0]["summary_kb"]), abs=0.3)
         assert float(row["s_per_client"]) > 0
         assert 0 < float(row["server_cpu_s_per_client"]) < float(row["cpu_s_per_client"])
     assert float(rows[0]["cpu_s_per_client / fewest"]) == 1.0
