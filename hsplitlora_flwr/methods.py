@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from hsplitlora_flwr.config import Config
-from hsplitlora_flwr.names import KNOWN_METHODS
+from hsplitlora_flwr.config.names import KNOWN_METHODS
 from hsplitlora_flwr.registry import Registry
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from hsplitlora_flwr.config import RENAMED, ClientsConfig, Config, ConfigError, render_pyproject_block
-from hsplitlora_flwr.names import KNOWN_OPTIMIZERS
+from hsplitlora_flwr.config.names import KNOWN_OPTIMIZERS
 
 PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
 

@@ -20,8 +20,8 @@ from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
 from transformers import LlamaConfig
 
-from hsplitlora_flwr import CutTransform, names, server_app, split_client_app
-from hsplitlora_flwr.config import Config, ConfigError, DataConfig, TrainConfig, TransportConfig
+from hsplitlora_flwr import CutTransform, server_app, split_client_app
+from hsplitlora_flwr.config import Config, ConfigError, DataConfig, TrainConfig, TransportConfig, names
 from hsplitlora_flwr.data.sources import READERS, DataError, Example, load_text, read_rows
 from hsplitlora_flwr.lora.aggregation import RULES, AggregationError, aggregate
 from hsplitlora_flwr.methods import METHODS

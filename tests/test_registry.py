@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from hsplitlora_flwr.config import Config, ConfigError
+from hsplitlora_flwr.config.names import KNOWN_METHODS
 from hsplitlora_flwr.methods import METHODS as RESOLVED
 from hsplitlora_flwr.methods import Method
-from hsplitlora_flwr.names import KNOWN_METHODS
 from hsplitlora_flwr.registry import PluginError, Registry, import_plugins
 
 LATE: Registry[int] = Registry("number", "one", home="at_home")

@@ -23,11 +23,11 @@ from pathlib import Path
 import yaml
 
 from hsplitlora_flwr.config import DataConfig
+from hsplitlora_flwr.config.names import KNOWN_SOURCES
 from hsplitlora_flwr.data.example import DataError as DataError
 from hsplitlora_flwr.data.example import Example as Example
 from hsplitlora_flwr.data.files import Stored, read_text
 from hsplitlora_flwr.data.shapes import Row, refusal, shape_of
-from hsplitlora_flwr.names import KNOWN_SOURCES
 from hsplitlora_flwr.registry import Registry
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hsplitlora_flwr.config import TrainConfig
-from hsplitlora_flwr.names import KNOWN_OPTIMIZERS
+from hsplitlora_flwr.config.names import KNOWN_OPTIMIZERS
 from hsplitlora_flwr.registry import Registry
 
 

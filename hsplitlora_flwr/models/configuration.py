@@ -13,11 +13,11 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from transformers import __version__ as transformers_version
 
 from hsplitlora_flwr.config import Config
+from hsplitlora_flwr.config.names import DTYPES
 from hsplitlora_flwr.models.checkpoint import ADAPTER_FILE, ModelFilesError, local_path
 from hsplitlora_flwr.models.conversion import parts_of, take_quantisation
 from hsplitlora_flwr.models.multimodal import text_config
 from hsplitlora_flwr.models.proof import brief
-from hsplitlora_flwr.names import DTYPES
 
 _HUB_SECONDS = 5.0
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hsplitlora_flwr.names import QUANTISATIONS
+from hsplitlora_flwr.config.names import QUANTISATIONS
 
 BLOCK = 64
 """Numbers of nf4 that share a scale."""
@@ -35,7 +35,7 @@ def check_quantiser(quantise: str) -> None:
     Raises
     ------
     ValueError
-        If ``quantise`` is not one of :data:`~hsplitlora_flwr.names.QUANTISATIONS`.
+        If ``quantise`` is not one of :data:`~hsplitlora_flwr.config.names.QUANTISATIONS`.
     ModuleNotFoundError
         If the library is not installed.
     """

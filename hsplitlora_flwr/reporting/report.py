@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hsplitlora_flwr.config import Config
-from hsplitlora_flwr.names import KNOWN_LISTENERS
+from hsplitlora_flwr.config.names import KNOWN_LISTENERS
 from hsplitlora_flwr.registry import Registry
 from hsplitlora_flwr.reporting.events import EVENTS_FILE, EventLog, Listener, quarter, read_events
 from hsplitlora_flwr.reporting.page import PAGE_FILE, write_page

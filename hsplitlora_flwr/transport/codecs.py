@@ -21,8 +21,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from hsplitlora_flwr.config.names import KNOWN_CODECS
 from hsplitlora_flwr.copies import to_device
-from hsplitlora_flwr.names import KNOWN_CODECS
 from hsplitlora_flwr.registry import Registry
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from hsplitlora_flwr.config import TransportConfig
-from hsplitlora_flwr.names import KNOWN_TRANSPORTS
+from hsplitlora_flwr.config.names import KNOWN_TRANSPORTS
 from hsplitlora_flwr.registry import Registry
 from hsplitlora_flwr.transport.frames import Frame
 

@@ -11,7 +11,7 @@ from queue import SimpleQueue
 import grpc
 import torch
 
-from hsplitlora_flwr.names import WIRES
+from hsplitlora_flwr.config.names import WIRES
 from hsplitlora_flwr.transport.certificates import Identity, make_identity
 from hsplitlora_flwr.transport.codecs import pack, unpack
 from hsplitlora_flwr.transport.frames import Activation, Gradient, buffers, decode, encode

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from hsplitlora_flwr.config import Config, TrainConfig
+from hsplitlora_flwr.config.names import WIRES
 from hsplitlora_flwr.lora import AdapterSpec, inject
 from hsplitlora_flwr.models import find_family, load_causal_lm, load_client_model, split_model
 from hsplitlora_flwr.models.build import build_causal_lm
@@ -26,7 +27,6 @@ from hsplitlora_flwr.models.cores import all_cores
 from hsplitlora_flwr.models.families import tiny_config
 from hsplitlora_flwr.models.parts import ModelPart
 from hsplitlora_flwr.models.split import client_part, head_part, whole_model
-from hsplitlora_flwr.names import WIRES
 from hsplitlora_flwr.planning import Budget, CostModel, PlanError, Workload, make_plan
 from hsplitlora_flwr.planning.round import cost_model, make_round_plan
 from hsplitlora_flwr.training.activation_checkpointing import checkpoint_blocks

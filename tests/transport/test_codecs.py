@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.fft import dctn
 
-from hsplitlora_flwr.names import WIRES
+from hsplitlora_flwr.config.names import WIRES
 from hsplitlora_flwr.transport.codecs import WireError, check_codec, pack, unpack
 
 # wire: (largest relative error, smallest and largest normal number)

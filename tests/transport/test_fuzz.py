@@ -13,7 +13,7 @@ from random import Random
 import pytest
 import torch
 
-from hsplitlora_flwr.names import WIRES
+from hsplitlora_flwr.config.names import WIRES
 from hsplitlora_flwr.transport.codecs import WireError, pack, unpack
 from hsplitlora_flwr.transport.frames import Activation, FrameError, decode, encode
 from hsplitlora_flwr.transport.stream.chunks import assemble

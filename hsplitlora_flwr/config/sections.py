@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator
 
-from hsplitlora_flwr.names import (
+from hsplitlora_flwr.config.names import (
     KNOWN_CODECS,
     KNOWN_METHODS,
     KNOWN_OPTIMIZERS,

@@ -1,9 +1,10 @@
 """The one schema of a run, and how it travels.
 
-Every setting is declared once, in :mod:`hsplitlora_flwr.sections`. Flower carries a :class:`Config` as dotted keys in
-``run_config`` (where only int, float, bool and str exist, and no type is checked), Hydra composes what differs from the
-defaults over them, and every value is checked before anything is loaded: each by itself, then what they say together.
-``python -m hsplitlora_flwr.config`` prints the block of ``pyproject.toml`` that Flower needs, written from this schema.
+Every setting is declared once, in :mod:`hsplitlora_flwr.config.sections`. Flower carries a :class:`Config` as dotted
+keys in ``run_config`` (where only int, float, bool and str exist, and no type is checked), Hydra composes what differs
+from the defaults over them, and every value is checked before anything is loaded: each by itself, then what they say
+together. ``python -m hsplitlora_flwr.config`` prints the block of ``pyproject.toml`` that Flower needs, written from
+this schema.
 """
 
 from __future__ import annotations
@@ -15,18 +16,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hsplitlora_flwr.names import KNOWN_LISTENERS, KNOWN_METHODS, TRACKERS
-from hsplitlora_flwr.registry import import_plugins
-from hsplitlora_flwr.schema import (
-    ConfigError,
-    Scalar,
-    Setting,
-    checked,
-    scalar,
-    settings_of,
-    unknown_key,
-)
-from hsplitlora_flwr.sections import (
+from hsplitlora_flwr.config.names import KNOWN_LISTENERS, KNOWN_METHODS, TRACKERS
+from hsplitlora_flwr.config.sections import (
     ClientsConfig,
     DataConfig,
     EvaluationConfig,
@@ -39,6 +30,16 @@ from hsplitlora_flwr.sections import (
     SplitConfig,
     TrainConfig,
     TransportConfig,
+)
+from hsplitlora_flwr.registry import import_plugins
+from hsplitlora_flwr.schema import (
+    ConfigError,
+    Scalar,
+    Setting,
+    checked,
+    scalar,
+    settings_of,
+    unknown_key,
 )
 
 __all__ = [
@@ -281,9 +282,3 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield (
             f"train.multi_adapter_batching=on cannot be had with {other}, where clients come one by one; set it to auto"
         )
-
-
-if __name__ == "__main__":
-    from hsplitlora_flwr import config  # the module in which methods are registered
-
-    print(config.render_pyproject_block(), end="")
