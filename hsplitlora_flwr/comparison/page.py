@@ -227,7 +227,6 @@ figure { margin: 0; }
 figure svg { width: 100%; }
 figcaption { font-weight: 600; font-size: .9rem; color: var(--soft); }
 tr.front td { background: #d1632a18; }
-th.text { text-align: left; }
 """
 
 _TEMPLATE = page(

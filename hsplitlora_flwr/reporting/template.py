@@ -20,7 +20,7 @@ h3 { font-size: .95rem; margin: 1rem 0 .2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .7rem .2rem 0; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { font-weight: 600; color: var(--soft); }
-th:first-child, td:first-child, td.text { text-align: left; }
+th:first-child, td:first-child, th.text, td.text { text-align: left; }
 svg { max-width: 100%; height: auto; }
 svg circle:hover, svg rect:hover { stroke: currentColor; fill-opacity: 1; }
 .texts td { white-space: pre-wrap; vertical-align: top; min-width: 9rem; }
@@ -30,7 +30,7 @@ code, pre { font: 13px/1.45 ui-monospace, monospace; overflow-wrap: anywhere; }
 pre { white-space: pre-wrap; }
 @media (max-width: 60rem) {
   .wide th, .wide td { padding-right: .35rem; font-size: .75rem; line-height: 1.3; }
-  .wide th, .wide td.text { white-space: normal; vertical-align: bottom; }
+  .wide th, .wide td.text, .wide td.words { white-space: normal; vertical-align: bottom; }
   .texts td { min-width: 0; }
   .texts td, .texts td.text { white-space: pre-wrap; vertical-align: top; }
 }
@@ -98,8 +98,9 @@ perplexity {{ summary.smaller_adapter.perplexity | number(3) }}</p>
 <tr><th>held-out prompt</th><th class="text">before</th><th class="text">after</th>
 <th class="text">the row's own</th></tr>
 {% for text in texts %}
-<tr><td>{{ text.prompt | truncate(400) }}</td><td class="text">{{ text.before | default("-") | truncate(400) }}</td>
-<td class="text">{{ text.after | default("-") | truncate(400) }}</td>
+<tr><td>{{ text.prompt | truncate(400) }}</td>
+<td class="text">{{ text.before | default("-") | trim | truncate(400) }}</td>
+<td class="text">{{ text.after | default("-") | trim | truncate(400) }}</td>
 <td class="text">{{ text.reference | truncate(400) }}</td></tr>
 {% endfor %}
 </table></div>
@@ -115,7 +116,8 @@ perplexity {{ summary.smaller_adapter.perplexity | number(3) }}</p>
 {% if client.left_out %}
 <td class="text" colspan="3">left out: {{ client.left_out }}</td>
 {% else %}
-<td>{{ client.split if client.split is defined else "-" }}{% if client.blocks %} of {{ client.blocks }}{% endif %}
+<td class="words">{{ client.split if client.split is defined else "-" }}
+{%- if client.blocks %} of {{ client.blocks }}{% endif %}
 {{- ", forward alone" if client.trains is false }}</td>
 <td>{{ client.mean_rank | number(1) }}</td><td>{{ client.checkpointing or "-" }}</td>
 {% endif %}
