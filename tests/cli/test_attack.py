@@ -84,6 +84,13 @@ def test_labels_and_membership_are_told_beside_it(
     assert page["labels"]["recovered"] > 0.9 and page["labels"]["labels"] < page["labels"]["tokens"]
     assert 0 <= page["membership"]["area"] <= 1 and page["membership"]["others"] == 10
     assert "labels that stay" in capsys.readouterr().out
+    assert main(["--rounds", *options]) == 2
+    assert "--rounds is told from the updates of a run" in capsys.readouterr().err
+    (run / CHECKPOINTS / "round-2").mkdir()
+    save_update(delta, run / CHECKPOINTS / "round-2")
+    assert main(["--rounds", "--gradients", "--run", str(run), *options]) == 0
+    page = json.loads(out.read_text())
+    assert page["rounds"] and page["gradients"] and page["attacks"][0]["attack"] == "nearest"
 
 
 def test_more_crossings_take_noise_out(tiny_folder: Path, rows: Path, tmp_path: Path) -> None:
