@@ -36,11 +36,11 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
 
 
 def test_a_deployment_trains_what_a_simulation_does(deployment: Deployment, tiny_folder: Path, tmp_path: Path) -> None:
-    there = {"transport.kind": "auto", "transport.address": BEHIND_A_PROXY}
+    there = {"transport.kind": "auto", "transport.address": BEHIND_A_PROXY, "train.rounds_per_message": 0}
     wanted = settings(tiny_folder, tmp_path / "run", **SETTINGS | there).to_run_config()
     command = [sys.executable, "-m", "simulations.run", f"launcher.superlink={CONNECTION}"]
     command += [f"{key}={json.dumps(value)}" for key, value in wanted.items()]
-    done = subprocess.run(command, cwd=PROJECT, env=dict(deployment.env), capture_output=True, text=True, timeout=700)
+    done = subprocess.run(command, cwd=PROJECT, env=dict(deployment.env), capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{deployment.logs()}"
 
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
