@@ -25,8 +25,9 @@ MODEL = LlamaConfig(
     vocab_size=128256,
 )
 """70.6 billion parameters."""
-CLIENTS = {1000: ("exact", "greedy"), 10_000: ("exact",)}
-"""How many there are, and what plans for them."""
+CASES = tuple(itertools.product(("not stated", "scarce"), ("exact", "greedy")))
+CLIENTS = {1000: CASES, 10_000: CASES[:1]}
+"""How many there are, for which memory of the server, and what plans for them."""
 MEMORY_GB = (24, 40, 80)
 PROCESS_BYTES = 500_000_000
 """What a process takes for itself."""
@@ -42,7 +43,7 @@ def plan(setup: Setup) -> Iterator[Row]:
     The clients have 24, 40 and 80 GB in turn, which are few classes to the planner, or budgets between 24 and 80 GB
     that are all different. Importance is uniform. Rows are the exact planner and the greedy one of the paper, each
     without a limit to the server's memory and with 0.9 times what the exact plan then takes of it, so that the clients'
-    choices hang together. For 10,000 there is the exact one alone.
+    choices hang together. For 10,000, whose frames alone fill a server, there is the exact one without a limit.
 
     ``cost_model_s`` is what reading the model's configuration takes before; ``plan_s`` is a median over turns, and
     ``spread_s`` the distance between their quartiles; ``cpu_s`` is the CPU time of one more, which other work on the
@@ -66,7 +67,7 @@ def _plans(folder: str, count: int) -> Iterator[Row]:
     for sizes, memory in SIZES.items():
         budgets = {str(index): Budget(memory(index, count), PROCESS_BYTES) for index in range(count)}
         scarce, bound = 0, 0.0
-        for server_gb, planner in itertools.product(("not stated", "scarce"), CLIENTS[count]):
+        for server_gb, planner in CLIENTS[count]:
             chosen = Config.from_run_config({**config.to_run_config(), "plan.planner": planner})
             server = Budget(sys.maxsize if server_gb == "not stated" else scarce, PROCESS_BYTES)
             make = partial(make_round_plan, chosen, budgets, server, {}, costs[-1])

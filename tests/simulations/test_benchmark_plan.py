@@ -14,7 +14,7 @@ def test_planners_with_and_without_a_scarce_server(monkeypatch: pytest.MonkeyPat
     small = (
         ("MODEL", tiny_config(module.MODEL, 4)),
         ("PROCESS_BYTES", 1000),
-        ("CLIENTS", {4: ("exact", "greedy")}),
+        ("CLIENTS", {4: module.CASES}),
         ("TURNS", 1),
         ("SERVER_SHARE", 0.97),
     )
