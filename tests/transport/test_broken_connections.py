@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -139,6 +141,31 @@ def test_who_does_not_come_back_is_given_up(caplog: pytest.LogCaptureFixture) ->
         assert "the connection of client ada broke off; it has 0.4 s to come back" in caplog.text
         assert "client ada did not come back within 0.4 s" in caplog.text
         assert server.server.open_streams == 0
+
+
+CLIENT = """
+import sys
+from hsplitlora_flwr.transport.frames import Finish
+from hsplitlora_flwr.transport.link import Endpoint
+from hsplitlora_flwr.transport.stream import StreamLink
+
+with StreamLink(Endpoint(*sys.argv[1:4]), sys.argv[4], grace=0.4) as link:
+    link.send(Finish(1.0))
+    print(link.receive().loss, flush=True)
+    link.receive()  # for what comes next, as a client does whose message lasts
+"""
+
+
+def test_a_process_whose_link_is_gone_ends_after_the_grace() -> None:
+    """Nobody else ends it: it was started by nobody who is still there."""
+    with Server(grace=0.4) as server:
+        endpoint = server.endpoint
+        command = [sys.executable, "-c", CLIENT, endpoint.address, endpoint.certificate, endpoint.name, server.token]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stdout and process.stdout.readline() == "1.0\n"
+            server.relay.refuse()
+            _, said = process.communicate(timeout=SECONDS)
+        assert process.returncode == 1 and "it did not come back" in said
 
 
 def test_who_comes_back_too_late_is_refused() -> None:
