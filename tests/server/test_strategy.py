@@ -156,6 +156,7 @@ def expected_update(config: Config, summary: dict[str, Any]) -> dict[str, Matrix
             for name in {name for row in clients.values() for name in row["ranks"]}
             if min(splits.values()) <= block_of(name)
         }
+        above = {name: rank for name, rank in above.items() if rank}  # who has a rank there may hold the block itself
         starts[SERVER], scales[SERVER] = started(config, f"{server_round + 1}/server", above, adapter)
         first = server_round * config.train.steps
         written_out = PlainRound(
