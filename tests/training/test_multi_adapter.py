@@ -22,6 +22,7 @@ from hsplitlora_flwr.lora.base import SharedBase
 from hsplitlora_flwr.lora.layers import draw_masks, shape_of
 from hsplitlora_flwr.lora.update import Change
 from hsplitlora_flwr.models.parts import ModelPart, ServerModel
+from hsplitlora_flwr.planning.importance import Scorer
 from hsplitlora_flwr.training import multi_adapter
 from hsplitlora_flwr.training.activation_checkpointing import checkpoint_blocks
 from hsplitlora_flwr.training.half import OwnHalf
@@ -214,6 +215,31 @@ def test_whatever_waits_is_the_next_pass(base_of: Callable[..., SharedBase], mon
         arrivals.go.set()
         assert [float(result.result(300)) for result in results] == pytest.approx(expected, rel=1e-9)
     assert arrivals.sizes == [1, 3]
+
+
+def test_a_client_whose_part_is_scored_goes_alone(
+    base_of: Callable[..., SharedBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = base_of("llama")
+    works = works_of(client_parts(base, [1, 2, 3]), [8, 9, 7], [2, 1, 2])
+    works[1] = replace(works[1], alone=True)
+    together = entered(base, [work.model for work in works])
+    scorers = [Scorer(works[1].model, adapted=True) for _ in range(2)]
+    with scorers[0].watching(0):
+        expected = [float(differentiate(work)) for work in works]
+    passes, joint = list[Sequence[MicroBatch]](), together.differentiate
+
+    def watched(works: Sequence[MicroBatch]) -> list[torch.Tensor]:
+        passes.append(works)
+        return joint(works)
+
+    monkeypatch.setattr(together, "differentiate", watched)
+    results = [Future[torch.Tensor]() for _ in works]
+    with scorers[1].watching(0):
+        together._serve(list(zip(works, results, strict=True)))
+    assert passes == [[works[0], works[2]]]
+    assert [float(result.result()) for result in results] == pytest.approx(expected, rel=1e-9)
+    assert scorers[1].scores() == pytest.approx(scorers[0].scores(), rel=1e-9) and scorers[1].scores()
 
 
 def test_the_guilty_one_alone_learns_of_it(
