@@ -72,7 +72,7 @@ def show(result: Forecast, console: Console) -> None:
         )
         say(f"server: {format_bytes(plan.server_bytes)} ({budget})")
     if result.timed:
-        say(f"round: {plan.seconds:.3g} s of steps, which the server takes one by one while clients compute")
+        say(f"round: {plan.seconds:.3g} s; the server takes steps one by one while clients compute")
     if result.worth:
         say(result.worth)
 

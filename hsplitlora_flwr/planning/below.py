@@ -7,8 +7,10 @@ any, it computes forward alone (:data:`FORWARD_ONLY`).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hsplitlora_flwr.planning.arrays import Array, Index, Ranks
 from hsplitlora_flwr.planning.frontier import BYTES, OPERATIONS, PARAMETERS, SAME, Frontier
@@ -19,6 +21,22 @@ _FEW_LAYERS = 16  # in models this small, single ranks matter for the time
 
 FORWARD_ONLY = -1
 """In place of the index of a choice: no adapters."""
+
+
+class Least(NamedTuple):
+    """What clients can do with at every split, ``(clients, splits)`` each.
+
+    Parameters
+    ----------
+    flops, parameters : Array
+        Operations of a step and parameters of the adapters; infinite and 0 where there is no choice.
+    forward_only : NDArray[np.bool_]
+        Whether that is no adapter at all.
+    """
+
+    flops: Array
+    parameters: Array
+    forward_only: NDArray[np.bool_]
 
 
 class Below:
@@ -72,13 +90,15 @@ class Below:
         most = np.array([p.memory[index].max(), p.adapters[index].max(), np.inf])
         return [Frontier.of(each).thinned(most) if len(each) > 2 else each[-1] for each in fronts]
 
-    def best(self, seconds: Array | None = None) -> tuple[Array, Index]:
+    def best(self, seconds: Array | None = None, parameters: Array | None = None) -> tuple[Array, Index]:
         """The most valuable choice of every client at every split.
 
         Parameters
         ----------
         seconds : Array, optional
             ``(clients,)``; longest round of each client by itself; no limit when None.
+        parameters : Array, optional
+            ``(clients,)``; the most of its adapters; no limit but that of its budget when None.
 
         Returns
         -------
@@ -92,32 +112,26 @@ class Below:
         if seconds is not None:
             forward_only &= p.own_seconds(self._forward, forward_only, p.speed) <= seconds[:, None] * (1 + SAME)
             flops = (seconds * (1 + SAME) / p.steps - p.wire) * p.speed * (1 + SAME)
+        sent = p.adapters if parameters is None else np.minimum(p.adapters, parameters * (1 + SAME))
         value, choice = np.where(forward_only, 0.0, -np.inf), np.full(forward_only.shape, FORWARD_ONLY)
         for index, s, front in self._each():
-            at = front.best(np.column_stack([p.memory[index], p.adapters[index], flops[index]]))
+            at = front.best(np.column_stack([p.memory[index], sent[index], flops[index]]))
             found = np.append(front.value, -np.inf)[at]
             more = self.held[index, s] & (found > value[index, s] + SAME)
             value[index[more], s], choice[index[more], s] = found[more], at[more]
         return value, choice
 
-    def least(self, target: Array) -> tuple[Array, Index]:
-        """The choice of the fewest operations of a step that is worth at least ``target``, ``(clients, splits)``.
-
-        Returns
-        -------
-        flops : Array
-            ``(clients, splits)``; infinity where there is none.
-        choices : Index
-            The same shape.
-        """
+    def least(self, target: Array) -> Least:
+        """The choices of the fewest operations of a step that are worth at least ``target``, ``(clients, splits)``."""
         p = self._problem
         forward_only = self.held & p.may_only_forward & (target <= SAME)
-        flops, choice = np.where(forward_only, self._forward, np.inf), np.full(forward_only.shape, FORWARD_ONLY)
+        flops, parameters = np.where(forward_only, self._forward, np.inf), np.zeros(forward_only.shape)
         for index, s, front in self._each():
             trains = index[self.held[index, s] & ~forward_only[index, s]]
             at = front.least(np.column_stack([p.memory[trains], p.adapters[trains]]), target[trains, s])
-            flops[trains, s], choice[trains, s] = np.append(front.cost[:, OPERATIONS], np.inf)[at], at
-        return flops, choice
+            flops[trains, s] = np.append(front.cost[:, OPERATIONS], np.inf)[at]
+            parameters[trains, s] = np.append(front.cost[:, PARAMETERS], 0.0)[at]
+        return Least(flops, parameters, forward_only)
 
     def bound(self) -> Array:
         """Upper bounds, ``(clients, splits)``, of what any ranks of a client below a split are worth."""

@@ -12,7 +12,8 @@ It maximises ``sum_i p_i sum_m J_m log2(1 + r_im)`` under all budgets and then, 
    server takes one client's step after another while the others compute, so a round takes
    ``max(sum_i S_i, max_i (O_i + S_i))``, with ``S_i`` the seconds of the server for client ``i`` and ``O_i`` those of
    the client itself, computing and on the wire. A deeper cut takes work off the server, for which all wait, until some
-   client's own turn takes longer.
+   client's own turn takes longer. Before and after its steps stands what the slowest link takes to bring the update of
+   the last round and to send adapters, which grows with the split.
 4. **The clients' ranks**: the most valuable ones at these splits within the time that the round takes.
 
 A deadline is met by raising the tolerance, as little as will do.
@@ -28,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hsplitlora_flwr.planning.arrays import Array, Index, Ranks
-from hsplitlora_flwr.planning.below import FORWARD_ONLY, Below
+from hsplitlora_flwr.planning.below import Below, Least
 from hsplitlora_flwr.planning.budget import PlanError
 from hsplitlora_flwr.planning.frontier import BYTES, OPERATIONS, SAME, Frontier
 from hsplitlora_flwr.planning.priced import PricedMemory, fronts_above
@@ -39,6 +40,7 @@ _TURNS = 6  # times that splits and a shared half's ranks are chosen in turn
 _HALVINGS = 10  # bisection steps of the tolerance that meets a deadline
 _SHARES = 3  # shares of the server's ranks that are tried within the tolerance
 _SHARES_IN_TIME = 6  # and to meet a deadline
+_EXCHANGES = 12  # limits that are tried on the time of the slowest client's update and adapters
 
 Mask = NDArray[np.bool_]
 
@@ -69,15 +71,19 @@ class Timed(NamedTuple):
     half : Half
     splits : Index
         ``(clients,)``.
-    work : Array
-        ``(clients,)``; seconds of the server for each client, ``S_i``.
+    work, parameters : Array
+        ``(clients,)``; seconds of the server for each client, ``S_i``, and parameters of the client's adapters.
+    exchange : float
+        Seconds of the update and the adapters of the slowest client.
     seconds : float
-        Seconds of the round.
+        Seconds of the round, those included.
     """
 
     half: Half
     splits: Index
     work: Array
+    parameters: Array
+    exchange: float
     seconds: float
 
 
@@ -150,9 +156,10 @@ class Solver:
             above[index], bound[index], work[index] = (np.choose(best, each) for each in zip(*found, strict=True))
         reached = self.values + above
         least = (1 - self.tolerance) * np.maximum(reached.max(axis=1), 0.0)
-        flops, choice = self.below.least(np.where(np.isfinite(above), least[:, None] - above, np.inf))
-        own = p.own_seconds(flops, choice == FORWARD_ONLY, p.speed_alone)
-        seconds = p.turn_seconds(own, p.steps * work / p.server_speed_alone[:, None], choice == FORWARD_ONLY)
+        chosen = self.below.least(np.where(np.isfinite(above), least[:, None] - above, np.inf))
+        own = p.own_seconds(chosen.flops, chosen.forward_only, p.speed_alone)
+        seconds = p.turn_seconds(own, p.steps * work / p.server_speed_alone[:, None], chosen.forward_only)
+        seconds += p.exchange_seconds(chosen.parameters, p.splits)
         deepest, quickest = _last(self.below.held), _last(seconds == seconds.min(axis=1, keepdims=True))
         return above, bound, np.where(np.isfinite(reached).any(axis=1), quickest, deepest)
 
@@ -255,8 +262,7 @@ class Solver:
         given = (self.values + p.from_split_up(p.values, half.ranks))[clients, half.splits]
         target = np.minimum((1 - tolerance) * self.value_alone, given)
         half = half._replace(ranks=np.minimum(half.ranks, self._worthiest(share)))
-        flops, choice = self.below.least(target[:, None] - p.from_split_up(p.values, half.ranks))
-        return self._served(half, flops, choice == FORWARD_ONLY)
+        return self._served(half, self.below.least(target[:, None] - p.from_split_up(p.values, half.ranks)))
 
     def _worthiest(self, share: float) -> Ranks:
         """``(layers,)``; the ranks that are worth most per operation and together hold a ``share`` of all value."""
@@ -269,31 +275,39 @@ class Solver:
         ranks: Ranks = taken.reshape(gain.shape).sum(axis=1, dtype=np.uint8)
         return ranks
 
-    def _served(self, half: Half, flops: Array, forward_only: Mask) -> Timed | None:
-        """The shortest round that the server has room for; None if there is none.
+    def _served(self, half: Half, chosen: Least) -> Timed | None:
+        """The shortest round that the server has room for, where clients do with what is ``chosen``; None if there is
+        none.
+
+        Where links are stated it is the shortest of a few tries: of limits on the seconds of the slowest client's
+        update and adapters.
+        """
+        p = self.problem
+        exchange = p.exchange_seconds(chosen.parameters, p.splits)
+        limits = np.unique(exchange[self.allowed & np.isfinite(chosen.flops)])
+        if len(limits) > _EXCHANGES:
+            limits = limits[np.linspace(0, len(limits) - 1, _EXCHANGES).astype(int)]
+        found = filter(None, (self._stepped(half, chosen, exchange, limit) for limit in limits))
+        return min(found, key=lambda timed: timed.seconds, default=None)
+
+    def _stepped(self, half: Half, chosen: Least, exchange: Array, limit: float) -> Timed | None:
+        """The same where nobody takes longer than ``limit`` seconds for its update and adapters, ``exchange``.
 
         For a given limit on the clients' turns, every client takes the deepest split that keeps to it: that leaves the
         server the least work and the most room. A longer limit takes work off the server, one client after another, so
         trying every limit once, in order, finds the best.
-
-        Parameters
-        ----------
-        half : Half
-        flops : Array
-            ``(clients, splits)``; operations of a client's step on its own side.
-        forward_only : Mask
-            The same shape; whether the client has no adapters.
         """
-        p, serving, clients = self.problem, half.serving, np.arange(len(flops))
+        p, serving, clients = self.problem, half.serving, np.arange(len(exchange))
         work = serving.costs.served[p.splits] + p.from_split_up(serving.costs.above[..., OPERATIONS], half.ranks)
-        work = np.broadcast_to(p.steps * work / p.server_speed, flops.shape)
+        work = np.broadcast_to(p.steps * work / p.server_speed, exchange.shape)
         taken = p.bytes_from_split_up(serving, half.ranks)
+        allowed = self.allowed & (exchange <= limit)
         if self.shared:  # the lowest split of all decides, and each client's is checked as if it were that
             passing = taken + serving.costs.passing[p.splits] + len(p.names) * p.tables.frames
-            allowed, taken = self.allowed & (passing <= p.memory_of_server - p.server_base), np.zeros(1)
+            allowed, taken = allowed & (passing <= p.memory_of_server - p.server_base), np.zeros(1)
         else:
-            allowed, taken = self.allowed & (p.splits >= serving.lowest), taken + serving.per_client[p.splits]
-        turns = p.turn_seconds(p.own_seconds(flops, forward_only, p.speed), work, forward_only)
+            allowed, taken = allowed & (p.splits >= serving.lowest), taken + serving.per_client[p.splits]
+        turns = p.turn_seconds(p.own_seconds(chosen.flops, chosen.forward_only, p.speed), work, chosen.forward_only)
         turns = np.where(allowed, turns, np.inf)
         order = np.argsort(turns, axis=1, kind="stable")
         limits = np.take_along_axis(turns, order, 1)
@@ -314,7 +328,9 @@ class Solver:
         seconds = np.maximum(limits, together(work))
         best = np.where(fits, seconds, np.inf).argmin()
         splits = _last(turns <= limits[best])
-        return Timed(half, splits, work[clients, splits], float(seconds[best]))
+        slowest = float(exchange[clients, splits].max())
+        parameters = chosen.parameters[clients, splits]
+        return Timed(half, splits, work[clients, splits], parameters, slowest, slowest + float(seconds[best]))
 
     def _in_time(self, half: Half, deadline: float) -> Assignment:
         """The best plan that meets a deadline: for several shares of its ranks that the server keeps, all clients give
@@ -355,16 +371,20 @@ class Solver:
     def _quickest(self) -> Timed:
         """The shortest possible round, in which nobody has a rank that it can do without."""
         none = np.zeros(len(self.problem.block), np.uint8)
-        flops, choice = self.below.least(np.zeros_like(self.values))
-        anywhere, alone = np.zeros(len(flops), np.intp), choice == FORWARD_ONLY
-        rounds = (self._served(Half(serving, none, anywhere), flops, alone) for serving in self._servings())
+        chosen = self.below.least(np.zeros_like(self.values))
+        anywhere = np.zeros(len(self.values), np.intp)
+        rounds = (self._served(Half(serving, none, anywhere), chosen) for serving in self._servings())
         found = min(filter(None, rounds), key=lambda timed: timed.seconds)
         return found._replace(half=found.half._replace(splits=found.splits))
 
     def _fill(self, timed: Timed, seconds: float) -> Assignment:
-        """The plan with the best ranks of every client at its split whose turns take at most ``seconds``."""
+        """The plan with the best ranks of every client at its split in a round of at most ``seconds``, of which update
+        and adapters take no more than the slowest client's do."""
         p, clients = self.problem, np.arange(len(timed.splits))
-        _, choice = self.below.best(seconds - timed.work)
+        each = p.exchange_seconds(np.ones((len(clients), 1)), p.splits[timed.splits][:, None])[:, 0]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            most = np.where(each > 0, np.maximum(timed.exchange / each, timed.parameters), np.inf)
+        _, choice = self.below.best(seconds - timed.exchange - timed.work, most)
         below, splits = self.below.ranks(timed.splits, choice[clients, timed.splits]), p.splits[timed.splits]
         return Assignment(splits, np.where(p.block < splits[:, None], below, timed.half.ranks).astype(np.uint8))
 

@@ -87,8 +87,9 @@ class Plan:
     bound : float
         An upper bound of the objective of any plan; infinite where none is known, as with the greedy rule.
     seconds : float
-        Predicted time of a round's steps. The server takes one client's step after another while the clients compute:
-        the longer of the server's steps for all clients, and a client's own with the server's for it.
+        Predicted time of a round. The server takes one client's step after another while the clients compute: the
+        longer of the server's steps for all clients, and a client's own with the server's for it; and with
+        ``exchanges`` the slowest client's update and adapters.
     """
 
     clients: Mapping[str, ClientPlan]
@@ -120,6 +121,7 @@ def make_plan(
     checkpointing: str = "off",
     clients: str = "plan",
     own: Mapping[str, CostModel] | None = None,
+    exchanges: bool = False,
 ) -> Plan:
     """Choose a split point and ranks for every client.
 
@@ -210,6 +212,7 @@ def make_plan(
         checkpointing=choices,
         clients=clients,
         own=own,
+        exchanges=exchanges,
     )
     if planner == "greedy":
         plan = greedy.solve(problem, important_share, resource)
@@ -302,6 +305,9 @@ def _plan(
     served, work, server_again = fitting or min(sides, key=lambda side: side[0])
     own = problem.own_seconds(flops[:, None], forward_only[:, None], problem.speed)[:, 0]
     work = problem.steps * work / problem.server_speed
+    below = np.where(problem.block < assignment.splits[:, None], assignment.ranks, 0)
+    parameters = problem.total(problem.tables.parameters, below)[:, None]
+    exchange = problem.exchange_seconds(parameters, assignment.splits[:, None])[:, 0]
     names, ranks = [layer.name for layer in problem.cost.layers], problem.ranks.tolist()
     plans: dict[str, ClientPlan] = {}
     for i, (client, budget) in enumerate(budgets.items()):
@@ -311,7 +317,7 @@ def _plan(
             int(assignment.splits[i]),
             chosen,
             memory,
-            float(own[i]),
+            float(own[i] + exchange[i]),
             checkpointing=bool(again[i] and not forward_only[i]),
             server_checkpointing=server_again,
             forward_only=bool(forward_only[i]),
@@ -323,7 +329,7 @@ def _plan(
         int(served),
         greedy_objective,
         bound,
-        float(max(problem.turn_seconds(own, work, forward_only).max(), work.sum())),
+        float(exchange.max() + max(problem.turn_seconds(own, work, forward_only).max(), work.sum())),
     )
 
 

@@ -91,6 +91,8 @@ class Problem:
         ``(clients,)``; FLOP/s, where an unstated one is the mean of the stated ones, or as for the server.
     wire, wire_forward_only : Array
         ``(clients,)``; seconds of a step on the wire.
+    slowness : Array
+        ``(clients, 2)``; seconds per byte of the link, up and down; 0 where it is not stated.
     memory_of_server, server_base : float
         The server's bytes, and what it takes without clients.
     may_train, may_only_forward : bool
@@ -113,8 +115,9 @@ class Problem:
         checkpointing: Sequence[bool],
         clients: str,
         own: Mapping[str, CostModel] | None,
+        exchanges: bool,
     ) -> None:
-        self.cost, self.steps, self.names = cost, steps, list(budgets)
+        self.cost, self.steps, self.names, self._exchanges = cost, steps, list(budgets), exchanges
         self.may_train, self.may_only_forward = clients != "none", clients != "all"
         self.ranks = np.array([0, *sorted({rank for rank in ranks if rank > 0})])
         self.splits = np.arange(min_split, max_split + 1)
@@ -163,11 +166,11 @@ class Problem:
         # Alone with the server, what is not stated is as for the other of the two.
         self.speed_alone = np.array([budget.flops or of_server or NOMINAL_FLOPS for budget in budgets])
         self.server_speed_alone = np.full(len(budgets), of_server) if of_server else self.speed_alone
-        slowness = np.array([[1 / link if link else 0.0 for link in (b.up, b.down)] for b in budgets])
+        self.slowness = np.array([[1 / link if link else 0.0 for link in (b.up, b.down)] for b in budgets])
         self.wire, self.wire_forward_only = np.empty((2, len(budgets)))  # seconds of a step
         for index, tables in self.groups:
             self.wire[index], self.wire_forward_only[index] = (
-                slowness[index] @ tables.wire[alone] for alone in (False, True)
+                self.slowness[index] @ tables.wire[alone] for alone in (False, True)
             )
         share = np.array([1.0 if shares is None else shares[name] for name in self.names])
         if not (np.isfinite(share) & (share >= 0)).all() or not share.any():
@@ -217,6 +220,23 @@ class Problem:
         """
         wire = np.where(forward_only, self.wire_forward_only[:, None], self.wire[:, None])
         seconds: Array = self.steps * (flops / speed[:, None] + wire)
+        return seconds
+
+    def exchange_seconds(self, parameters: Array, splits: Index) -> Array:
+        """Time to bring the last round's update to clients and their adapters back, ``(clients, splits)``, where a
+        client has ``parameters`` of adapters, of the same shape, below its split.
+
+        The update is counted as if all clients had the same ranks there, so it has a factor of each, or is the dense
+        sum where that is smaller. None where ``exchanges`` is off.
+        """
+        if not self._exchanges:
+            return np.zeros_like(parameters)
+        item = self.cost.workload.adapter_item
+        dense = np.zeros(self.cost.num_blocks + 1)
+        for layer in self.cost.layers:
+            dense[layer.block + 1 :] += layer.in_features * layer.out_features
+        down = np.minimum(len(self.names) * parameters, np.where(parameters > 0, dense[splits], 0.0))
+        seconds: Array = item * (self.slowness[:, :1] * parameters + self.slowness[:, 1:] * down)
         return seconds
 
     def turn_seconds(self, own: Array, work: Array, forward_only: NDArray[np.bool_]) -> Array:

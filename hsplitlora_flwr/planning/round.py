@@ -238,4 +238,5 @@ def make_round_plan(
         checkpointing=train.activation_checkpointing,
         clients=config.lora.clients,
         own=own,
+        exchanges=True,
     )

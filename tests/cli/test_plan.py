@@ -59,7 +59,9 @@ def test_the_plan_is_that_of_the_planner_for_uniform_importance(folder: Path) ->
     uniform = dict.fromkeys(names, 1 / len(names))
     half = result.cost.num_blocks // 2  # of the blocks at most, beside a shared half
     bounds = {"server": result.server, "max_split": half}
-    again = make_plan(result.budgets, uniform, result.cost, ranks=result.config.lora.ranks, steps=3, **bounds)
+    again = make_plan(
+        result.budgets, uniform, result.cost, ranks=result.config.lora.ranks, steps=3, exchanges=True, **bounds
+    )
     assert result.plan.clients == again.clients
     assert result.plan.seconds == again.seconds
 

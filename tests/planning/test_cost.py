@@ -559,7 +559,9 @@ def test_settings_of_a_run_reach_the_cost_model(tiny_folder: Path) -> None:
     plan = make_round_plan(config, {"a": Budget(10**12, 0, 1e9, 1e6, 2e6)}, None, {}, cost).clients["a"]
     up, down = cost.wire_bytes("int8", "bfloat16")
     seconds = cost.client_flops(plan.split, plan.ranks) / 1e9 + up / 1e6 + down / 2e6
-    assert plan.predicted_seconds == pytest.approx(5 * 3 * seconds)
+    below = {layer.name for layer in cost.layers if layer.block < plan.split}
+    sent = 4 * cost.adapter_parameters({name: rank for name, rank in plan.ranks.items() if name in below})
+    assert plan.predicted_seconds == pytest.approx(5 * 3 * seconds + sent / 1e6 + sent / 2e6)
 
 
 def test_unknown_target() -> None:

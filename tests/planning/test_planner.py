@@ -519,9 +519,9 @@ def test_predicted_seconds() -> None:
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.lists(st.tuples(SPEEDS, SPEEDS, SPEEDS), min_size=1, max_size=5), SPEEDS, st.integers(1, 20), st.booleans())
-def test_steps_served_one_after_another_take_the_predicted_seconds_and_a_turn_at_most(
-    machines: list[tuple[float, float, float]], of_server: float, steps: int, fixed: bool
+@given(st.lists(st.tuples(SPEEDS, SPEEDS, SPEEDS), min_size=1, max_size=5), SPEEDS, st.integers(1, 20))
+def test_steps_served_one_after_another_in_a_fixed_order_take_the_predicted_seconds_and_a_turn_of_each_at_most(
+    machines: list[tuple[float, float, float]], of_server: float, steps: int
 ) -> None:
     budgets = {str(i): Budget(10 * CEILING, 0, *machine) for i, machine in enumerate(machines)}
     server = Budget(10**12, 0, of_server)
@@ -534,9 +534,55 @@ def test_steps_served_one_after_another_take_the_predicted_seconds_and_a_turn_at
         backward = COST.client_flops(client.split, client.ranks) - forward
         served = COST.server_flops(client.split, client.ranks) / of_server
         turns.append(Step(forward / budget.flops, up / budget.up, served, down / budget.down, backward / budget.flops))
-    lasts = max(serve(turns, steps, fixed=fixed))
-    longest = max(sum(turn[:-1]) for turn in map(astuple, turns))
-    assert plan.seconds * (1 - 1e-9) <= lasts <= (plan.seconds + longest) * (1 + 1e-9)
+    lasts = max(serve([[turn] * steps for turn in turns], fixed=True))
+    once = sum(sum(turn[:-1]) for turn in map(astuple, turns))  # until all are on their way
+    assert plan.seconds * (1 - 1e-9) <= lasts <= (plan.seconds + once) * (1 + 1e-9)
+
+
+def exchange_seconds(plan: Plan, budgets: dict[str, Budget]) -> dict[str, float]:
+    """Of every client: its adapters up, and down an update that has as much of every client, or the dense sum."""
+    seconds = {}
+    for name, client in plan.clients.items():
+        below = [layer for layer in LAYERS if layer.block < client.split]
+        own = sum(layer.adapter_parameters(client.ranks.get(layer.name, 0)) for layer in below)
+        dense = sum(layer.in_features * layer.out_features for layer in below)
+        budget = budgets[name]
+        assert budget.up and budget.down
+        seconds[name] = 4 * (own / budget.up + min(len(budgets) * own, dense) / budget.down)
+    return seconds
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.lists(st.tuples(SPEEDS, SPEEDS, SPEEDS), min_size=1, max_size=4), SPEEDS, st.integers(1, 5))
+def test_what_links_take_for_the_update_counts(
+    machines: list[tuple[float, float, float]], of_server: float, steps: int
+) -> None:
+    budgets = {str(i): Budget(10 * CEILING, 0, *machine) for i, machine in enumerate(machines)}
+    make = partial(
+        make_plan,
+        budgets,
+        dict.fromkeys(NAMES, 1.0),
+        COST,
+        ranks=RANKS,
+        server=Budget(10**12, 0, of_server),
+        steps=steps,
+    )
+    without, plan = make(), make(exchanges=True)
+    taken, own = exchange_seconds(plan, budgets), {name: each.predicted_seconds for name, each in plan.clients.items()}
+    served = {
+        name: steps * COST.server_flops(each.split, each.ranks) / of_server for name, each in plan.clients.items()
+    }
+    turns = [own[name] - taken[name] + served[name] for name in own if not plan.clients[name].forward_only]
+    steps_last = max(sum(served.values()), *turns, *(own[name] - taken[name] for name in own))
+    assert plan.seconds == pytest.approx(max(taken.values()) + steps_last)
+    counted = without.seconds + max(exchange_seconds(without, budgets).values())
+    assert plan.seconds <= counted * (1 + 1e-9), "the plan that does not know of it is one of those that are tried"
+    deadline = plan.seconds * 0.9
+    try:
+        hurried = make(exchanges=True, deadline=deadline)
+    except PlanError:
+        return
+    assert hurried.seconds <= deadline * (1 + 1e-6)
 
 
 def test_speeds_that_nobody_states_are_nominal() -> None:
