@@ -100,7 +100,7 @@ class CostModel:
     ----------
     num_blocks : int
         ``L``.
-    rows : int
+    tokens : int
         Tokens of a micro-batch, padding included.
     layers, all_layers : list of Layer
         Those that may get an adapter, and all linear layers of the blocks, in order.
@@ -128,7 +128,7 @@ class CostModel:
     ) -> None:
         self.num_blocks = int(config.num_hidden_layers)
         self.workload = workload
-        self.rows = workload.batch_size * workload.sequence_length
+        self.tokens = workload.batch_size * workload.sequence_length
         shape = workload.batch_size, workload.sequence_length
         trace = trace_model(config, family, workload.dtype, *shape, adapter_rank)
         self._client_has_labels = workload.labels == "client"
@@ -156,7 +156,7 @@ class CostModel:
         self.total_parameters = trace.beside_blocks + self._block_parameters[-1]
 
         hidden = int(config.hidden_size)
-        self.cut_bytes = self.rows * hidden * workload.item
+        self.cut_bytes = self.tokens * hidden * workload.item
         self._sent = workload.width or hidden  # numbers per token that cross the cut
         # What the block that keeps most keeps for backward: activations kept, and under activation checkpointing.
         kept = max(each.kept for each in trace.blocks.values())
@@ -167,11 +167,11 @@ class CostModel:
 
         # Operations are those of the average block: time is an estimate in any case.
         self.linear_parameters = sum(matrices) / self.num_blocks
-        self._head_flops = 2.0 * self.rows * int(config.vocab_size) * hidden
+        self._head_flops = 2.0 * self.tokens * int(config.vocab_size) * hidden
         first = block_config(config, 0)
         heads = int(first.num_attention_heads)
         head_size = int(getattr(first, "head_dim", None) or hidden // heads)
-        self._attention_flops = 4.0 * self.rows * workload.sequence_length * heads * head_size
+        self._attention_flops = 4.0 * self.tokens * workload.sequence_length * heads * head_size
 
     # ------------------------------------------------------------------ memory of a client
 
@@ -391,7 +391,7 @@ class CostModel:
 
     def _low_rank_bytes(self, rank: int) -> int:
         """Bytes of ``A x``, ``(batch, seq, rank)``, of one micro-batch."""
-        return rank * self.rows * self.workload.adapter_item
+        return rank * self.tokens * self.workload.adapter_item
 
     def _trained(self, ranks: Mapping[str, int], part: _Part) -> tuple[list[Layer], int]:
         """The layers of a part with an adapter, and the lowest block that the backward pass reaches."""
@@ -428,7 +428,7 @@ class CostModel:
         That is the gradient of each.
         """
         adapted, _ = self._trained(ranks, _Part(first, last))
-        return 2.0 * self.rows * sum(layer.in_features * layer.out_features for layer in adapted)
+        return 2.0 * self.tokens * sum(layer.in_features * layer.out_features for layer in adapted)
 
     def weight_gradient_flops(self, first: int, last: int, *, head: bool = False) -> float:
         """Floating-point operations of a step that forms the gradient of every weight of blocks ``first .. last - 1``.
@@ -436,16 +436,16 @@ class CostModel:
         That is a third product per weight, beside the one forward and the one backward. A measurement of the importance
         takes it, and so does full fine-tuning, which also trains the head.
         """
-        blocks = 3 * (2.0 * self.rows * self.linear_parameters + self._attention_flops)
+        blocks = 3 * (2.0 * self.tokens * self.linear_parameters + self._attention_flops)
         return (last - first) * blocks + (3 * self._head_flops if head else 0)
 
     def _block_flops(self, part: _Part, ranks: Mapping[str, int], checkpointing: bool) -> float:
         """Operations of a part, forward and as far down as its backward pass reaches."""
         adapted, lowest = self._trained(ranks, part)
-        forward = 2.0 * self.rows * self.linear_parameters + self._attention_flops
+        forward = 2.0 * self.tokens * self.linear_parameters + self._attention_flops
         # The gradient of a frozen layer's input costs as much as its forward pass; attention has two operands.
-        backward = 2.0 * self.rows * self.linear_parameters + 2 * self._attention_flops
-        low_rank = 2.0 * self.rows * sum(layer.adapter_parameters(ranks[layer.name]) for layer in adapted)
+        backward = 2.0 * self.tokens * self.linear_parameters + 2 * self._attention_flops
+        low_rank = 2.0 * self.tokens * sum(layer.adapter_parameters(ranks[layer.name]) for layer in adapted)
         if checkpointing:  # a second forward pass
             backward, low_rank = backward + forward, low_rank * 4 / 3
         return (part.last - part.first) * forward + (part.last - lowest) * backward + 3 * low_rank
@@ -469,8 +469,8 @@ class CostModel:
         PlanError
             If there is no such codec.
         """
-        hidden = self.cut_bytes // self.workload.item // self.rows if self._client_has_labels else 0
-        ids = 8 * self.rows  # int64, of the attention mask and of the labels
+        hidden = self.cut_bytes // self.workload.item // self.tokens if self._client_has_labels else 0
+        ids = 8 * self.tokens  # int64, of the attention mask and of the labels
         return (
             self._packed_bytes(self._sent, up)
             + self._packed_bytes(hidden, up)

@@ -60,20 +60,20 @@ class Temporaries(NamedTuple):
         """
         in_flight, blocks = workload.in_flight, trace.blocks.values()
         labels_on_client = workload.labels == "client"
-        rows = workload.batch_size * workload.sequence_length
-        cut = rows * hidden * workload.item  # bytes of a micro-batch's cut activation
+        tokens = workload.batch_size * workload.sequence_length
+        cut = tokens * hidden * workload.item  # bytes of a micro-batch's cut activation
 
         # A quantised weight is dequantised for each of its products.
         dequantised = dequantised_bytes(largest_matrix, workload.item, workload.quantise)
         layers = (layer for each in blocks for layer in each.layers.values())
-        scoring = max(_scoring_bytes(workload, layer, rows) for layer in layers) if workload.scored else 0
+        scoring = max(_scoring_bytes(workload, layer, tokens) for layer in layers) if workload.scored else 0
         whole_block = scoring + dequantised + max(each.peak for each in blocks)
         # What a block keeps for backward is counted as activations, and not again here.
         beyond_kept = (
             scoring
             + dequantised
             + max(
-                each.peak - each.kept - _kept_by_adapters(each, rank, rows * workload.adapter_item) for each in blocks
+                each.peak - each.kept - _kept_by_adapters(each, rank, tokens * workload.adapter_item) for each in blocks
             )
         )
         # Forward alone: the block that computes, and beside it what went into the first one.
@@ -82,9 +82,9 @@ class Temporaries(NamedTuple):
         # Of a micro-batch on the wire there are one frame as sent, one as received, and a copy of each in the stream.
         # Where the labels stay, hidden states travel in full, both ways.
         numbers = hidden if labels_on_client else workload.width or hidden
-        frames = 4 * rows * numbers * workload.adapter_item
-        # A bottleneck: its two matrices (hidden, width), and the code of a micro-batch (rows, width).
-        bottleneck = workload.adapter_item * (2 * hidden + rows) * workload.width
+        frames = 4 * tokens * numbers * workload.adapter_item
+        # A bottleneck: its two matrices (hidden, width), and the code of a micro-batch (tokens, width).
+        bottleneck = workload.adapter_item * (2 * hidden + tokens) * workload.width
 
         # Either all micro-batches but one are on the wire while that one is computed on, or all are, and none is.
         others_wait = (in_flight - 1) * frames + bottleneck
@@ -107,12 +107,12 @@ class Temporaries(NamedTuple):
         )
 
 
-def _scoring_bytes(workload: Workload, layer: LayerTrace, rows: int) -> int:
+def _scoring_bytes(workload: Workload, layer: LayerTrace, tokens: int) -> int:
     """Bytes that scoring a weight takes: some rows of its gradient; where the update lies beside the weight, those rows
-    of both in fp32; and in low precision what the layer read, ``(rows, in)``."""
+    of both in fp32; and in low precision what the layer read, ``(tokens, in)``."""
     numbers = min(ROWS, layer.out_features) * layer.in_features
     merged = takes_changes(getattr(torch, workload.dtype), workload.quantise)
-    read = rows * layer.in_features * workload.item if workload.item < workload.adapter_item else 0
+    read = tokens * layer.in_features * workload.item if workload.item < workload.adapter_item else 0
     return workload.item * numbers + (0 if merged else 8 * numbers) + read
 
 

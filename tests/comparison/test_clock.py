@@ -102,5 +102,5 @@ def test_central_training_takes_the_server_s_time_alone(model: dict[str, Any]) -
     assert round_seconds(config, summary) == pytest.approx([6 * lora / 1000e9])
     [full] = round_seconds(settings(**model, **{"method.name": "full"}), summary)
     # a third product for every weight, for two of the frozen model; attention has no weights
-    weights = 2.0 * cost.rows * cost.linear_parameters * cost.num_blocks
+    weights = 2.0 * cost.tokens * cost.linear_parameters * cost.num_blocks
     assert full > 6 * (cost.whole_flops({}) + 2 * weights) / 1000e9
