@@ -11,6 +11,7 @@ private ones, of which it is to read 60 rows. The parts, each a file of rows in 
 - ``trained``: the same with clients that train, against the tokens' embeddings or not (``split.decorrelate``), and an
   attack on what they send after it.
 - ``gradients``: attacks that also have the loss's gradient at the cut.
+- ``told``: whether the right token is told from 255 others at its place by what came, behind split 15; 4 private rows.
 
 Every figure is computed once: a row that a file holds is not measured again, so the command can be stopped at any time.
 ``--plot`` draws what is there.
@@ -43,8 +44,8 @@ from hsplitlora_flwr.lora.layers import AdapterSpec, extract, inject
 from hsplitlora_flwr.lora.update import AccumulatedUpdate
 from hsplitlora_flwr.models.parts import ModelPart
 from hsplitlora_flwr.privacy import directions
-from hsplitlora_flwr.privacy.attacks import Text
-from hsplitlora_flwr.privacy.leakage import PLAIN, Reader, View, as_received, cut_activations
+from hsplitlora_flwr.privacy.attacks import Computes, Known, Text
+from hsplitlora_flwr.privacy.leakage import PLAIN, Reader, View, as_received, cut_activations, embeddings_of
 from hsplitlora_flwr.privacy.protection import protection
 from hsplitlora_flwr.training.allowance import Allowance
 from hsplitlora_flwr.training.client import ClientTrainer, train_client
@@ -71,6 +72,15 @@ PROTECTIONS = {
     "width 32": SplitConfig(width=32),
     "width 64, clip 1.5, noise 1": SplitConfig(width=64, clip=1.5, noise=1.0),
 }
+TOLD = {
+    **PROTECTIONS,
+    "width 16": SplitConfig(width=16),
+    **{
+        f"width 64, clip 1.5, noise {noise:g}": SplitConfig(width=64, clip=1.5, noise=noise)
+        for noise in (0.5, 1.0, 2.0, 4.0)
+    },
+}
+TOLD_ROWS, CANDIDATES = 4, 256
 ATTACKED = ("regression", "inverter", "search")
 DECORRELATED = (0.0, 1.0, 10.0)
 
@@ -198,9 +208,15 @@ def gradients(of: Deal, attack: str) -> Iterator[Cell]:
     yield Cell({"split": SPLIT, "attack": attack}, seen)
 
 
+def told(of: Deal, attack: str) -> Iterator[Cell]:
+    """Whether what came tells the right token from others, if the attacker has read what stands before it."""
+    for name, protect in TOLD.items():
+        yield Cell({"split": SPLIT, "protection": name, "candidates": CANDIDATES}, partial(told_apart, of, protect))
+
+
 AT: Mapping[str, Sequence[int]] = {"splits": SPLITS, "protections": (SPLIT,), "deeper": DEEPER}
 """Split points whose activations a part attacks."""
-PARTS = {part.__name__: part for part in (splits, protections, deeper, price, trained, gradients)}
+PARTS = {part.__name__: part for part in (splits, protections, deeper, price, trained, gradients, told)}
 
 
 class Loopback:
@@ -262,6 +278,28 @@ def priced(of: Deal, split: int, protect: SplitConfig, decorrelate: float | None
         found |= asdict(of.reader.read(split, attack, public, private))
     of.base.update({})
     return found
+
+
+def told_apart(of: Deal, protect: SplitConfig) -> Row:
+    """The share of tokens whose code is nearer to what came than those of others at its place, drawn at random."""
+    settings = of.settings(SPLIT, protect)
+    change, quiet = protection(settings, SPLIT), protection(replace(settings, noise=0.0), SPLIT)
+    embeddings = embeddings_of(of.base)
+    client = Computes(Known(embeddings, client=of.base.client_part(SPLIT).eval()))
+    draws, right = torch.Generator().manual_seed(of.seed), []
+    for number, row in enumerate(of.private[:TOLD_ROWS]):
+        before = client.nothing()
+        for place, token in enumerate(row.ids):
+            others = torch.randint(len(embeddings), (CANDIDATES - 1,), generator=draws)
+            cut, after = client(torch.cat([torch.tensor([token]), others]), before)
+            noise = torch.Generator().manual_seed(1000 * number + place)
+            came = change.apply(cut[:1, None], noise)[:, 0] if change else cut[:1]
+            might = quiet.apply(cut[:, None], noise)[:, 0] if quiet else cut
+            distances = torch.linalg.vector_norm(might - came, dim=1)
+            right.append(bool(distances[0] < distances[1:].min()))
+            after.batch_select_indices(torch.tensor([0]))
+            before = after
+    return {"right": fmean(right), "tokens": len(right)}
 
 
 def _adapters(part: ModelPart, seed: int) -> AdapterOptimizer:

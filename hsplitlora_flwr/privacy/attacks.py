@@ -105,7 +105,7 @@ def search(public: Sequence[Text], known: Known) -> Recover:
     the very activation, and noise decides only between tokens that are nearer to each other than it is large.
     """
     assert known.client is not None
-    embed, name, computes = _regression(public, known.embeddings), _Nearest(known.embeddings), _Computes(known)
+    embed, name, computes = _regression(public, known.embeddings), _Nearest(known.embeddings), Computes(known)
 
     def recover(seen: Tensor) -> Tensor:
         places, read = name.best(embed(seen), max(TRIED)), []
@@ -125,7 +125,7 @@ def search(public: Sequence[Text], known: Known) -> Recover:
     return recover
 
 
-class _Computes:
+class Computes:
     """What a client would send for tokens behind a text, all of it but for noise."""
 
     def __init__(self, known: Known) -> None:

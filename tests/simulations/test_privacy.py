@@ -10,7 +10,7 @@ import pytest
 
 from hsplitlora_flwr.config import Config, SplitConfig
 from simulations import privacy
-from simulations.privacy import PLAIN_CUT, Cell, Deal, perplexity, priced
+from simulations.privacy import PLAIN_CUT, Cell, Deal, perplexity, priced, told_apart
 
 
 @pytest.fixture
@@ -33,6 +33,16 @@ def test_training_behind_a_protection_is_priced_and_leaves_the_base(
     assert found["perplexity_before"] == pytest.approx(before) and found["perplexity"] < before
     assert ("recovered" in found) == bool(weight)
     assert perplexity(deal.base, deal.held_out) == pytest.approx(before)
+
+
+def test_the_right_token_is_told_by_what_came_unless_noise_is_large(
+    deal: Deal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(privacy, "SPLIT", 2)
+    monkeypatch.setattr(privacy, "CANDIDATES", 20)
+    noisy = SplitConfig(width=8, clip=1.5, noise=40.0)
+    right = [told_apart(deal, protect)["right"] for protect in (PLAIN_CUT, SplitConfig(width=8), noisy)]
+    assert right[0] > 0.8 and right[1] > 0.8 and right[2] < 0.4  # by chance one of twenty
 
 
 def test_a_row_that_is_there_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
