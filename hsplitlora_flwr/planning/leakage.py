@@ -74,7 +74,7 @@ class LeakageTable:
         for name, split in splits.items():
             clients.setdefault(split, []).append(name)
         return [
-            f"behind {split} block(s), which client {_some(names)} keeps, an attack recovered {self.at(split):.0%} of "
+            f"behind {split} block(s), which {_whose(names)}, an attack recovered {self.at(split):.0%} of "
             "the tokens; docs/privacy.md says what to do"
             for split, names in sorted(clients.items())
             if self.at(split) > READABLE
@@ -102,7 +102,9 @@ class LeakageTable:
         return floor
 
 
-def _some(names: Sequence[str]) -> str:
-    """The first names of a list that may be long."""
+def _whose(names: Sequence[str]) -> str:
+    """Who keeps them, by the first names of a list that may be long."""
+    if len(names) == 1:
+        return f"client {names[0]} keeps"
     shown = ", ".join(names[:3])
-    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
+    return f"clients {shown} and {len(names) - 3} more keep" if len(names) > 3 else f"clients {shown} keep"

@@ -90,7 +90,9 @@ def test_readable_cuts_are_warned_of() -> None:
     names = {"0": 3, "1": 6, **dict.fromkeys("abcd", 4)}
     three, four = LeakageTable({2: 0.7, 6: 0.4}).warnings(names)
     assert three.startswith("behind 3 block(s), which client 0 keeps, an attack recovered 70% of the tokens")
-    assert "client a, b, c and 1 more keeps" in four
+    assert "which clients a, b, c and 1 more keep, an attack" in four
+    (two,) = LeakageTable({2: 0.7}).warnings({"0": 3, "1": 3})
+    assert "which clients 0, 1 keep, an attack" in two
 
 
 def test_the_demonstration_names_its_own_leakage() -> None:
